@@ -1,1 +1,8 @@
-//! stub
+//! Connections: sockets of either family, and the blocks into which WAL is received.
+//!
+//! Owns the choice between TCP and Unix sockets (and is the place where TLS joins them), socket options, and the receive
+//! buffers. Knows no message of the protocol and makes no decision about a peer.
+
+pub mod socket;
+
+pub use socket::{ListenAddress, Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf};

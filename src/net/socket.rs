@@ -1,0 +1,295 @@
+//! TCP and Unix sockets behind one type.
+//!
+//! Owns connecting, listening, socket options and halves that read and write independently. Never interprets bytes.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::unix::fs::FileTypeExt,
+    path::PathBuf,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix},
+};
+
+/// A connected socket. TLS becomes a third variant.
+#[derive(Debug)]
+pub enum Socket {
+    /// Over TCP, in clear.
+    Tcp(TcpStream),
+    /// Over a Unix socket.
+    Unix(UnixStream),
+}
+
+/// Who is at the other end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A TCP peer.
+    Tcp(SocketAddr),
+    /// A process on this machine.
+    Unix,
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("[local]"),
+        }
+    }
+}
+
+impl Peer {
+    /// Whether the peer is certainly on this machine.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().to_canonical().is_loopback(),
+            Self::Unix => true,
+        }
+    }
+}
+
+/// Options of TCP connections, as libpq and PostgreSQL name them; `None` leaves the system's default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TcpOptions {
+    /// Whether keepalive probes are sent at all.
+    pub keepalives: bool,
+    /// Silence before the first probe.
+    pub keepalives_idle: Option<Duration>,
+    /// Time between probes.
+    pub keepalives_interval: Option<Duration>,
+    /// Unanswered probes before the connection is given up.
+    pub keepalives_count: Option<u32>,
+    /// Longest time that sent data may stay unacknowledged.
+    pub tcp_user_timeout: Option<Duration>,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self {
+            keepalives: true,
+            keepalives_idle: None,
+            keepalives_interval: None,
+            keepalives_count: None,
+            tcp_user_timeout: None,
+        }
+    }
+}
+
+impl TcpOptions {
+    /// Sets the options, and TCP_NODELAY, on a connection.
+    pub fn apply(&self, stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let socket = SockRef::from(stream);
+        socket.set_tcp_user_timeout(self.tcp_user_timeout)?;
+        if !self.keepalives {
+            return socket.set_keepalive(false);
+        }
+        let mut keepalive = TcpKeepalive::new();
+        if let Some(idle) = self.keepalives_idle {
+            keepalive = keepalive.with_time(idle);
+        }
+        if let Some(interval) = self.keepalives_interval {
+            keepalive = keepalive.with_interval(interval);
+        }
+        if let Some(count) = self.keepalives_count {
+            keepalive = keepalive.with_retries(count);
+        }
+        socket.set_keepalive(true)?;
+        socket.set_tcp_keepalive(&keepalive)
+    }
+}
+
+impl Socket {
+    /// Connects by TCP and sets `options`. The caller bounds the time.
+    pub async fn connect_tcp(address: SocketAddr, options: &TcpOptions) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        options.apply(&stream)?;
+        Ok(Self::Tcp(stream))
+    }
+
+    /// Connects to a Unix socket.
+    pub async fn connect_unix(path: &std::path::Path) -> io::Result<Self> {
+        UnixStream::connect(path).await.map(Self::Unix)
+    }
+
+    /// Two halves that read and write independently, without a lock.
+    pub fn into_split(self) -> (ReadHalf, WriteHalf) {
+        match self {
+            Self::Tcp(stream) => {
+                let (read, write) = stream.into_split();
+                (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
+            }
+            Self::Unix(stream) => {
+                let (read, write) = stream.into_split();
+                (ReadHalf::Unix(read), WriteHalf::Unix(write))
+            }
+        }
+    }
+}
+
+/// The receiving half of a [`Socket`].
+#[derive(Debug)]
+pub enum ReadHalf {
+    /// Of a TCP connection.
+    Tcp(tcp::OwnedReadHalf),
+    /// Of a Unix connection.
+    Unix(unix::OwnedReadHalf),
+}
+
+/// The sending half of a [`Socket`].
+#[derive(Debug)]
+pub enum WriteHalf {
+    /// Of a TCP connection.
+    Tcp(tcp::OwnedWriteHalf),
+    /// Of a Unix connection.
+    Unix(unix::OwnedWriteHalf),
+}
+
+macro_rules! delegate_read {
+    ($type:ident) => {
+        impl AsyncRead for $type {
+            fn poll_read(
+                self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+                buffer: &mut ReadBuf<'_>,
+            ) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+                    Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+                }
+            }
+        }
+    };
+}
+
+macro_rules! delegate_write {
+    ($type:ident) => {
+        impl AsyncWrite for $type {
+            fn poll_write(
+                self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+                bytes: &[u8],
+            ) -> Poll<io::Result<usize>> {
+                match self.get_mut() {
+                    Self::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
+                    Self::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
+                }
+            }
+
+            fn poll_write_vectored(
+                self: Pin<&mut Self>,
+                context: &mut Context<'_>,
+                slices: &[io::IoSlice<'_>],
+            ) -> Poll<io::Result<usize>> {
+                match self.get_mut() {
+                    Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+                    Self::Unix(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+                }
+            }
+
+            fn is_write_vectored(&self) -> bool {
+                true
+            }
+
+            fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::Tcp(stream) => Pin::new(stream).poll_flush(context),
+                    Self::Unix(stream) => Pin::new(stream).poll_flush(context),
+                }
+            }
+
+            fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+                match self.get_mut() {
+                    Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+                    Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+                }
+            }
+        }
+    };
+}
+
+delegate_read!(Socket);
+delegate_write!(Socket);
+delegate_read!(ReadHalf);
+delegate_write!(WriteHalf);
+
+/// Where to listen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// A TCP address; port 0 lets the system choose.
+    Tcp(SocketAddr),
+    /// A socket file.
+    Unix(PathBuf),
+}
+
+/// A listening socket of either family.
+#[derive(Debug)]
+pub enum Listener {
+    /// For TCP.
+    Tcp(TcpListener),
+    /// For Unix sockets; the file is removed when the listener goes.
+    Unix(UnixListener, UnixSocketFile),
+}
+
+/// Removes a socket file when the listener goes.
+#[derive(Debug)]
+pub struct UnixSocketFile(PathBuf);
+
+impl Drop for UnixSocketFile {
+    fn drop(&mut self) {
+        // The file may have been removed by an operator; there is nothing to do then.
+        let _ = rustix::fs::unlink(&self.0);
+    }
+}
+
+impl Listener {
+    /// Binds. A socket file left by a dead process is replaced, one that answers is not.
+    pub async fn bind(address: &ListenAddress) -> io::Result<Self> {
+        match address {
+            ListenAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
+            ListenAddress::Unix(path) => {
+                let is_socket =
+                    path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
+                if is_socket && UnixStream::connect(path).await.is_err() {
+                    rustix::fs::unlink(path)?;
+                }
+                let listener = UnixListener::bind(path)?;
+                rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(SOCKET_FILE_MODE))?;
+                Ok(Self::Unix(listener, UnixSocketFile(path.clone())))
+            }
+        }
+    }
+
+    /// Waits for a connection. Cancel-safe.
+    pub async fn accept(&self, options: &TcpOptions) -> io::Result<(Socket, Peer)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                options.apply(&stream)?;
+                Ok((Socket::Tcp(stream), Peer::Tcp(address)))
+            }
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Socket::Unix(stream), Peer::Unix))
+            }
+        }
+    }
+
+    /// The TCP address that was bound, with the port that the system chose.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().ok(),
+            Self::Unix(..) => None,
+        }
+    }
+}
+
+/// PostgreSQL's default `unix_socket_permissions`.
+const SOCKET_FILE_MODE: u32 = 0o777;
