@@ -1,0 +1,432 @@
+//! Our receiving half: what is reported upstream and when, and when the upstream is given up.
+//!
+//! Owns the status updates of one session. Must never report as flushed what the store has not reported flushed, nor
+//! anything before the overlap was compared, and must never make a primary wait for us when it wants to stop.
+//!
+//! ```text
+//!                overlap compared          a stopping primary keeps asking beyond our flush
+//!   Comparing ──────────────────▶ Reporting ───────────────────────────────────▶ VouchingForNothing
+//!   (flush 0, write = received)      ▲                                     (flush 0, write = received)
+//!                                    └──────────── flush reaches what was asked for ──────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+use crate::wal::Lsn;
+
+/// Settings of a [`Receiver`].
+#[derive(Clone, Copy, Debug)]
+pub struct ReceiverSettings {
+    /// Silence after which the upstream is given up (`wal_receiver_timeout`); `None` waits for ever.
+    pub receiver_timeout: Option<Duration>,
+    /// Longest time between two status updates (`wal_receiver_status_interval`, and well below the upstream's
+    /// `wal_sender_timeout`).
+    pub status_interval: Duration,
+}
+
+/// What the store has, as far as it may be told to the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// End of the bytes taken from the upstream, verified or not.
+    pub received: Lsn,
+    /// End of the verified WAL given to the operating system.
+    pub written: Lsn,
+    /// End of the verified WAL on stable storage.
+    pub flushed: Lsn,
+}
+
+/// A status update to send; `None` is "not known", 0 on the wire. Flush 0 beside a write position vouches for nothing:
+/// the primary counts such a standby as asynchronous, but a stopping primary accepts it (`WalSndDone`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Last byte written, plus 1.
+    pub write: Option<Lsn>,
+    /// Last byte flushed, plus 1.
+    pub flush: Option<Lsn>,
+    /// Whether the upstream shall answer at once.
+    pub ask_for_reply: bool,
+}
+
+/// What the driver shall do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Send a status update.
+    Send(Report),
+    /// End the session: nothing was heard for `wal_receiver_timeout`.
+    GiveUpSilent,
+}
+
+/// Whether reading from the upstream goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// The driver reads whatever comes.
+    Open,
+    /// The driver does not read, so silence says nothing about the upstream.
+    Paused,
+}
+
+/// Whether the store can make anything durable now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyncAbility {
+    /// It can, or at least does not know better.
+    Able,
+    /// It has no space, or failed: what is asked for will not be flushed soon.
+    Unable,
+}
+
+/// The receiving half of a session.
+#[derive(Debug)]
+pub struct Receiver {
+    settings: ReceiverSettings,
+    progress: Progress,
+    stage: Stage,
+    reading: Reading,
+    sync_ability: SyncAbility,
+    heard_at: Instant,
+    ping_sent: bool,
+    last_sent: Option<(Instant, Report)>,
+    /// An answer is owed: the upstream asked.
+    answer_owed: bool,
+    /// Positions moved since the last report.
+    moved: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Held bytes are being compared with the upstream's.
+    Comparing,
+    /// Durable positions are reported.
+    Reporting { pressed: Option<Pressed> },
+    /// The primary is stopping and we are behind: it is let go, with a report that vouches for nothing.
+    VouchingForNothing { asked: Lsn },
+}
+
+/// The upstream asks again and again beyond what we reported as flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pressed {
+    since: Instant,
+    last_asked_at: Instant,
+}
+
+impl Receiver {
+    /// A session that begins now. Nothing is reported before [`Self::handle_overlap_proven`].
+    pub fn new(settings: ReceiverSettings, progress: Progress, now: Instant) -> Self {
+        Self {
+            settings,
+            progress,
+            stage: Stage::Comparing,
+            reading: Reading::Open,
+            sync_ability: SyncAbility::Able,
+            heard_at: now,
+            ping_sent: false,
+            last_sent: None,
+            answer_owed: false,
+            moved: true,
+        }
+    }
+
+    /// Anything at all came from the upstream.
+    pub fn handle_heard(&mut self, now: Instant) {
+        self.heard_at = now;
+        self.ping_sent = false;
+    }
+
+    /// A keepalive came: `wal_end` is the end of what the upstream has sent.
+    pub fn handle_keepalive(&mut self, now: Instant, wal_end: Option<Lsn>, reply_requested: bool) {
+        self.handle_heard(now);
+        if !reply_requested {
+            return;
+        }
+        self.answer_owed = true;
+        let behind = wal_end.filter(|&asked| asked > self.progress.flushed);
+        self.stage = match (self.stage, behind) {
+            (Stage::Comparing, _) => Stage::Comparing,
+            (Stage::Reporting { .. }, None) => Stage::Reporting { pressed: None },
+            (Stage::Reporting { pressed }, Some(asked)) => self.pressed_further(now, pressed, asked),
+            (Stage::VouchingForNothing { asked }, _) => Stage::VouchingForNothing { asked },
+        };
+    }
+
+    fn pressed_further(&self, now: Instant, pressed: Option<Pressed>, asked: Lsn) -> Stage {
+        let since = match pressed {
+            Some(pressed) if now.duration_since(pressed.last_asked_at) <= PRESSING_GAP_MAX => pressed.since,
+            _ => now,
+        };
+        let is_stopping = now.duration_since(since) >= PRESSED_FOR_MAX;
+        if is_stopping || self.sync_ability == SyncAbility::Unable {
+            return Stage::VouchingForNothing { asked };
+        }
+        Stage::Reporting { pressed: Some(Pressed { since, last_asked_at: now }) }
+    }
+
+    /// Everything held was compared with what the upstream sent.
+    pub fn handle_overlap_proven(&mut self) {
+        if self.stage == Stage::Comparing {
+            self.stage = Stage::Reporting { pressed: None };
+            self.moved = true;
+        }
+    }
+
+    /// The store moved on. Positions that went back are a bug of ours.
+    pub fn handle_progress(&mut self, progress: Progress) {
+        assert!(progress.flushed >= self.progress.flushed, "flushed went back to {}", progress.flushed);
+        assert!(progress.written >= self.progress.written, "written went back to {}", progress.written);
+        assert!(progress.flushed <= progress.written, "flushed {} passed written", progress.flushed);
+        let reportable =
+            (progress.written, progress.flushed) != (self.progress.written, self.progress.flushed);
+        self.progress = progress;
+        self.moved |= reportable;
+        if let Stage::VouchingForNothing { asked } = self.stage
+            && progress.flushed >= asked
+        {
+            self.stage = Stage::Reporting { pressed: None };
+            self.moved = true;
+        }
+    }
+
+    /// Whether the store can sync changed.
+    pub fn handle_sync_ability(&mut self, ability: SyncAbility) {
+        self.sync_ability = ability;
+    }
+
+    /// Reading was paused or goes on.
+    pub fn handle_reading(&mut self, now: Instant, reading: Reading) {
+        if self.reading != reading {
+            self.reading = reading;
+            self.handle_heard(now);
+        }
+    }
+
+    /// What to do now; `None` when there is nothing.
+    pub fn poll_output(&mut self, now: Instant) -> Option<Output> {
+        let report = self.report(self.ping_due(now));
+        let due = report.ask_for_reply
+            || self.moved && self.changes(report)
+            || self.answer_owed && self.answer_due_at(report).is_none_or(|due| now >= due)
+            || self.regular_due_at().is_none_or(|due| now >= due);
+        if self.is_silent(now) {
+            return Some(Output::GiveUpSilent);
+        }
+        if !due {
+            return None;
+        }
+        self.ping_sent |= report.ask_for_reply;
+        self.answer_owed = false;
+        self.moved = false;
+        self.last_sent = Some((now, report));
+        Some(Output::Send(report))
+    }
+
+    /// When [`Self::poll_output`] may have something new although nothing happens.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let silence =
+            self.settings.receiver_timeout.filter(|_| self.reading == Reading::Open).map(|timeout| {
+                let wait = if self.ping_sent { timeout } else { timeout / 2 };
+                self.heard_at + wait
+            });
+        let answer = if self.answer_owed { self.answer_due_at(self.report(false)) } else { None };
+        [silence, answer, self.regular_due_at()].into_iter().flatten().min()
+    }
+
+    /// Whether held bytes have been compared, so that positions are reported.
+    pub fn is_reporting(&self) -> bool {
+        self.stage != Stage::Comparing
+    }
+
+    fn report(&self, ask_for_reply: bool) -> Report {
+        let (write, flush) = match self.stage {
+            Stage::Comparing | Stage::VouchingForNothing { .. } => (Some(self.progress.received), None),
+            Stage::Reporting { .. } => (Some(self.progress.written), Some(self.progress.flushed)),
+        };
+        Report { write, flush, ask_for_reply }
+    }
+
+    fn changes(&self, report: Report) -> bool {
+        self.last_sent.is_none_or(|(_, last)| (last.write, last.flush) != (report.write, report.flush))
+    }
+
+    /// When an owed answer goes out; `None` at once. An unchanged answer waits, so that two eager ends do not spin.
+    fn answer_due_at(&self, report: Report) -> Option<Instant> {
+        let (sent_at, _) = self.last_sent?;
+        (!self.changes(report)).then(|| sent_at + UNCHANGED_REPLY_INTERVAL)
+    }
+
+    /// When the next regular status update is due; `None` at once.
+    fn regular_due_at(&self) -> Option<Instant> {
+        self.last_sent.map(|(sent_at, _)| sent_at + self.settings.status_interval)
+    }
+
+    fn ping_due(&self, now: Instant) -> bool {
+        let silence = now.saturating_duration_since(self.heard_at);
+        self.reading == Reading::Open
+            && !self.ping_sent
+            && self.settings.receiver_timeout.is_some_and(|timeout| silence >= timeout / 2)
+    }
+
+    fn is_silent(&self, now: Instant) -> bool {
+        let silence = now.saturating_duration_since(self.heard_at);
+        self.reading == Reading::Open
+            && self.settings.receiver_timeout.is_some_and(|timeout| silence >= timeout)
+    }
+}
+
+/// Unchanged answers to an upstream that asks again and again are at least this far apart.
+pub const UNCHANGED_REPLY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// An upstream that has asked beyond our flush for this long is stopping.
+pub const PRESSED_FOR_MAX: Duration = Duration::from_secs(1);
+
+/// Requests further apart than this are ordinary pings, not those of a stopping primary.
+const PRESSING_GAP_MAX: Duration = Duration::from_millis(500);
+
+const _: () = assert!(UNCHANGED_REPLY_INTERVAL.as_millis() * 2 < PRESSING_GAP_MAX.as_millis());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SETTINGS: ReceiverSettings = ReceiverSettings {
+        receiver_timeout: Some(Duration::from_secs(60)),
+        status_interval: Duration::from_secs(10),
+    };
+
+    fn lsn(raw: u64) -> Lsn {
+        Lsn::new(raw).unwrap()
+    }
+
+    fn progress(received: u64, written: u64, flushed: u64) -> Progress {
+        Progress { received: lsn(received), written: lsn(written), flushed: lsn(flushed) }
+    }
+
+    fn reporting(now: Instant) -> Receiver {
+        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        receiver.handle_overlap_proven();
+        while receiver.poll_output(now).is_some() {}
+        receiver
+    }
+
+    fn sent(write: u64, flush: u64) -> Option<Output> {
+        Some(Output::Send(Report { write: Lsn::new(write), flush: Lsn::new(flush), ask_for_reply: false }))
+    }
+
+    #[test]
+    fn nothing_is_vouched_for_before_the_overlap_was_compared() {
+        let now = Instant::now();
+        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        assert_eq!(receiver.poll_output(now), sent(100, 0));
+        receiver.handle_keepalive(now, Some(lsn(500)), true);
+        let later = now + UNCHANGED_REPLY_INTERVAL;
+        assert_eq!(receiver.poll_output(later), sent(100, 0));
+        receiver.handle_overlap_proven();
+        assert_eq!(receiver.poll_output(later), sent(100, 100));
+        assert_eq!(receiver.poll_output(later), None);
+    }
+
+    #[test]
+    fn write_and_flush_are_reported_as_they_move() {
+        let now = Instant::now();
+        let mut receiver = reporting(now);
+        receiver.handle_progress(progress(300, 200, 100));
+        assert_eq!(receiver.poll_output(now), sent(200, 100));
+        receiver.handle_progress(progress(300, 200, 200));
+        assert_eq!(receiver.poll_output(now), sent(200, 200));
+        receiver.handle_progress(progress(400, 200, 200));
+        assert_eq!(receiver.poll_output(now), None, "received alone is nobody's business");
+    }
+
+    #[test]
+    fn a_request_is_answered_at_once_and_an_unchanged_answer_only_every_100_ms() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        let now = start + Duration::from_secs(1);
+        receiver.handle_keepalive(now, Some(lsn(100)), true);
+        assert_eq!(receiver.poll_output(now), sent(100, 100));
+        receiver.handle_keepalive(now, Some(lsn(100)), true);
+        assert_eq!(receiver.poll_output(now), None);
+        assert_eq!(receiver.poll_timeout(), Some(now + UNCHANGED_REPLY_INTERVAL));
+        assert_eq!(receiver.poll_output(now + UNCHANGED_REPLY_INTERVAL), sent(100, 100));
+        assert_eq!(receiver.poll_output(now + UNCHANGED_REPLY_INTERVAL), None);
+    }
+
+    #[test]
+    fn a_stopping_primary_is_let_go_after_a_second_and_believed_in_again_when_flushed() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        receiver.handle_progress(progress(300, 200, 100));
+        let mut let_go_after = None;
+        for tick in 0..30 {
+            let now = start + UNCHANGED_REPLY_INTERVAL * tick;
+            receiver.handle_keepalive(now, Some(lsn(300)), true);
+            if receiver.poll_output(now) == sent(300, 0) {
+                let_go_after = let_go_after.or(Some(now.duration_since(start)));
+            }
+        }
+        assert_eq!(let_go_after, Some(PRESSED_FOR_MAX));
+        let now = start + Duration::from_secs(4);
+        receiver.handle_progress(progress(300, 300, 299));
+        assert_eq!(receiver.poll_output(now), None, "still short of what was asked");
+        receiver.handle_progress(progress(300, 300, 300));
+        assert_eq!(receiver.poll_output(now), sent(300, 300));
+    }
+
+    #[test]
+    fn ordinary_pings_do_not_count_as_pressing() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        for ping in 1..20 {
+            let now = start + Duration::from_secs(ping);
+            receiver.handle_keepalive(now, Some(lsn(300)), true);
+            assert_eq!(receiver.poll_output(now), sent(100, 100));
+        }
+    }
+
+    #[test]
+    fn a_store_that_cannot_sync_lets_a_waiting_primary_go_at_once() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        receiver.handle_sync_ability(SyncAbility::Unable);
+        receiver.handle_progress(progress(300, 100, 100));
+        receiver.handle_keepalive(start, Some(lsn(300)), true);
+        assert_eq!(receiver.poll_output(start), sent(300, 0));
+    }
+
+    #[test]
+    fn a_silent_upstream_is_asked_at_half_time_then_given_up() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        let (mut asked_at, mut now) = (None, start);
+        let given_up_at = loop {
+            now = receiver.poll_timeout().unwrap().max(now);
+            match receiver.poll_output(now) {
+                Some(Output::Send(report)) if report.ask_for_reply => {
+                    assert_eq!(asked_at.replace(now.duration_since(start)), None, "asked once");
+                }
+                Some(Output::GiveUpSilent) => break now.duration_since(start),
+                _ => {}
+            }
+        };
+        assert_eq!(asked_at, Some(Duration::from_secs(30)));
+        assert_eq!(given_up_at, Duration::from_secs(60));
+    }
+
+    #[test]
+    fn silence_means_nothing_while_reading_is_paused() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        receiver.handle_reading(start, Reading::Paused);
+        let later = start + Duration::from_secs(600);
+        assert_eq!(receiver.poll_output(later), sent(100, 100), "the upstream still hears from us");
+        assert_eq!(receiver.poll_output(later), None);
+        receiver.handle_reading(later, Reading::Open);
+        assert_eq!(receiver.poll_timeout(), Some(later + SETTINGS.status_interval));
+    }
+
+    #[test]
+    fn regular_updates_keep_the_status_interval() {
+        let start = Instant::now();
+        let mut receiver = reporting(start);
+        receiver.handle_heard(start + Duration::from_secs(9));
+        assert_eq!(receiver.poll_output(start + Duration::from_secs(9)), None);
+        assert_eq!(receiver.poll_output(start + Duration::from_secs(10)), sent(100, 100));
+    }
+}
