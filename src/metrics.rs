@@ -1,1 +1,245 @@
-//! stub
+//! Every metric of the relay, one struct per part.
+//!
+//! Owns names, descriptions and the registry. A part gets its struct at start and keeps the handles: nothing is looked up
+//! by name while WAL flows. Labels are closed sets; a position is a gauge in bytes from the beginning of the log, as
+//! `pg_wal_lsn_diff(lsn, '0/0')` prints it.
+
+use std::{sync::Arc, time::Duration};
+
+use metrics::{Counter, Gauge, Histogram, Key, KeyName, Level, Metadata, Recorder, SharedString, Unit};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+/// The registry, and what the page at `/metrics` shows.
+pub struct Metrics {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let builder = PrometheusBuilder::new();
+        let sync_name = Matcher::Full("walrelay_store_sync_seconds".to_owned());
+        let builder = match builder.set_buckets_for_metric(sync_name, &SYNC_SECONDS_BUCKETS) {
+            Ok(builder) => builder,
+            Err(_) => PrometheusBuilder::new(),
+        };
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        Self { recorder, handle }
+    }
+}
+
+impl Metrics {
+    /// The text of `/metrics`, in Prometheus' exposition format.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds collected samples; without a regular call a histogram keeps every sample it was given.
+    pub fn run_upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    fn counter(&self, name: &'static str, description: &'static str) -> Counter {
+        self.recorder.describe_counter(KeyName::from(name), None, SharedString::const_str(description));
+        self.recorder.register_counter(&Key::from_static_name(name), &METADATA)
+    }
+
+    fn gauge(&self, name: &'static str, unit: Option<Unit>, description: &'static str) -> Gauge {
+        self.recorder.describe_gauge(KeyName::from(name), unit, SharedString::const_str(description));
+        self.recorder.register_gauge(&Key::from_static_name(name), &METADATA)
+    }
+
+    fn histogram(&self, name: &'static str, description: &'static str) -> Histogram {
+        let unit = Some(Unit::Seconds);
+        self.recorder.describe_histogram(KeyName::from(name), unit, SharedString::const_str(description));
+        self.recorder.register_histogram(&Key::from_static_name(name), &METADATA)
+    }
+}
+
+/// What the store did.
+#[derive(Clone)]
+pub struct StoreMetrics {
+    /// End of the verified WAL.
+    pub verified: Gauge,
+    /// End of the WAL given to the operating system.
+    pub written: Gauge,
+    /// End of the WAL on stable storage.
+    pub flushed: Gauge,
+    /// End of the last sealed segment.
+    pub sealed: Gauge,
+    /// Time that one sync took.
+    pub sync_seconds: Histogram,
+    /// Bytes made durable.
+    pub synced_bytes: Counter,
+    /// Segments sealed.
+    pub sealed_segments: Counter,
+    /// Segments found damaged.
+    pub suspect_segments: Counter,
+    /// 1 while no space can be had for new WAL.
+    pub no_space: Gauge,
+    /// 1 once a sync failed.
+    pub failed: Gauge,
+}
+
+impl StoreMetrics {
+    /// Registers the store's metrics.
+    pub fn register(metrics: &Metrics) -> Self {
+        let bytes = Some(Unit::Bytes);
+        Self {
+            verified: metrics.gauge("walrelay_store_verified_bytes", bytes, "End of the verified WAL"),
+            written: metrics.gauge(
+                "walrelay_store_written_bytes",
+                bytes,
+                "End of the WAL given to the system",
+            ),
+            flushed: metrics.gauge("walrelay_store_flushed_bytes", bytes, "End of the WAL on stable storage"),
+            sealed: metrics.gauge("walrelay_store_sealed_bytes", bytes, "End of the last sealed segment"),
+            sync_seconds: metrics
+                .histogram("walrelay_store_sync_seconds", "Duration of one sync of the store"),
+            synced_bytes: metrics.counter("walrelay_store_synced_bytes_total", "WAL made durable, in bytes"),
+            sealed_segments: metrics.counter("walrelay_store_sealed_segments_total", "Segments sealed"),
+            suspect_segments: metrics
+                .counter("walrelay_store_suspect_segments_total", "Segments found damaged"),
+            no_space: metrics.gauge("walrelay_store_no_space", None, "1 while no space can be had for WAL"),
+            failed: metrics.gauge("walrelay_store_failed", None, "1 once the store has failed"),
+        }
+    }
+}
+
+/// What the upstream connection did.
+#[derive(Clone)]
+pub struct UpstreamMetrics {
+    /// 1 while WAL is streamed.
+    pub streaming: Gauge,
+    /// Sessions that reached streaming.
+    pub sessions: Counter,
+    /// Attempts and sessions that ended with an error.
+    pub errors: Counter,
+    /// WAL bytes received, the overlap included.
+    pub received_bytes: Counter,
+    /// WAL bytes received that were held already and compared.
+    pub overlap_bytes: Counter,
+    /// Streams ended because a page or record did not verify.
+    pub corrupt: Counter,
+    /// Status updates sent.
+    pub status_updates: Counter,
+    /// End of the WAL that the upstream has sent or flushed, as it says.
+    pub wal_end: Gauge,
+}
+
+impl UpstreamMetrics {
+    /// Registers the upstream's metrics.
+    pub fn register(metrics: &Metrics) -> Self {
+        let bytes = Some(Unit::Bytes);
+        Self {
+            streaming: metrics.gauge("walrelay_upstream_streaming", None, "1 while WAL is streamed"),
+            sessions: metrics.counter("walrelay_upstream_sessions_total", "Sessions that reached streaming"),
+            errors: metrics.counter("walrelay_upstream_errors_total", "Sessions that ended with an error"),
+            received_bytes: metrics
+                .counter("walrelay_upstream_received_bytes_total", "WAL received, in bytes"),
+            overlap_bytes: metrics.counter(
+                "walrelay_upstream_overlap_bytes_total",
+                "WAL compared with what was held, in bytes",
+            ),
+            corrupt: metrics
+                .counter("walrelay_upstream_corrupt_total", "Streams ended by WAL that did not verify"),
+            status_updates: metrics.counter("walrelay_upstream_status_updates_total", "Status updates sent"),
+            wal_end: metrics.gauge("walrelay_upstream_wal_end_bytes", bytes, "End of WAL at the upstream"),
+        }
+    }
+}
+
+/// What goes to standbys.
+#[derive(Clone)]
+pub struct DownstreamMetrics {
+    /// Connections accepted.
+    pub connections: Counter,
+    /// Connections refused before a command, for any reason.
+    pub refused: Counter,
+    /// Sessions that stream now.
+    pub streaming: Gauge,
+    /// WAL bytes sent.
+    pub sent_bytes: Counter,
+    /// WAL bytes sent that were read from files instead of memory.
+    pub cold_bytes: Counter,
+}
+
+impl DownstreamMetrics {
+    /// Registers the downstream's metrics.
+    pub fn register(metrics: &Metrics) -> Self {
+        Self {
+            connections: metrics.counter("walrelay_downstream_connections_total", "Connections accepted"),
+            refused: metrics.counter("walrelay_downstream_refused_total", "Connections refused"),
+            streaming: metrics.gauge("walrelay_downstream_streaming", None, "Sessions that stream"),
+            sent_bytes: metrics.counter("walrelay_downstream_sent_bytes_total", "WAL sent, in bytes"),
+            cold_bytes: metrics
+                .counter("walrelay_downstream_cold_bytes_total", "WAL read from files, in bytes"),
+        }
+    }
+}
+
+/// Registers every part's metrics with one registry.
+pub struct AllMetrics {
+    /// The registry.
+    pub registry: Arc<Metrics>,
+    /// The store's.
+    pub store: StoreMetrics,
+    /// The upstream's.
+    pub upstream: UpstreamMetrics,
+    /// The downstream's.
+    pub downstream: DownstreamMetrics,
+}
+
+impl Default for AllMetrics {
+    fn default() -> Self {
+        let registry = Arc::new(Metrics::default());
+        Self {
+            store: StoreMetrics::register(&registry),
+            upstream: UpstreamMetrics::register(&registry),
+            downstream: DownstreamMetrics::register(&registry),
+            registry,
+        }
+    }
+}
+
+/// A position as a gauge's value; exact up to 2^53 bytes.
+#[allow(clippy::cast_precision_loss)] // a gauge is a double by Prometheus' format
+pub fn position_value(position: crate::wal::Lsn) -> f64 {
+    position.get() as f64
+}
+
+/// How often [`Metrics::run_upkeep`] is to be called.
+pub const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+const METADATA: Metadata<'_> = Metadata::new(module_path!(), Level::INFO, Some(module_path!()));
+
+const SYNC_SECONDS_BUCKETS: [f64; 12] =
+    [0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.1, 0.5, 2.0, 10.0];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_has_a_help_line_and_the_prefix() {
+        let all = AllMetrics::default();
+        all.store.sync_seconds.record(0.001);
+        let text = all.registry.render();
+        let names = |kind: &str| -> Vec<String> {
+            let lines = text.lines().filter_map(|line| line.strip_prefix(kind));
+            lines.filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
+        };
+        let (helped, typed) = (names("# HELP "), names("# TYPE "));
+        assert_eq!(helped, typed);
+        assert!(typed.len() >= 23, "{text}");
+        assert!(typed.iter().all(|name| name.starts_with("walrelay_")), "{typed:?}");
+        assert!(text.contains("walrelay_store_sync_seconds_bucket{le=\"0.0025\"} 1"), "{text}");
+    }
+}
