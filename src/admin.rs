@@ -1,1 +1,223 @@
-//! stub
+//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`.
+//!
+//! Owns HTTP and its authentication. Serves no WAL and changes nothing. What the pages show comes from whoever builds
+//! the [`Pages`]; every connection costs a bounded amount of memory and time, whoever opens it.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::{StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use secrecy::{ExposeSecret, SecretString};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+/// What the pages show.
+pub trait Pages: Send + Sync + 'static {
+    /// `Ok` when WAL can be served, else why not, in one line.
+    fn readiness(&self) -> Result<(), String>;
+    /// The text of `/metrics`.
+    fn metrics(&self) -> String;
+    /// The JSON of `/status`.
+    fn status(&self) -> serde_json::Value;
+}
+
+/// The listener and what it serves.
+pub struct Admin {
+    listener: TcpListener,
+    router: Router,
+}
+
+impl Admin {
+    /// Binds. With a token, `/metrics` and `/status` want `Authorization: Bearer TOKEN`; `/livez` and `/readyz` tell no
+    /// more than yes or no to those without it.
+    pub async fn bind(
+        address: SocketAddr,
+        token: Option<SecretString>,
+        pages: Arc<dyn Pages>,
+    ) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let shared = Arc::new(Shared { token, pages });
+        let guarded = Router::new()
+            .route("/metrics", get(metrics))
+            .route("/status", get(status))
+            .layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_token));
+        let open = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(readyz));
+        Ok(Self { listener, router: open.merge(guarded).with_state(shared) })
+    }
+
+    /// The address that was bound, with the port that the system chose.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `shutdown`. Requests under way then have [`REQUEST_TIME_MAX`] left.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
+            let accepted = tokio::select! {
+                () = shutdown.cancelled() => return,
+                accepted = self.listener.accept() => accepted,
+            };
+            let stream = match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "could not accept an HTTP connection");
+                    tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
+                    continue;
+                }
+            };
+            let router = self.router.clone();
+            tokio::spawn(async move {
+                // A client that is too slow is dropped; there is nobody to tell.
+                let _ = timeout(CONNECTION_TIME_MAX, serve_connection(stream, router)).await;
+                drop(permit);
+            });
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, router: Router) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_TIME_MAX)
+        .max_buf_size(REQUEST_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "HTTP connection ended");
+    }
+}
+
+struct Shared {
+    token: Option<SecretString>,
+    pages: Arc<dyn Pages>,
+}
+
+impl Shared {
+    fn is_authorized(&self, request: &Request) -> bool {
+        let Some(token) = &self.token else { return true };
+        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        given.and_then(|value| value.strip_prefix("Bearer ")).is_some_and(|given| {
+            verify_slices_are_equal(given.as_bytes(), token.expose_secret().as_bytes()).is_ok()
+        })
+    }
+}
+
+async fn require_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    if shared.is_authorized(&request) {
+        return next.run(request).await;
+    }
+    (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], "a token is required\n")
+        .into_response()
+}
+
+async fn readyz(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    match shared.pages.readiness() {
+        Ok(()) => "ok\n".into_response(),
+        Err(why) if shared.is_authorized(&request) => {
+            (StatusCode::SERVICE_UNAVAILABLE, why + "\n").into_response()
+        }
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response(),
+    }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let content_type = [(header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    (content_type, shared.pages.metrics()).into_response()
+}
+
+async fn status(State(shared): State<Arc<Shared>>) -> Response {
+    axum::Json(shared.pages.status()).into_response()
+}
+
+/// HTTP connections served at a time; further ones wait in the listen queue.
+const CONNECTIONS_MAX: usize = 32;
+
+/// Longest request head.
+const REQUEST_BYTES_MAX: usize = 16 << 10;
+
+/// Time for the head of a request to arrive.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Longest life of a connection, also of an idle one.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// Pause after a failed accept, which would otherwise spin when descriptors are exhausted.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    struct Fake;
+
+    impl Pages for Fake {
+        fn readiness(&self) -> Result<(), String> {
+            Err("no upstream yet".to_owned())
+        }
+        fn metrics(&self) -> String {
+            "walrelay_x 1\n".to_owned()
+        }
+        fn status(&self) -> serde_json::Value {
+            serde_json::json!({"name": "dc1_a"})
+        }
+    }
+
+    async fn start(token: Option<&str>) -> SocketAddr {
+        let token = token.map(|text| SecretString::from(text.to_owned()));
+        let admin = Admin::bind("127.0.0.1:0".parse().unwrap(), token, Arc::new(Fake)).await.unwrap();
+        let address = admin.address().unwrap();
+        tokio::spawn(admin.run(CancellationToken::new()));
+        address
+    }
+
+    async fn get(address: SocketAddr, path: &str, header: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn pages_are_served_without_a_token_when_none_is_set() {
+        let address = start(None).await;
+        assert!(get(address, "/livez", "").await.starts_with("HTTP/1.1 200"));
+        assert!(get(address, "/metrics", "").await.ends_with("walrelay_x 1\n"));
+        assert!(get(address, "/status", "").await.ends_with("{\"name\":\"dc1_a\"}"));
+        let ready = get(address, "/readyz", "").await;
+        assert!(ready.starts_with("HTTP/1.1 503") && ready.ends_with("no upstream yet\n"), "{ready}");
+    }
+
+    #[tokio::test]
+    async fn a_token_guards_what_tells_anything() {
+        let address = start(Some("canary")).await;
+        for path in ["/metrics", "/status"] {
+            assert!(get(address, path, "").await.starts_with("HTTP/1.1 401"), "{path}");
+            let wrong = get(address, path, "Authorization: Bearer canar\r\n").await;
+            assert!(wrong.starts_with("HTTP/1.1 401"), "{wrong}");
+            let right = get(address, path, "Authorization: Bearer canary\r\n").await;
+            assert!(right.starts_with("HTTP/1.1 200"), "{right}");
+        }
+        assert!(get(address, "/livez", "").await.starts_with("HTTP/1.1 200"));
+        assert!(get(address, "/readyz", "").await.ends_with("not ready\n"));
+    }
+}
