@@ -1,1 +1,240 @@
-//! stub
+//! What operators see: plain data, named after PostgreSQL's views and their columns.
+//!
+//! Owns the shape of `/status`, nothing of its content: each part fills in what it knows. Unknown is absent (`null`), never
+//! zero, and no field claims more than was proved.
+
+use std::{net::IpAddr, time::Duration};
+
+use serde::Serialize;
+
+use crate::wal::{Lsn, PgTimestamp, SystemId, TimelineId};
+
+/// Everything `/status` tells.
+#[derive(Clone, Debug, Serialize)]
+pub struct Overview {
+    /// The relay's own name.
+    pub name: String,
+    /// Version of the program.
+    pub version: &'static str,
+    /// `server_version` of the upstream, as last heard.
+    pub server_version: Option<String>,
+    /// The cluster whose WAL this is.
+    pub system_identifier: Option<SystemId>,
+    /// What is held.
+    pub wal: Option<WalStatus>,
+    /// State of the store: `healthy`, or what is wrong with it.
+    pub condition: String,
+    /// The upstream connection (`pg_stat_wal_receiver`).
+    pub wal_receiver: Option<WalReceiverStatus>,
+    /// Downstream connections (`pg_stat_replication`).
+    pub replication: Vec<WalSenderStatus>,
+    /// Downstream slots (`pg_replication_slots`).
+    pub replication_slots: Vec<ReplicationSlotStatus>,
+}
+
+/// Positions of the timeline that is being received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct WalStatus {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// Start of the oldest segment held.
+    pub oldest_lsn: Option<Lsn>,
+    /// End of the last record that was checked whole.
+    pub verified_lsn: Lsn,
+    /// Given to the operating system.
+    pub written_lsn: Lsn,
+    /// On stable storage: what is reported upstream.
+    pub flushed_lsn: Lsn,
+    /// End of the last complete, renamed segment.
+    pub sealed_lsn: Option<Lsn>,
+}
+
+/// State of the receiving side (`WalRcvState`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WalReceiverState {
+    /// Not running.
+    Stopped,
+    /// Asked to run.
+    Starting,
+    /// Connecting, or identifying the server.
+    Connecting,
+    /// Receiving.
+    Streaming,
+    /// At the end of a timeline, until told where to go on.
+    Waiting,
+    /// Asked to go on.
+    Restarting,
+    /// Asked to end.
+    Stopping,
+}
+
+/// The upstream connection, as `pg_stat_wal_receiver` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct WalReceiverStatus {
+    /// What it does now.
+    pub status: WalReceiverState,
+    /// Where this connection's stream began.
+    pub receive_start_lsn: Option<Lsn>,
+    /// Timeline of the stream.
+    pub received_tli: Option<TimelineId>,
+    /// End of what was written.
+    pub written_lsn: Option<Lsn>,
+    /// End of what was synced.
+    pub flushed_lsn: Option<Lsn>,
+    /// When the last message was sent by the upstream, by its clock.
+    pub last_msg_send_time: Option<Timestamp>,
+    /// When the last message was received.
+    pub last_msg_receipt_time: Option<Timestamp>,
+    /// End of the upstream's WAL as last heard.
+    pub latest_end_lsn: Option<Lsn>,
+    /// When that was heard.
+    pub latest_end_time: Option<Timestamp>,
+    /// The upstream slot in use.
+    pub slot_name: Option<String>,
+    /// The host that answered.
+    pub sender_host: Option<String>,
+    /// Its port.
+    pub sender_port: Option<u16>,
+    /// Why the last connection ended, unless one is streaming now.
+    pub last_error: Option<String>,
+}
+
+/// State of a sending side (`WalSndState`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WalSenderState {
+    /// Connected, not streaming.
+    Startup,
+    /// Sending what the standby missed.
+    Catchup,
+    /// Everything that may be sent was sent at least once.
+    Streaming,
+    /// Sending the rest before the relay ends.
+    Stopping,
+}
+
+impl WalSenderState {
+    /// As `pg_stat_replication.state` shows it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Startup => "startup",
+            Self::Catchup => "catchup",
+            Self::Streaming => "streaming",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// A downstream connection, as `pg_stat_replication` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct WalSenderStatus {
+    /// The connection's number, unique among the living.
+    pub pid: u32,
+    /// Who logged in.
+    pub usename: String,
+    /// Name the client gave itself.
+    pub application_name: String,
+    /// Where it came from; absent for a Unix socket.
+    pub client_addr: Option<IpAddr>,
+    /// Its port; absent for a Unix socket.
+    pub client_port: Option<u16>,
+    /// When it connected.
+    pub backend_start: Timestamp,
+    /// What it does now.
+    pub state: WalSenderState,
+    /// Timeline of the stream.
+    pub timeline: Option<TimelineId>,
+    /// Slot in use.
+    pub slot_name: Option<String>,
+    /// End of what was sent.
+    pub sent_lsn: Option<Lsn>,
+    /// What the standby reports as written.
+    pub write_lsn: Option<Lsn>,
+    /// What it reports as synced.
+    pub flush_lsn: Option<Lsn>,
+    /// What it reports as applied.
+    pub replay_lsn: Option<Lsn>,
+    /// Time from sendable here to written there.
+    pub write_lag: Option<Seconds>,
+    /// Time from sendable here to synced there.
+    pub flush_lag: Option<Seconds>,
+    /// Time from sendable here to applied there.
+    pub replay_lag: Option<Seconds>,
+    /// When its last report was sent, by its clock.
+    pub reply_time: Option<Timestamp>,
+}
+
+/// A slot, as `pg_replication_slots` shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ReplicationSlotStatus {
+    /// The slot's name.
+    pub slot_name: String,
+    /// Always `physical`.
+    pub slot_type: &'static str,
+    /// Whether it goes with the connection that made it.
+    pub temporary: bool,
+    /// Whether a connection uses it.
+    pub active: bool,
+    /// That connection's pid.
+    pub active_pid: Option<u32>,
+    /// Oldest WAL the consumer may still need.
+    pub restart_lsn: Option<Lsn>,
+}
+
+/// A duration that is shown in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Seconds(pub Duration);
+
+impl Serialize for Seconds {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(self.0.as_secs_f64())
+    }
+}
+
+/// A time that is shown as RFC 3339 in UTC, with microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Timestamp(pub PgTimestamp);
+
+impl Serialize for Timestamp {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match jiff::Timestamp::from_microsecond(self.0.unix_micros()) {
+            Ok(time) => serializer.collect_str(&format_args!("{time:.6}")),
+            Err(_) => serializer.serialize_none(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unknown_is_null_and_states_have_postgresqls_names() {
+        let status = WalSenderStatus {
+            pid: 7,
+            usename: "replicator".to_owned(),
+            application_name: "dc2_a".to_owned(),
+            client_addr: None,
+            client_port: None,
+            backend_start: Timestamp(PgTimestamp(1)),
+            state: WalSenderState::Catchup,
+            timeline: Some(TimelineId::FIRST),
+            slot_name: None,
+            sent_lsn: Lsn::new(0x16_B374_D848),
+            write_lsn: None,
+            flush_lsn: None,
+            replay_lsn: None,
+            write_lag: Some(Seconds(Duration::from_millis(1_500))),
+            flush_lag: None,
+            replay_lag: None,
+            reply_time: None,
+        };
+        let json = serde_json::to_value(&status).unwrap();
+        assert_eq!(json["state"], "catchup");
+        assert_eq!(json["sent_lsn"], "16/B374D848");
+        assert_eq!(json["flush_lsn"], serde_json::Value::Null);
+        assert_eq!(json["write_lag"], 1.5);
+        assert_eq!(json["backend_start"], "2000-01-01T00:00:00.000001Z");
+    }
+}

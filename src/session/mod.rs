@@ -5,6 +5,10 @@
 //! holds WAL: they speak of positions, and the drivers fetch the bytes. After every `handle_` call the driver drains
 //! `poll_output` until it answers `None`.
 
+pub mod cut;
+pub mod lag;
 pub mod receiver;
+pub mod sender;
 
 pub use receiver::Receiver;
+pub use sender::Sender;
