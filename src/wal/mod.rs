@@ -4,12 +4,23 @@
 //! The bytes are checked (page headers, record chain, CRC-32C) and a few facts are read from them (commit times,
 //! checkpoints, timeline switches); they are never replayed. Everything here is pure: no files, sockets, threads or clock.
 
+#[cfg(any(test, feature = "testing"))]
+pub mod builder;
+pub mod contents;
+pub mod crc;
+pub mod format;
 pub mod lsn;
+pub mod page;
+pub mod record;
+pub mod scanner;
 pub mod segment;
 pub mod time;
 pub mod timeline;
 
+pub use format::WalFormat;
 pub use lsn::{Lsn, LsnRange};
+pub use record::{Record, RecordHeader, RecordVisitor};
+pub use scanner::{ResumePoint, ScanContext, ScanError, Scanner};
 pub use segment::{SegmentName, SegmentNo, SegmentSize};
 pub use time::PgTimestamp;
 pub use timeline::{TimelineHistory, TimelineId};
