@@ -1,0 +1,190 @@
+//! What a connection string depends on besides itself: environment, operating system user, files.
+//!
+//! Owns the only reads of them in `conninfo`, behind a trait, so that everything else here is a function of its
+//! arguments. Never writes anything.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+};
+
+/// The process's environment as libpq looks at it.
+pub trait Surroundings {
+    /// The environment variable `name`.
+    fn variable(&self, name: &str) -> Option<String>;
+
+    /// Name of the operating system user we run as.
+    fn user_name(&self) -> Option<String>;
+
+    /// Its number, for the error when it has no name.
+    fn user_id(&self) -> u32;
+
+    /// Its home directory; `HOME` has precedence, the caller sees to that.
+    fn user_home(&self) -> Option<PathBuf>;
+
+    /// The file at `path`.
+    fn read(&self, path: &Path) -> io::Result<FoundFile>;
+}
+
+/// The home directory by libpq's rule: `HOME`, else what the operating system knows.
+pub(crate) fn home_directory(surroundings: &dyn Surroundings) -> Option<PathBuf> {
+    match surroundings.variable("HOME").filter(|home| !home.is_empty()) {
+        Some(home) => Some(PathBuf::from(home)),
+        None => surroundings.user_home(),
+    }
+}
+
+/// A file that exists.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FoundFile {
+    /// A plain file.
+    Plain {
+        /// Permission bits.
+        mode: u32,
+        /// Content; bytes that are not UTF-8 are replaced, which spoils only the lines they stand in.
+        text: String,
+    },
+    /// A directory, a device, a pipe: never read.
+    NotPlain,
+}
+
+/// The true environment of this process.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ProcessSurroundings;
+
+impl Surroundings for ProcessSurroundings {
+    fn variable(&self, name: &str) -> Option<String> {
+        std::env::var(name).ok()
+    }
+
+    fn user_name(&self) -> Option<String> {
+        // Users of a directory service are not in the file; service managers and shells name them in LOGNAME.
+        let from_login = || self.variable("LOGNAME").or_else(|| self.variable("USER"));
+        self.passwd_field(0).or_else(from_login).filter(|name| !name.is_empty())
+    }
+
+    fn user_id(&self) -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+
+    fn user_home(&self) -> Option<PathBuf> {
+        self.passwd_field(5).filter(|home| !home.is_empty()).map(PathBuf::from)
+    }
+
+    fn read(&self, path: &Path) -> io::Result<FoundFile> {
+        read_file(path)
+    }
+}
+
+impl ProcessSurroundings {
+    /// A field of our own line in the user database (passwd(5)).
+    fn passwd_field(&self, field: usize) -> Option<String> {
+        let Ok(FoundFile::Plain { text, .. }) = self.read(Path::new("/etc/passwd")) else { return None };
+        let user_id = self.user_id().to_string();
+        let line = text.lines().find(|line| line.split(':').nth(2) == Some(&user_id))?;
+        line.split(':').nth(field).map(str::to_owned)
+    }
+}
+
+/// Largest password, service or user file that is read.
+const FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// Reads one small file of the administrator's.
+// Files of the store belong to store/disk.rs; these are not the store's, are only read, and only when connecting.
+#[allow(clippy::disallowed_methods)]
+fn read_file(path: &Path) -> io::Result<FoundFile> {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    // Looked at before it is opened: opening a pipe would block.
+    let metadata = std::fs::metadata(path)?;
+    if !metadata.is_file() {
+        return Ok(FoundFile::NotPlain);
+    }
+    if metadata.len() > FILE_BYTES_MAX {
+        return Err(io::Error::from(io::ErrorKind::FileTooLarge));
+    }
+    let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
+    Ok(FoundFile::Plain { mode: metadata.permissions().mode() & 0o7777, text })
+}
+
+/// Surroundings made of values: for tests.
+#[derive(Clone, Debug, Default)]
+pub struct FixedSurroundings {
+    /// Environment variables.
+    pub variables: BTreeMap<String, String>,
+    /// The operating system user's name.
+    pub user_name: Option<String>,
+    /// The operating system user's home directory.
+    pub user_home: Option<PathBuf>,
+    /// Files by path.
+    pub files: BTreeMap<PathBuf, FoundFile>,
+}
+
+impl FixedSurroundings {
+    /// Somebody called `name`, with nothing in the environment and no files.
+    pub fn of_user(name: &str) -> Self {
+        Self { user_name: Some(name.to_owned()), ..Self::default() }
+    }
+
+    /// Adds an environment variable.
+    #[must_use]
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        self.variables.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Adds a plain file.
+    #[must_use]
+    pub fn with_file(mut self, path: &str, mode: u32, text: &str) -> Self {
+        self.files.insert(PathBuf::from(path), FoundFile::Plain { mode, text: text.to_owned() });
+        self
+    }
+}
+
+impl Surroundings for FixedSurroundings {
+    fn variable(&self, name: &str) -> Option<String> {
+        self.variables.get(name).cloned()
+    }
+
+    fn user_name(&self) -> Option<String> {
+        self.user_name.clone()
+    }
+
+    fn user_id(&self) -> u32 {
+        1000
+    }
+
+    fn user_home(&self) -> Option<PathBuf> {
+        self.user_home.clone()
+    }
+
+    fn read(&self, path: &Path) -> io::Result<FoundFile> {
+        self.files.get(path).cloned().ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_knows_its_user_and_reads_only_plain_files() {
+        let surroundings = ProcessSurroundings;
+        assert!(surroundings.user_name().is_some());
+        assert_eq!(surroundings.read(Path::new("/dev/null")).unwrap(), FoundFile::NotPlain);
+        assert_eq!(surroundings.read(Path::new("/")).unwrap(), FoundFile::NotPlain);
+        assert!(surroundings.read(Path::new("/no/such/file")).is_err());
+    }
+
+    #[test]
+    fn home_comes_from_the_environment_first() {
+        let mut surroundings = FixedSurroundings::of_user("postgres");
+        surroundings.user_home = Some(PathBuf::from("/var/lib/postgresql"));
+        assert_eq!(home_directory(&surroundings), surroundings.user_home);
+        let surroundings = surroundings.with_variable("HOME", "");
+        assert_eq!(home_directory(&surroundings), surroundings.user_home);
+        let surroundings = surroundings.with_variable("HOME", "/root");
+        assert_eq!(home_directory(&surroundings), Some(PathBuf::from("/root")));
+    }
+}
