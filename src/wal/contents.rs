@@ -98,12 +98,10 @@ impl Fields<'_> {
         self.array().map(u32::from_le_bytes)
     }
 
-    #[allow(dead_code)]
     pub(crate) fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes)
     }
 
-    #[allow(dead_code)]
     pub(crate) fn i64(&mut self) -> Option<i64> {
         self.array().map(i64::from_le_bytes)
     }

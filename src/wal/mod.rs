@@ -9,6 +9,7 @@ pub mod builder;
 pub mod contents;
 pub mod crc;
 pub mod format;
+pub mod insight;
 pub mod lsn;
 pub mod page;
 pub mod record;
