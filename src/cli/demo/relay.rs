@@ -1,0 +1,268 @@
+//! Relays as processes: this executable, started with a configuration file, asked over HTTP.
+//!
+//! Owns their configuration, start and end. Knows of a relay only what an operator can see.
+
+use std::{
+    env, fs,
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::process::Signal;
+
+use crate::{
+    cli::demo::{
+        installation::isolate,
+        process::{Process, Scratch, free_addresses},
+        server::REPLICATION_USER,
+    },
+    wal::Lsn,
+};
+
+/// How long a relay may take until it can serve.
+const READY_WAIT: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+const HTTP_WAIT: Duration = Duration::from_secs(5);
+/// No page of a relay is larger.
+const PAGE_BYTES_MAX: u64 = 4 << 20;
+
+/// What a relay is called and how it is set up.
+#[derive(Clone, Debug)]
+pub struct RelaySettings {
+    name: String,
+    slot: String,
+    upstream: String,
+    executable: Option<PathBuf>,
+    store: toml::Table,
+}
+
+impl RelaySettings {
+    /// A relay of that upstream, with a slot of its own name.
+    pub fn new(name: &str, upstream: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            slot: name.to_owned(),
+            upstream: upstream.to_owned(),
+            executable: None,
+            store: toml::Table::new(),
+        }
+    }
+
+    /// Another slot than its name.
+    #[must_use]
+    pub fn slot(mut self, slot: &str) -> Self {
+        slot.clone_into(&mut self.slot);
+        self
+    }
+
+    /// Another executable than the running one.
+    #[must_use]
+    pub fn executable(mut self, executable: &Path) -> Self {
+        self.executable = Some(executable.to_owned());
+        self
+    }
+
+    /// One more setting of the section `[store]`.
+    #[must_use]
+    pub fn store(mut self, name: &str, value: &str) -> Self {
+        self.store.insert(name.to_owned(), value.into());
+        self
+    }
+
+    fn to_toml(&self, data_folder: &Path, listen: SocketAddr, admin: SocketAddr) -> String {
+        let section = |pairs: &[(&str, String)]| {
+            let pairs = pairs.iter().map(|(name, value)| ((*name).to_owned(), value.clone().into()));
+            toml::Value::Table(pairs.collect())
+        };
+        let data_folder = data_folder.to_string_lossy().into_owned();
+        let mut file = toml::Table::new();
+        file.insert("relay".into(), section(&[("name", self.name.clone()), ("data_dir", data_folder)]));
+        let upstream = [("conninfo", self.upstream.clone()), ("slot", self.slot.clone())];
+        file.insert("upstream".into(), section(&upstream));
+        file.insert("downstream".into(), section(&[("listen", listen.to_string())]));
+        file.insert("admin".into(), section(&[("listen", admin.to_string())]));
+        if !self.store.is_empty() {
+            file.insert("store".into(), toml::Value::Table(self.store.clone()));
+        }
+        file.to_string()
+    }
+}
+
+/// A running relay.
+#[derive(Debug)]
+pub struct Relay {
+    process: Process,
+    listen: SocketAddr,
+    admin: SocketAddr,
+    data_folder: PathBuf,
+}
+
+/// What a relay says it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RelayPositions {
+    /// End of the WAL that was checked and may be served.
+    pub verified: Option<Lsn>,
+    /// End of the WAL given to the operating system.
+    pub written: Option<Lsn>,
+    /// End of the WAL on stable storage.
+    pub flushed: Option<Lsn>,
+}
+
+impl Relay {
+    /// Starts it in a folder of its name, and waits until it can serve.
+    pub fn start(scratch: &Scratch, settings: &RelaySettings) -> Result<Self> {
+        let mut relay = Self::spawn(scratch, settings)?;
+        relay.wait_until_ready()?;
+        Ok(relay)
+    }
+
+    /// Starts it in a folder of its name, which may exist already, and does not wait.
+    pub fn spawn(scratch: &Scratch, settings: &RelaySettings) -> Result<Self> {
+        let [listen, admin] = free_addresses::<2>()?;
+        let folder = scratch.path().join(&settings.name);
+        fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder)?;
+        let data_folder = folder.join("data");
+        // It may hold the upstream's password.
+        let file = folder.join("walrelay.toml");
+        fs::OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&file)?
+            .write_all(settings.to_toml(&data_folder, listen, admin).as_bytes())?;
+        let executable = match &settings.executable {
+            Some(executable) => executable.clone(),
+            None => env::current_exe().context("could not find the running executable")?,
+        };
+        let mut command = Command::new(executable);
+        isolate(&mut command);
+        command.arg("run").arg("--config").arg(&file);
+        let log = scratch.path().join(format!("{}.log", settings.name));
+        let process = Process::start(&settings.name, command, Signal::TERM, &log)?;
+        Ok(Self { process, listen, admin, data_folder })
+    }
+
+    /// Waits until `/readyz` says yes.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + READY_WAIT;
+        loop {
+            let why = match self.page("/readyz") {
+                Ok(_) => return Ok(()),
+                Err(error) => error,
+            };
+            self.process.expect_running()?;
+            if Instant::now() > deadline {
+                return Err(why).with_context(|| format!("{} is not ready\n{}", self.name(), self.process.log_tail()));
+            }
+            thread::sleep(POLL_INTERVAL);
+        }
+    }
+
+    /// What it is called here.
+    pub fn name(&self) -> &str {
+        self.process.name()
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Where it serves WAL on 127.0.0.1.
+    pub fn port(&self) -> u16 {
+        self.listen.port()
+    }
+
+    /// Where it serves WAL.
+    pub fn address(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// Where it serves HTTP.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Its data directory.
+    pub fn data_folder(&self) -> &Path {
+        &self.data_folder
+    }
+
+    /// How a standby or another relay reaches it. Without a users file it trusts this machine.
+    pub fn conninfo(&self) -> String {
+        format!("host={} port={} user={REPLICATION_USER}", self.listen.ip(), self.listen.port())
+    }
+
+    /// An error with the end of its log, unless it runs.
+    pub fn expect_running(&mut self) -> Result<()> {
+        self.process.expect_running()
+    }
+
+    /// Ends it. Says how long that took.
+    pub fn stop(&mut self) -> Result<Duration> {
+        self.process.stop()
+    }
+
+    /// Its positions by `/status`.
+    pub fn positions(&self) -> Result<RelayPositions> {
+        let status: serde_json::Value = serde_json::from_str(&self.page("/status")?)?;
+        let store = status.get("store").ok_or_else(|| anyhow!("no \"store\" in /status"))?;
+        let position = |name: &str| store.get(name).and_then(|value| value.as_str()?.parse().ok());
+        Ok(RelayPositions {
+            verified: position("verified"),
+            written: position("written"),
+            flushed: position("flushed"),
+        })
+    }
+
+    /// The body of a page; an answer other than 200 is an error.
+    pub fn page(&self, path: &str) -> Result<String> {
+        let mut stream = TcpStream::connect_timeout(&self.admin, HTTP_WAIT)?;
+        stream.set_read_timeout(Some(HTTP_WAIT))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.admin)?;
+        let mut answer = Vec::new();
+        stream.take(PAGE_BYTES_MAX).read_to_end(&mut answer)?;
+        body_of(&String::from_utf8_lossy(&answer)).map(str::to_owned).with_context(|| format!("GET {path}"))
+    }
+}
+
+/// The body of an HTTP answer with status 200 that ends with the connection.
+fn body_of(answer: &str) -> Result<&str> {
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| anyhow!("the answer is cut off"))?;
+    let status_line = head.lines().next().unwrap_or_default();
+    if status_line.split(' ').nth(1) != Some("200") {
+        bail!("{status_line}: {}", body.trim_end());
+    }
+    Ok(body)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_quotes_whatever_a_conninfo_holds() {
+        let settings = RelaySettings::new("relay_1", "host=h password='a\"\\b'").store("wal_keep_size", "1GB");
+        let text = settings.to_toml(Path::new("/d"), "127.0.0.1:1".parse().unwrap(), "127.0.0.1:2".parse().unwrap());
+        let file: toml::Table = text.parse().unwrap();
+        assert_eq!(file["upstream"]["conninfo"].as_str(), Some("host=h password='a\"\\b'"));
+        assert_eq!(file["relay"]["data_dir"].as_str(), Some("/d"));
+        assert_eq!(file["downstream"]["listen"].as_str(), Some("127.0.0.1:1"));
+        assert_eq!(file["store"]["wal_keep_size"].as_str(), Some("1GB"));
+    }
+
+    #[test]
+    fn only_a_complete_answer_with_status_200_has_a_body() {
+        assert_eq!(body_of("HTTP/1.1 200 OK\r\nA: b\r\n\r\nyes").unwrap(), "yes");
+        let refusal = body_of("HTTP/1.1 503 Service Unavailable\r\n\r\nnot streaming\n").unwrap_err();
+        assert_eq!(refusal.to_string(), "HTTP/1.1 503 Service Unavailable: not streaming");
+        assert!(body_of("HTTP/1.1 200 OK\r\n").is_err());
+    }
+}
