@@ -45,7 +45,8 @@ impl Installation {
                 anyhow!("no PostgreSQL server found: install it (on Debian: apt-get install postgresql), or name its folder with --pg-bin")
             })?,
         };
-        let folder = fs::canonicalize(&folder).with_context(|| format!("could not read {}", folder.display()))?;
+        let folder =
+            fs::canonicalize(&folder).with_context(|| format!("could not read {}", folder.display()))?;
         let output = Command::new(folder.join("postgres"))
             .arg("--version")
             .output()
@@ -53,7 +54,8 @@ impl Installation {
         // "postgres (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split_whitespace().nth(2).map(str::to_owned);
-        let version = version.ok_or_else(|| anyhow!("unexpected answer of postgres --version: \"{text}\""))?;
+        let version =
+            version.ok_or_else(|| anyhow!("unexpected answer of postgres --version: \"{text}\""))?;
         Ok(Self { folder, version, account: account()? })
     }
 
@@ -138,7 +140,9 @@ fn account() -> Result<Option<Account>> {
     }
     let accounts = fs::read_to_string("/etc/passwd").context("could not read /etc/passwd")?;
     let found = ["postgres", "nobody"].into_iter().find_map(|name| account_named(&accounts, name));
-    found.map(Some).ok_or_else(|| anyhow!("PostgreSQL does not run as root, and there is no user \"postgres\" or \"nobody\""))
+    found.map(Some).ok_or_else(|| {
+        anyhow!("PostgreSQL does not run as root, and there is no user \"postgres\" or \"nobody\"")
+    })
 }
 
 fn account_named(accounts: &str, name: &str) -> Option<Account> {
@@ -159,7 +163,8 @@ mod tests {
 
     #[test]
     fn accounts_are_read_by_their_whole_name() {
-        let accounts = "root:x:0:0:root:/root:/bin/bash\npostgresql:x:7:8::/:/bin/sh\npostgres:x:101:104::/:/bin/sh\n";
+        let accounts =
+            "root:x:0:0:root:/root:/bin/bash\npostgresql:x:7:8::/:/bin/sh\npostgres:x:101:104::/:/bin/sh\n";
         assert_eq!(account_named(accounts, "postgres"), Some(Account { user: 101, group: 104 }));
         assert_eq!(account_named(accounts, "nobody"), None);
     }

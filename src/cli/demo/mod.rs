@@ -43,6 +43,8 @@ const TABLE_INTERVAL: Duration = Duration::from_secs(1);
 const TRANSACTIONS_PER_SECOND: u32 = 400;
 const CLIENTS: u32 = 4;
 const SCALE: u32 = 5;
+/// Thirty years.
+const SECONDS_WITHOUT_END: u64 = 1_000_000_000;
 /// The slot that the standby uses, on whatever it streams from.
 const STANDBY_SLOT: &str = "standby";
 
@@ -86,7 +88,8 @@ pub fn run(options: Options) -> Result<()> {
     }
     println!("load stopped; waiting until everybody has everything");
     let relays: Vec<&Relay> = chain.relays.iter().collect();
-    let report = verify::compare(&mut chain.watch.primary, &mut chain.watch.standby, &relays, &chain.primary)?;
+    let report =
+        verify::compare(&mut chain.watch.primary, &mut chain.watch.standby, &relays, &chain.primary)?;
     report.print();
     if !report.is_equal() {
         bail!("the standby or a relay differs from the primary");
@@ -111,12 +114,7 @@ struct Watch {
 
 impl Chain {
     /// The relays start before the backup is taken, so that they hold all WAL from its beginning.
-    fn start(
-        installation: &Installation,
-        scratch: &Scratch,
-        relays: u8,
-        stop: &AtomicBool,
-    ) -> Result<Self> {
+    fn start(installation: &Installation, scratch: &Scratch, relays: u8, stop: &AtomicBool) -> Result<Self> {
         let begun = Instant::now();
         let settings = ServerSettings::new("primary").set("wal_keep_size", "8GB").set("max_wal_size", "4GB");
         let primary = Server::create(installation, scratch, &settings)?;
@@ -153,19 +151,18 @@ impl Chain {
         let mut table = Table::new(std::io::stdout().is_terminal());
         let scale = SCALE.to_string();
         let mut filling =
-            self.primary.tool("pgbench", "load", &["--initialize", "--quiet", "--scale", &scale])?;
-        self.show_until(&mut table, &mut filling, None, stop)?;
+            self.primary.tool("pgbench", "filling", &["--initialize", "--quiet", "--scale", &scale])?;
+        self.show_until_ended(&mut table, &mut filling, "filling the tables", stop)?;
         if stop.load(Ordering::Relaxed) {
             return Ok(());
         }
         filling.expect_success()?;
-        // Whoever asked for no end gets one that nobody lives to see: pgbench wants a number.
-        let duration = seconds.unwrap_or(1_000_000_000).to_string();
+        // pgbench wants a number where nobody set an end.
+        let duration = seconds.unwrap_or(SECONDS_WITHOUT_END).to_string();
         let (clients, rate) = (CLIENTS.to_string(), TRANSACTIONS_PER_SECOND.to_string());
         let arguments = ["--client", &clients, "--rate", &rate, "--time", &duration, "--progress", "1"];
         let mut load = self.primary.tool("pgbench", "load", &arguments)?;
-        let until = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-        self.show_until(&mut table, &mut load, until, stop)?;
+        self.show_until_ended(&mut table, &mut load, "load", stop)?;
         if stop.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -173,11 +170,11 @@ impl Chain {
     }
 
     /// Returns when the load has ended or a stop was asked for.
-    fn show_until(
+    fn show_until_ended(
         &mut self,
         table: &mut Table,
         load: &mut Process,
-        until: Option<Instant>,
+        what: &str,
         stop: &AtomicBool,
     ) -> Result<()> {
         let mut draw_at = Instant::now();
@@ -187,10 +184,11 @@ impl Chain {
             if now >= draw_at {
                 draw_at = now + TABLE_INTERVAL;
                 let nodes = self.nodes()?;
-                let title = match until {
-                    Some(_) | None if load.log_last_line().starts_with("progress: ") => load.log_last_line(),
-                    _ => "filling the tables".to_owned(),
-                };
+                let last_line = load.log_last_line();
+                // "progress: 3.0 s, 391.7 tps, lat 5.138 ms stddev 4.820, 0 failed, lag 1.463 ms"
+                let progress = last_line.strip_prefix("progress: ").and_then(|rest| rest.split_once("s, "));
+                let rate = progress.and_then(|(_, rest)| rest.split(',').next());
+                let title = rate.map_or_else(|| what.to_owned(), |rate| format!("{what}, {rate}"));
                 table.draw(now.duration_since(self.started), &title, &nodes);
             }
             thread::sleep(SAMPLE_INTERVAL);
@@ -245,11 +243,11 @@ fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let flag = Arc::clone(&stop);
-    let _inside = runtime.enter();
+    let inside = runtime.enter();
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    drop(_inside);
+    drop(inside);
     thread::Builder::new().name("signals".to_owned()).spawn(move || {
         runtime.block_on(async {
             tokio::select! {

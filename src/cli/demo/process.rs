@@ -235,7 +235,8 @@ mod tests {
         let scratch = Scratch::create("walrelay-test").unwrap();
         let mut command = Command::new("sh");
         command.args(["-c", "echo up; exec sleep 600"]);
-        let mut process = Process::start("sleeper", command, Signal::TERM, &scratch.path().join("log")).unwrap();
+        let mut process =
+            Process::start("sleeper", command, Signal::TERM, &scratch.path().join("log")).unwrap();
         while process.log_last_line() != "up" {
             thread::sleep(POLL_INTERVAL);
         }

@@ -159,7 +159,8 @@ impl Relay {
             };
             self.process.expect_running()?;
             if Instant::now() > deadline {
-                return Err(why).with_context(|| format!("{} is not ready\n{}", self.name(), self.process.log_tail()));
+                return Err(why)
+                    .with_context(|| format!("{} is not ready\n{}", self.name(), self.process.log_tail()));
             }
             thread::sleep(POLL_INTERVAL);
         }
@@ -249,8 +250,10 @@ mod tests {
 
     #[test]
     fn the_configuration_quotes_whatever_a_conninfo_holds() {
-        let settings = RelaySettings::new("relay_1", "host=h password='a\"\\b'").store("wal_keep_size", "1GB");
-        let text = settings.to_toml(Path::new("/d"), "127.0.0.1:1".parse().unwrap(), "127.0.0.1:2".parse().unwrap());
+        let settings =
+            RelaySettings::new("relay_1", "host=h password='a\"\\b'").store("wal_keep_size", "1GB");
+        let text =
+            settings.to_toml(Path::new("/d"), "127.0.0.1:1".parse().unwrap(), "127.0.0.1:2".parse().unwrap());
         let file: toml::Table = text.parse().unwrap();
         assert_eq!(file["upstream"]["conninfo"].as_str(), Some("host=h password='a\"\\b'"));
         assert_eq!(file["relay"]["data_dir"].as_str(), Some("/d"));

@@ -23,7 +23,7 @@ use crate::{
         installation::{Installation, shown},
         process::{Process, Scratch, free_addresses, random_text},
     },
-    wal::{Lsn, parse_lsn_or_zero},
+    wal::{Lsn, lsn::parse_lsn_or_zero},
 };
 
 /// How long a server may take until it answers.
@@ -102,10 +102,16 @@ impl Server {
         installation.give(&password_file)?;
         let mut initdb = installation.command("initdb");
         initdb.args(["--username", SUPERUSER, "--auth", "scram-sha-256", "--encoding", "UTF8"]);
-        initdb.args(["--locale", "C", "--no-sync", "--pwfile"]).arg(&password_file).arg("--pgdata").arg(&data);
+        initdb
+            .args(["--locale", "C", "--no-sync", "--pwfile"])
+            .arg(&password_file)
+            .arg("--pgdata")
+            .arg(&data);
         run_to_end(initdb)?;
         let mut admissions = settings.admissions.join("\n");
-        admissions.push_str("\nhost all all 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 scram-sha-256\n");
+        admissions.push_str(
+            "\nhost all all 127.0.0.1/32 scram-sha-256\nhost replication all 127.0.0.1/32 scram-sha-256\n",
+        );
         fs::write(data.join("pg_hba.conf"), admissions)?;
         let server = Self::start(installation, scratch, settings, password)?;
         let role = format!("CREATE ROLE {REPLICATION_USER} LOGIN REPLICATION PASSWORD '{}'", server.password);
@@ -149,7 +155,8 @@ impl Server {
         let log = scratch.path().join(format!("{}.log", settings.name));
         let process = Process::start(&settings.name, command, FAST_SHUTDOWN, &log)?;
         let logs = scratch.path().to_owned();
-        let mut server = Self { process, installation: installation.clone(), address, folder, logs, password };
+        let mut server =
+            Self { process, installation: installation.clone(), address, folder, logs, password };
         let deadline = Instant::now() + START_WAIT;
         while server.session().is_err() {
             server.process.expect_running()?;
@@ -263,7 +270,8 @@ impl Session {
             let text = fs::read_to_string(log).unwrap_or_default();
             anyhow!("psql ended: {}", text.lines().next_back().unwrap_or("it said nothing"))
         };
-        let asked = writeln!(self.input, "{sql};\n\\echo '{END_OF_ANSWER}'").and_then(|()| self.input.flush());
+        let asked =
+            writeln!(self.input, "{sql};\n\\echo '{END_OF_ANSWER}'").and_then(|()| self.input.flush());
         asked.map_err(|_broken_pipe| ended(&self.log))?;
         let mut rows = Vec::new();
         loop {

@@ -19,7 +19,7 @@ use crate::{
         relay::Relay,
         server::{Server, Session},
     },
-    wal::{Lsn, SegmentFile, SegmentName, SegmentNo, SegmentSize},
+    wal::{Lsn, SegmentName, SegmentNo, SegmentSize, segment::SegmentFile},
 };
 
 /// How long everybody may take to get everything.
@@ -94,7 +94,9 @@ fn compare_tables(primary: &mut Session, standby: &mut Session, report: &mut Rep
     )?;
     for table in tables {
         // A sum does not depend on the order of the rows, and numeric does not overflow.
-        let sum = format!("SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)::numeric), 0) FROM {table} t");
+        let sum = format!(
+            "SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)::numeric), 0) FROM {table} t"
+        );
         let (here, there) = (primary.row(&sum)?, standby.row(&sum)?);
         let (rows, checksum) = here.split_once('|').unwrap_or((&here, ""));
         if here == there {
@@ -114,8 +116,15 @@ fn wait_for_segment(relay: &Relay, last: SegmentNo) -> Result<()> {
             return Ok(());
         }
         if Instant::now() > deadline {
-            let held = held.keys().next_back().map_or_else(|| "none".to_owned(), |name| name.file_name(SEGMENT_SIZE));
-            bail!("the last complete WAL file of {} is {held} after {} s", relay.name(), CATCH_UP_WAIT.as_secs());
+            let held = held
+                .keys()
+                .next_back()
+                .map_or_else(|| "none".to_owned(), |name| name.file_name(SEGMENT_SIZE));
+            bail!(
+                "the last complete WAL file of {} is {held} after {} s",
+                relay.name(),
+                CATCH_UP_WAIT.as_secs()
+            );
         }
         thread::sleep(POLL_INTERVAL);
     }
@@ -132,7 +141,9 @@ fn compare_files(relay: &Relay, last: SegmentNo, primary: &Path, report: &mut Re
         next = Some(name.number.next());
         match first_difference(&primary.join(&file_name), path)? {
             None => files += 1,
-            Some(difference) => report.differences.push(format!("{}: {file_name}: {difference}", relay.name())),
+            Some(difference) => {
+                report.differences.push(format!("{}: {file_name}: {difference}", relay.name()))
+            }
         }
     }
     if !held.keys().any(|name| name.number == last) {
@@ -177,7 +188,8 @@ fn first_difference(expected: &Path, got: &Path) -> Result<Option<String>> {
     if left != right {
         return Ok(Some(format!("{right} bytes instead of {left}")));
     }
-    let open = |path| Ok::<_, std::io::Error>(BufReader::with_capacity(1 << 16, fs::File::open(path)?).bytes());
+    let open =
+        |path| Ok::<_, std::io::Error>(BufReader::with_capacity(1 << 16, fs::File::open(path)?).bytes());
     for (offset, (left, right)) in open(expected)?.zip(open(got)?).enumerate() {
         if left? != right? {
             return Ok(Some(format!("differs from the primary's at byte {offset}")));
