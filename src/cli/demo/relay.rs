@@ -16,14 +16,10 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Signal;
 
-use crate::{
-    cli::demo::{
-        installation::isolate,
-        process::{Process, Scratch, free_addresses},
-        server::REPLICATION_USER,
-    },
-    wal::Lsn,
-};
+use crate::cli::demo::installation::isolate;
+use crate::cli::demo::process::{Process, Scratch, free_addresses};
+use crate::cli::demo::server::REPLICATION_USER;
+use crate::wal::Lsn;
 
 /// How long a relay may take until it can serve.
 const READY_WAIT: Duration = Duration::from_secs(30);

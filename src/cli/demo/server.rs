@@ -17,14 +17,10 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::{
-    cli::demo::{
-        FAST_SHUTDOWN,
-        installation::{Installation, shown},
-        process::{Process, Scratch, free_addresses, random_text},
-    },
-    wal::{Lsn, lsn::parse_lsn_or_zero},
-};
+use crate::cli::demo::FAST_SHUTDOWN;
+use crate::cli::demo::installation::{Installation, shown};
+use crate::cli::demo::process::{Process, Scratch, free_addresses, random_text};
+use crate::wal::{Lsn, lsn::parse_lsn_or_zero};
 
 /// How long a server may take until it answers.
 const START_WAIT: Duration = Duration::from_secs(60);

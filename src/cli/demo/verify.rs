@@ -14,13 +14,9 @@ use std::{
 
 use anyhow::{Result, anyhow, bail};
 
-use crate::{
-    cli::demo::{
-        relay::Relay,
-        server::{Server, Session},
-    },
-    wal::{Lsn, SegmentName, SegmentNo, SegmentSize, segment::SegmentFile},
-};
+use crate::cli::demo::relay::Relay;
+use crate::cli::demo::server::{Server, Session};
+use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize, segment::SegmentFile};
 
 /// How long everybody may take to get everything.
 const CATCH_UP_WAIT: Duration = Duration::from_secs(120);
