@@ -1,0 +1,14 @@
+//! Tests against real PostgreSQL servers: one binary, one file per property. `tests/README.md` says how to run them.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods,
+    clippy::cast_possible_truncation,
+    reason = "a test fails by panicking, and prepares its own files"
+)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod harness;

@@ -1,0 +1,86 @@
+//! Something that writes while a test runs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::postgres::Postgres;
+use super::process::{Process, Program};
+use super::raw::RawClient;
+
+/// Makes pgbench's tables.
+pub(crate) fn pgbench_tables(primary: &Postgres, scale: u32) {
+    Program::new(primary.installation.program("pgbench"))
+        .args(["-i", "-q", "-I", "dtgp", "-s", &scale.to_string()])
+        .args(pgbench_target(primary))
+        .run();
+}
+
+/// pgbench's own transactions until dropped or for `seconds`.
+pub(crate) fn pgbench(primary: &Postgres, clients: u32, seconds: u32) -> Process {
+    let log = primary.data().with_file_name("pgbench.log");
+    let program = Program::new(primary.installation.program("pgbench"))
+        .args(["-n", "-c", &clients.to_string(), "-j", "1", "-T", &seconds.to_string()])
+        .args(pgbench_target(primary));
+    Process::spawn("pgbench", &program, &log)
+}
+
+fn pgbench_target(primary: &Postgres) -> Vec<String> {
+    ["-h", "127.0.0.1", "-p", &primary.port.to_string(), "-U", "postgres", "postgres"]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Commits rows of many sizes, one connection, as fast as it goes, until dropped. Survives restarts of the server.
+pub(crate) struct Load {
+    stop: Arc<AtomicBool>,
+    committed: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Load {
+    /// Rows go to the table `load_rows`, which is made when absent. `pause` follows each transaction.
+    pub(crate) fn start(primary: &Postgres, pause: Duration) -> Self {
+        primary.sql("create table if not exists load_rows (id bigserial primary key, filling text)");
+        let (stop, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, count, port) = (Arc::clone(&stop), Arc::clone(&committed), primary.port);
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let Ok(mut client) = RawClient::sql(port) else {
+                    std::thread::sleep(Duration::from_millis(50));
+                    continue;
+                };
+                while !stopped.load(Ordering::Relaxed) && client.rows(INSERT).is_ok() {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(pause);
+                }
+            }
+        });
+        Self { stop, committed, thread: Some(thread) }
+    }
+
+    /// Transactions that the primary has confirmed.
+    pub(crate) fn committed(&self) -> u64 {
+        self.committed.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        drop(self.thread.take().map(JoinHandle::join));
+    }
+}
+
+const INSERT: &str = "insert into load_rows (filling) select repeat(md5(random()::text), 1 + (random() * 60)::int) from generate_series(1, 1 + (random() * 20)::int)";
+
+/// Writes about this much WAL at once.
+pub(crate) fn write_wal(primary: &Postgres, bytes: u64) {
+    primary.sql("create table if not exists filler (filling text)");
+    primary.sql("alter table filler alter column filling set storage external");
+    let rows = bytes / 8_100 + 1;
+    primary.sql(&format!(
+        "insert into filler select repeat(md5(i::text), 250) from generate_series(1, {rows}) i"
+    ));
+}

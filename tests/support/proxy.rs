@@ -1,0 +1,368 @@
+//! A proxy between two peers of the replication protocol that spoils what passes, and writes down what passed.
+//!
+//! Knows just enough of the wire: messages from the server, and what the client says in a stream. No TLS.
+
+use std::io::{Read, Result, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::lab::free_port;
+use super::lsn;
+
+/// What becomes of a message from the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Forward,
+    /// A gap, if it was WAL.
+    Drop,
+    /// The connection ends here, before the message.
+    Cut,
+    /// These whole messages in its place.
+    Replace(Vec<Vec<u8>>),
+}
+
+/// Sees every message from the server, may change it in place, and decides. Called from the connection's thread.
+pub(crate) type Edit = Box<dyn FnMut(&mut Vec<u8>) -> Verdict + Send>;
+
+/// Positions that the client told in one standby status update.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Reported {
+    pub(crate) write: u64,
+    pub(crate) flush: u64,
+    pub(crate) apply: u64,
+}
+
+/// What passed, over all connections.
+#[derive(Default)]
+pub(crate) struct Passed {
+    /// Positions of START_REPLICATION, in order.
+    pub(crate) starts: Vec<u64>,
+    /// End of the WAL delivered to the client.
+    pub(crate) delivered: u64,
+    /// Bytes of WAL delivered, repeated ones counted again.
+    pub(crate) wal_bytes: u64,
+    /// The last status update, and how many there were.
+    pub(crate) reported: Option<Reported>,
+    pub(crate) status_updates: u64,
+    /// Highest flush position told so far.
+    pub(crate) flush_max: u64,
+    /// What the client told that it may never tell.
+    pub(crate) violations: Vec<String>,
+}
+
+#[derive(Default)]
+struct State {
+    closed: AtomicBool,
+    stalled: AtomicBool,
+    delay_ms: AtomicU64,
+    connections: AtomicU64,
+    ended: AtomicBool,
+    edit: Mutex<Option<Edit>>,
+    passed: Mutex<Passed>,
+    streams: Mutex<Vec<TcpStream>>,
+}
+
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
+    state: Arc<State>,
+}
+
+impl Proxy {
+    pub(crate) fn to(target_port: u16) -> Self {
+        let port = free_port();
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let state = Arc::new(State::default());
+        let shared = Arc::clone(&state);
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                if shared.ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Ok(client) = client {
+                    shared.connections.fetch_add(1, Ordering::Relaxed);
+                    accept(&shared, client, target_port);
+                }
+            }
+        });
+        Self { port, state }
+    }
+
+    /// Ends every connection and accepts no more (they are closed at once) until `open`.
+    pub(crate) fn close(&self) {
+        self.state.closed.store(true, Ordering::SeqCst);
+        self.cut();
+    }
+
+    pub(crate) fn open(&self) {
+        self.state.closed.store(false, Ordering::SeqCst);
+    }
+
+    /// Ends every connection now; new ones may come.
+    pub(crate) fn cut(&self) {
+        for stream in self.state.streams.lock().unwrap().drain(..) {
+            drop(stream.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// Holds everything back, in both directions, without ending a connection.
+    pub(crate) fn stall(&self, stalled: bool) {
+        self.state.stalled.store(stalled, Ordering::SeqCst);
+    }
+
+    /// Every chunk waits this long, in each direction.
+    pub(crate) fn delay(&self, delay: Duration) {
+        self.state.delay_ms.store(u64::try_from(delay.as_millis()).unwrap(), Ordering::SeqCst);
+    }
+
+    /// From now on `edit` sees every message from the server.
+    pub(crate) fn edit(&self, edit: impl FnMut(&mut Vec<u8>) -> Verdict + Send + 'static) {
+        *self.state.edit.lock().unwrap() = Some(Box::new(edit));
+    }
+
+    pub(crate) fn edit_nothing(&self) {
+        *self.state.edit.lock().unwrap() = None;
+    }
+
+    /// Looks at what passed so far.
+    pub(crate) fn passed<T>(&self, look: impl FnOnce(&Passed) -> T) -> T {
+        look(&self.state.passed.lock().unwrap())
+    }
+
+    /// Connections accepted so far.
+    pub(crate) fn connections(&self) -> u64 {
+        self.state.connections.load(Ordering::Relaxed)
+    }
+
+    /// Panics if the client ever broke the rules of status updates.
+    pub(crate) fn assert_honest(&self) {
+        self.passed(|passed| assert!(passed.violations.is_empty(), "{:#?}", passed.violations));
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.state.ended.store(true, Ordering::SeqCst);
+        self.close();
+        drop(TcpStream::connect(("127.0.0.1", self.port))); // wakes the listener
+    }
+}
+
+/// Flips one bit of the WAL byte at `position`, the first time it passes.
+pub(crate) fn flip_once(position: u64) -> impl FnMut(&mut Vec<u8>) -> Verdict + Send {
+    let mut done = false;
+    move |message| {
+        if let Some((start, wal)) = wal_in(message)
+            && !done
+            && (start..start + wal.len() as u64).contains(&position)
+        {
+            done = true;
+            let at = message.len() - wal_length(message) + usize::try_from(position - start).unwrap();
+            message[at] ^= 0x10;
+        }
+        Verdict::Forward
+    }
+}
+
+/// Drops the message that carries `position`, the first time it passes.
+pub(crate) fn drop_once(position: u64) -> impl FnMut(&mut Vec<u8>) -> Verdict + Send {
+    let mut done = false;
+    move |message| match wal_in(message) {
+        Some((start, wal)) if !done && (start..start + wal.len() as u64).contains(&position) => {
+            done = true;
+            Verdict::Drop
+        }
+        _ => Verdict::Forward,
+    }
+}
+
+/// Cuts every WAL message into pieces whose lengths `next_length` gives.
+pub(crate) fn in_pieces(
+    mut next_length: impl FnMut() -> usize + Send,
+) -> impl FnMut(&mut Vec<u8>) -> Verdict + Send {
+    move |message| {
+        let Some((start, wal)) = wal_in(message) else { return Verdict::Forward };
+        let mut pieces = Vec::new();
+        let mut done = 0;
+        while done < wal.len() {
+            let end = (done + next_length().max(1)).min(wal.len());
+            pieces.push(wal_message(start + done as u64, &message[14..30], &wal[done..end]));
+            done = end;
+        }
+        Verdict::Replace(pieces)
+    }
+}
+
+/// Start and bytes, if this message of the server carries WAL.
+pub(crate) fn wal_in(message: &[u8]) -> Option<(u64, &[u8])> {
+    let is_wal = message.first() == Some(&b'd') && message.get(5) == Some(&b'w') && message.len() >= 30;
+    is_wal.then(|| (u64::from_be_bytes(message[6..14].try_into().unwrap()), &message[30..]))
+}
+
+fn wal_length(message: &[u8]) -> usize {
+    message.len() - 30
+}
+
+fn wal_message(start: u64, rest_of_header: &[u8], wal: &[u8]) -> Vec<u8> {
+    let mut message = vec![b'd'];
+    message.extend(u32::try_from(4 + 25 + wal.len()).unwrap().to_be_bytes());
+    message.push(b'w');
+    message.extend(start.to_be_bytes());
+    message.extend(rest_of_header);
+    message.extend(wal);
+    message
+}
+
+fn accept(state: &Arc<State>, client: TcpStream, target_port: u16) {
+    if state.closed.load(Ordering::SeqCst) {
+        return;
+    }
+    let Ok(server) = TcpStream::connect(("127.0.0.1", target_port)) else { return };
+    drop((client.set_nodelay(true), server.set_nodelay(true)));
+    {
+        let mut streams = state.streams.lock().unwrap();
+        streams.push(client.try_clone().unwrap());
+        streams.push(server.try_clone().unwrap());
+    }
+    // Bytes that the server must answer with one raw byte: requests for encryption.
+    let raw_answers = Arc::new(AtomicU64::new(0));
+    let (down, up) = (Arc::clone(state), Arc::clone(state));
+    let (client_read, server_write) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+    let expected = Arc::clone(&raw_answers);
+    std::thread::spawn(move || {
+        drop(pass_up(&up, client_read, &server_write, &raw_answers));
+        drop(server_write.shutdown(Shutdown::Both));
+    });
+    std::thread::spawn(move || {
+        drop(pass_down(&down, server, &client, &expected));
+        drop(client.shutdown(Shutdown::Both));
+    });
+}
+
+/// Server to client, message by message.
+fn pass_down(
+    state: &State,
+    mut server: TcpStream,
+    mut client: &TcpStream,
+    raw_answers: &AtomicU64,
+) -> Result<()> {
+    loop {
+        let mut first = [0];
+        server.read_exact(&mut first)?;
+        if raw_answers.load(Ordering::SeqCst) > 0 {
+            raw_answers.fetch_sub(1, Ordering::SeqCst);
+            client.write_all(&first)?;
+            continue;
+        }
+        let mut length = [0; 4];
+        server.read_exact(&mut length)?;
+        let mut message = [&first[..], &length].concat();
+        message.resize(1 + u32::from_be_bytes(length) as usize, 0);
+        server.read_exact(&mut message[5..])?;
+        let verdict = state.edit.lock().unwrap().as_mut().map_or(Verdict::Forward, |edit| edit(&mut message));
+        let messages = match verdict {
+            Verdict::Forward => vec![message],
+            Verdict::Drop => vec![],
+            Verdict::Cut => return Ok(()),
+            Verdict::Replace(messages) => messages,
+        };
+        wait_turn(state);
+        for message in messages {
+            if let Some((start, wal)) = wal_in(&message) {
+                let mut passed = state.passed.lock().unwrap();
+                passed.delivered = passed.delivered.max(start + wal.len() as u64);
+                passed.wal_bytes += wal.len() as u64;
+            }
+            client.write_all(&message)?;
+        }
+    }
+}
+
+/// Client to server: first its startup packets, then messages.
+fn pass_up(
+    state: &State,
+    mut client: TcpStream,
+    mut server: &TcpStream,
+    raw_answers: &AtomicU64,
+) -> Result<()> {
+    loop {
+        let mut length = [0; 4];
+        client.read_exact(&mut length)?;
+        let mut rest = vec![0; (u32::from_be_bytes(length) as usize).saturating_sub(4)];
+        client.read_exact(&mut rest)?;
+        let is_request = matches!(rest.get(..4), Some([0x04, 0xD2, 0x16, 0x2F | 0x30]));
+        if is_request {
+            raw_answers.fetch_add(1, Ordering::SeqCst);
+        }
+        server.write_all(&[&length[..], &rest].concat())?;
+        if !is_request {
+            break;
+        }
+    }
+    let mut session = Session::default();
+    loop {
+        let mut head = [0; 5];
+        client.read_exact(&mut head)?;
+        let length = u32::from_be_bytes(head[1..].try_into().unwrap()) as usize;
+        let mut body = vec![0; length.saturating_sub(4)];
+        client.read_exact(&mut body)?;
+        session.note(&mut state.passed.lock().unwrap(), head[0], &body);
+        wait_turn(state);
+        server.write_all(&[&head[..], &body].concat())?;
+    }
+}
+
+/// What one client told in this connection; flush 0 may follow any value.
+#[derive(Default)]
+struct Session {
+    last: Reported,
+}
+
+impl Session {
+    fn note(&mut self, passed: &mut Passed, kind: u8, body: &[u8]) {
+        if kind == b'Q'
+            && let Some((_, command)) = String::from_utf8_lossy(body).split_once("START_REPLICATION ")
+        {
+            passed.starts.extend(command.split([' ', ';', '\0']).find(|word| word.contains('/')).map(lsn));
+            self.last = Reported::default();
+        }
+        if kind == b'd' && body.first() == Some(&b'r') && body.len() >= 25 {
+            let number = |at: usize| u64::from_be_bytes(body[at..at + 8].try_into().unwrap());
+            let now = Reported { write: number(1), flush: number(9), apply: number(17) };
+            let mut complain =
+                |what: &str| passed.violations.push(format!("{what}: {now:X?} after {:X?}", self.last));
+            if now.flush > now.write {
+                complain("flush beyond write");
+            }
+            if now.apply > now.flush {
+                complain("apply beyond flush");
+            }
+            if now.flush != 0 && now.flush < self.last.flush {
+                complain("flush went back");
+            }
+            if now.write != 0 && now.write < self.last.write {
+                complain("write went back");
+            }
+            if now.write > passed.delivered {
+                passed
+                    .violations
+                    .push(format!("write {:X} beyond delivered {:X}", now.write, passed.delivered));
+            }
+            self.last = now;
+            passed.reported = Some(now);
+            passed.status_updates += 1;
+            passed.flush_max = passed.flush_max.max(now.flush);
+        }
+    }
+}
+
+fn wait_turn(state: &State) {
+    let delay = state.delay_ms.load(Ordering::SeqCst);
+    if delay > 0 {
+        std::thread::sleep(Duration::from_millis(delay));
+    }
+    while state.stalled.load(Ordering::SeqCst) && !state.closed.load(Ordering::SeqCst) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

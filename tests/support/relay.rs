@@ -1,0 +1,278 @@
+//! The relay as a process: its settings, its start, its status, its ends.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::faults::Faults;
+use super::process::{Process, Program};
+use super::raw::RawClient;
+use super::wait::{wait_for, wait_until};
+use super::{http, lab, lsn, lsn_text};
+
+/// A relay with its folder, which stays across restarts. It may be down.
+pub(crate) struct Relay {
+    pub(crate) port: u16,
+    pub(crate) admin_port: u16,
+    name: String,
+    data_dir: PathBuf,
+    settings: BTreeMap<String, String>,
+    process: Option<Process>,
+    pub(crate) environment: Vec<(String, String)>,
+    /// Programs that replace themselves by the relay, such as `prlimit --nofile=64`.
+    pub(crate) wrapper: Vec<String>,
+    folder: Arc<TempDir>,
+}
+
+impl Relay {
+    /// A relay that would stream from this port under this name, not started yet.
+    pub(crate) fn new(name: &str, upstream_port: u16) -> Self {
+        let folder = Arc::new(lab::scratch());
+        let mut relay = Self {
+            port: lab::free_port(),
+            admin_port: lab::free_port(),
+            name: name.to_owned(),
+            data_dir: folder.path().join("relay"),
+            settings: BTreeMap::new(),
+            process: None,
+            environment: Vec::new(),
+            wrapper: Vec::new(),
+            folder,
+        };
+        relay.set("relay.name", &format!("{name:?}"));
+        relay.set(
+            "upstream.conninfo",
+            &format!("\"host=127.0.0.1 port={upstream_port} user=postgres sslmode=disable\""),
+        );
+        relay.set("upstream.slot", &format!("{name:?}"));
+        relay.set("downstream.listen", &format!("\"127.0.0.1:{}\"", relay.port));
+        relay.set("admin.listen", &format!("\"127.0.0.1:{}\"", relay.admin_port));
+        let data_dir = relay.data_dir.clone();
+        relay.with_data_dir(&data_dir)
+    }
+
+    /// Starts a relay and waits until it streams.
+    pub(crate) fn streaming_from(name: &str, upstream_port: u16) -> Self {
+        let mut relay = Self::new(name, upstream_port);
+        relay.start();
+        relay
+    }
+
+    /// A setting as `section.key` with its value in TOML.
+    pub(crate) fn set(&mut self, key: &str, value: &str) {
+        self.settings.insert(key.to_owned(), value.to_owned());
+    }
+
+    pub(crate) fn unset(&mut self, key: &str) {
+        self.settings.remove(key);
+    }
+
+    pub(crate) fn with(mut self, key: &str, value: &str) -> Self {
+        self.set(key, value);
+        self
+    }
+
+    pub(crate) fn with_data_dir(mut self, data_dir: &Path) -> Self {
+        self.data_dir = data_dir.to_owned();
+        self.set("relay.data_dir", &format!("{:?}", data_dir.to_str().unwrap()));
+        self
+    }
+
+    /// Faults on demand for the files of this relay.
+    pub(crate) fn with_faults(mut self, faults: &Faults) -> Self {
+        self.environment.extend(faults.environment(&self.data_dir));
+        self
+    }
+
+    /// Starts the process and waits until it is ready.
+    pub(crate) fn start(&mut self) {
+        self.launch();
+        self.wait_ready();
+    }
+
+    /// Starts the process and waits for nothing.
+    pub(crate) fn launch(&mut self) {
+        assert!(self.process.is_none(), "already started");
+        let config = self.write_config();
+        let mut program = Program::new(binary()).args(["run", "--config", config.to_str().unwrap()]);
+        program.environment.clone_from(&self.environment);
+        program.wrapper.clone_from(&self.wrapper);
+        self.process = Some(Process::spawn(&self.name, &program, &self.log_path()));
+    }
+
+    /// The settings as a file. Returns its path.
+    pub(crate) fn write_config(&self) -> PathBuf {
+        let mut text = String::new();
+        let mut section = "";
+        for (key, value) in &self.settings {
+            let (of, key) = key.rsplit_once('.').unwrap();
+            if of != section {
+                writeln!(text, "[{of}]").unwrap();
+                section = of;
+            }
+            writeln!(text, "{key} = {value}").unwrap();
+        }
+        let path = self.folder.path().join("walrelay.toml");
+        std::fs::write(&path, text).unwrap();
+        path
+    }
+
+    /// Waits until /readyz says yes: the store is open, the listener is up, the upstream streams or has streamed.
+    pub(crate) fn wait_ready(&mut self) {
+        wait_until("the relay to be ready", || {
+            self.assert_running();
+            self.is_ready()
+        });
+    }
+
+    /// Waits until the relay serves, whether or not it has an upstream.
+    pub(crate) fn wait_serving(&mut self) {
+        wait_until("the relay to serve", || {
+            self.assert_running();
+            RawClient::replication(self.port).is_ok()
+        });
+    }
+
+    pub(crate) fn assert_running(&mut self) {
+        let running = self.process.as_mut().is_some_and(Process::is_running);
+        assert!(running, "the relay ended by itself:\n{}", self.log());
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.process.as_mut().is_some_and(Process::is_running)
+    }
+
+    pub(crate) fn is_ready(&self) -> bool {
+        http::get(self.admin_port, "/readyz").is_some_and(|(status, _)| status == 200)
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        self.process.as_ref().expect("started")
+    }
+
+    pub(crate) fn process_mut(&mut self) -> &mut Process {
+        self.process.as_mut().expect("started")
+    }
+
+    pub(crate) fn kill(&mut self) {
+        self.process.take().expect("started").kill();
+    }
+
+    /// SIGTERM; returns the exit status.
+    pub(crate) fn terminate(&mut self) -> std::process::ExitStatus {
+        let mut process = self.process.take().expect("started");
+        process.signal(Signal::TERM);
+        process.wait_for_end()
+    }
+
+    /// Waits for an end that the relay brings about itself.
+    pub(crate) fn wait_for_end(&mut self) -> std::process::ExitStatus {
+        self.process.take().expect("started").wait_for_end()
+    }
+
+    pub(crate) fn restart_after_kill(&mut self) {
+        self.kill();
+        self.start();
+    }
+
+    /// /status, or null when it does not answer.
+    pub(crate) fn status(&self) -> Value {
+        let answer = http::get(self.admin_port, "/status");
+        answer.and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or(Value::Null)
+    }
+
+    /// A position of /status, as `/store/flushed`; 0 when it is not told.
+    pub(crate) fn position(&self, pointer: &str) -> u64 {
+        self.status().pointer(pointer).and_then(Value::as_str).map_or(0, lsn)
+    }
+
+    pub(crate) fn flushed(&self) -> u64 {
+        self.position("/store/flushed")
+    }
+
+    /// Start of the first segment held.
+    pub(crate) fn oldest(&self) -> u64 {
+        self.position("/store/oldest")
+    }
+
+    pub(crate) fn wait_flushed(&self, position: u64) {
+        let what = format!("{} to have flushed {}", self.name, lsn_text(position));
+        wait_for(&what, || (self.flushed() >= position).then_some(()));
+    }
+
+    /// The sessions that /status shows for this application_name.
+    pub(crate) fn downstream(&self, application_name: &str) -> Vec<Value> {
+        let status = self.status();
+        let sessions = status["downstream"].as_array().cloned().unwrap_or_default();
+        sessions.into_iter().filter(|session| session["application_name"] == application_name).collect()
+    }
+
+    pub(crate) fn wait_downstream(&self, application_name: &str, state: &str) {
+        let what = format!("{application_name} to be {state} at {}", self.name);
+        wait_until(&what, || {
+            self.downstream(application_name).iter().any(|session| session["state"] == state)
+        });
+    }
+
+    pub(crate) fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// Where the WAL files are.
+    pub(crate) fn wal_dir(&self) -> PathBuf {
+        let below = self.data_dir.join("wal");
+        if below.is_dir() { below } else { self.data_dir.clone() }
+    }
+
+    pub(crate) fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log_path()).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until the log has a line with this text.
+    pub(crate) fn wait_logged(&self, text: &str) {
+        wait_until(&format!("{} to log {text:?}", self.name), || self.log().contains(text));
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    /// One value of /metrics.
+    pub(crate) fn metric(&self, name: &str) -> Option<f64> {
+        let (_, text) = http::get(self.admin_port, "/metrics")?;
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    }
+
+    /// Runs the program once with other arguments; returns exit status, stdout and stderr.
+    pub(crate) fn command(arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
+        let output = std::process::Command::new(binary()).args(arguments).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status, text(&output.stdout), text(&output.stderr))
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("settings: {:?}\nstatus: {}", self.settings, self.status());
+            if self.process.is_none() {
+                eprintln!("--- log of {}\n{}\n---", self.name, self.log());
+            }
+        }
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::TERM);
+            process.wait(Duration::from_secs(5));
+        }
+    }
+}
+
+/// The program under test: that of this build, or one given for a comparison.
+pub(crate) fn binary() -> PathBuf {
+    std::env::var_os("WALRELAY_BINARY").map_or_else(|| env!("CARGO_BIN_EXE_walrelay").into(), PathBuf::from)
+}

@@ -1,0 +1,166 @@
+/*
+ * Faults on demand for the files below $FAULT_PATH, preloaded into the program under test.
+ *
+ * $FAULT_TRIGGERS is a folder; a file in it switches a fault on, and removing it switches the fault off:
+ *
+ *   sync_fails     fsync and fdatasync fail with EIO (the number in the file: after that many more calls)
+ *   sync_lies      they return success and do nothing
+ *   sync_slow      they take that many milliseconds
+ *   write_full     writes fail with ENOSPC, and so does making or growing a file
+ *   read_fails     pread fails with EIO
+ *
+ * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
+ * sync, write, create, rename, unlink.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+static int below(const char *path) {
+  const char *prefix = getenv("FAULT_PATH");
+  return prefix && path && strncmp(path, prefix, strlen(prefix)) == 0;
+}
+
+static int ours(int fd) {
+  char link[64], path[PATH_MAX];
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  ssize_t length = readlink(link, path, sizeof path - 1);
+  if (length < 0) return 0;
+  path[length] = 0;
+  return below(path);
+}
+
+/* The number in a trigger file, 0 when it is empty, -1 when it is absent. */
+static long trigger(const char *name) {
+  const char *folder = getenv("FAULT_TRIGGERS");
+  char path[PATH_MAX], text[32] = "";
+  if (!folder) return -1;
+  snprintf(path, sizeof path, "%s/%s", folder, name);
+  int fd = NEXT(open)(path, O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return -1;
+  if (NEXT(read)(fd, text, sizeof text - 1) < 0) text[0] = 0;
+  close(fd);
+  return atol(text);
+}
+
+static void step(const char *call, const char *side) {
+  static atomic_long before_calls, after_calls;
+  const char *plan = getenv("FAULT_KILL");
+  size_t length = strlen(call);
+  if (!plan || strncmp(plan, call, length) != 0 || plan[length] != ':') return;
+  char *rest;
+  long wanted = strtol(plan + length + 1, &rest, 10);
+  if (strcmp(rest + 1, side) != 0) return;
+  atomic_long *calls = strcmp(side, "before") == 0 ? &before_calls : &after_calls;
+  if (atomic_fetch_add(calls, 1) + 1 == wanted) {
+    kill(getpid(), SIGKILL);
+    pause();
+  }
+}
+
+static int spoiled_sync(int fd, int (*real)(int)) {
+  static atomic_long seen;
+  if (!ours(fd)) return real(fd);
+  step("sync", "before");
+  long after = trigger("sync_fails");
+  if (after < 0) atomic_store(&seen, 0);
+  else if (atomic_fetch_add(&seen, 1) >= after) { errno = EIO; return -1; }
+  long slow = trigger("sync_slow");
+  if (slow > 0) nanosleep(&(struct timespec){slow / 1000, slow % 1000 * 1000000}, NULL);
+  int result = trigger("sync_lies") >= 0 ? 0 : real(fd);
+  step("sync", "after");
+  return result;
+}
+
+int fsync(int fd) { return spoiled_sync(fd, NEXT(fsync)); }
+int fdatasync(int fd) { return spoiled_sync(fd, NEXT(fdatasync)); }
+int syncfs(int fd) { return spoiled_sync(fd, NEXT(syncfs)); }
+
+static int full(void) {
+  if (trigger("write_full") < 0) return 0;
+  errno = ENOSPC;
+  return 1;
+}
+
+#define SPOILED_WRITE(type, name, parameters, arguments) \
+  type name parameters {                                 \
+    if (!ours(fd)) return NEXT(name) arguments;          \
+    if (full()) return -1;                               \
+    step("write", "before");                             \
+    type result = NEXT(name) arguments;                  \
+    step("write", "after");                              \
+    return result;                                       \
+  }
+
+SPOILED_WRITE(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size))
+SPOILED_WRITE(ssize_t, pwrite, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at))
+SPOILED_WRITE(ssize_t, pwrite64, (int fd, const void *data, size_t size, off64_t at), (fd, data, size, at))
+SPOILED_WRITE(ssize_t, writev, (int fd, const struct iovec *parts, int count), (fd, parts, count))
+SPOILED_WRITE(ssize_t, pwritev, (int fd, const struct iovec *parts, int count, off_t at), (fd, parts, count, at))
+SPOILED_WRITE(ssize_t, pwritev64, (int fd, const struct iovec *parts, int count, off64_t at), (fd, parts, count, at))
+SPOILED_WRITE(ssize_t, pwritev2, (int fd, const struct iovec *parts, int count, off_t at, int flags), (fd, parts, count, at, flags))
+SPOILED_WRITE(ssize_t, pwritev64v2, (int fd, const struct iovec *parts, int count, off64_t at, int flags), (fd, parts, count, at, flags))
+
+static int spoiled_grow(int fd) { return ours(fd) && full(); }
+
+int fallocate(int fd, int mode, off_t at, off_t size) { return spoiled_grow(fd) ? -1 : NEXT(fallocate)(fd, mode, at, size); }
+int fallocate64(int fd, int mode, off64_t at, off64_t size) { return spoiled_grow(fd) ? -1 : NEXT(fallocate64)(fd, mode, at, size); }
+int posix_fallocate(int fd, off_t at, off_t size) { return spoiled_grow(fd) ? ENOSPC : NEXT(posix_fallocate)(fd, at, size); }
+int posix_fallocate64(int fd, off64_t at, off64_t size) { return spoiled_grow(fd) ? ENOSPC : NEXT(posix_fallocate64)(fd, at, size); }
+
+#define SPOILED_READ(name, type)                                                            \
+  ssize_t name(int fd, void *data, size_t size, type at) {                                  \
+    if (ours(fd) && trigger("read_fails") >= 0) { errno = EIO; return -1; }                 \
+    return NEXT(name)(fd, data, size, at);                                                  \
+  }
+
+SPOILED_READ(pread, off_t)
+SPOILED_READ(pread64, off64_t)
+
+#define SPOILED_OPEN(name)                                                                  \
+  int name(const char *path, int flags, ...) {                                              \
+    va_list rest;                                                                           \
+    va_start(rest, flags);                                                                  \
+    mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                 \
+    va_end(rest);                                                                           \
+    if (!(flags & O_CREAT) || !below(path)) return NEXT(name)(path, flags, mode);           \
+    if (full()) return -1;                                                                  \
+    step("create", "before");                                                               \
+    int fd = NEXT(name)(path, flags, mode);                                                 \
+    step("create", "after");                                                                \
+    return fd;                                                                              \
+  }
+
+SPOILED_OPEN(open)
+SPOILED_OPEN(open64)
+
+int rename(const char *from, const char *to) {
+  if (!below(from)) return NEXT(rename)(from, to);
+  step("rename", "before");
+  int result = NEXT(rename)(from, to);
+  step("rename", "after");
+  return result;
+}
+
+int unlink(const char *path) {
+  if (!below(path)) return NEXT(unlink)(path);
+  step("unlink", "before");
+  int result = NEXT(unlink)(path);
+  step("unlink", "after");
+  return result;
+}
