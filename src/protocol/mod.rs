@@ -10,9 +10,9 @@ pub mod command;
 pub mod copy_stream;
 mod fields;
 pub mod frontend;
-
+pub mod md5;
 pub mod replication;
-
+pub mod scram;
 pub mod sqlstate;
 
 use bytes::{Buf, Bytes, BytesMut};
