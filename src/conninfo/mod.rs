@@ -246,6 +246,11 @@ impl Conninfo {
         Err(ConninfoError::NoTls { keyword, value: value.to_owned() })
     }
 
+    /// Whether a password stands in the string itself, and so wherever the string is kept.
+    pub fn is_password_given_in_string(&self) -> bool {
+        self.given.value("password").is_some()
+    }
+
     /// What the string gave, without secrets, in the key/value form.
     pub fn display_redacted(&self) -> impl fmt::Display + '_ {
         &self.given

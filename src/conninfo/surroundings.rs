@@ -1,7 +1,7 @@
 //! What a connection string depends on besides itself: environment, operating system user, files.
 //!
-//! Owns the only reads of them in `conninfo`, behind a trait, so that everything else here is a function of its
-//! arguments. Never writes anything.
+//! The only place outside the store that opens a file. Looked at only through a trait, so that everything else here is a
+//! function of its arguments. Never writes anything.
 
 use std::{
     collections::BTreeMap,
@@ -87,11 +87,8 @@ impl ProcessSurroundings {
     }
 }
 
-/// Largest password, service or user file that is read.
-const FILE_BYTES_MAX: u64 = 4 << 20;
-
 /// Reads one small file of the administrator's.
-// Files of the store belong to store/disk.rs; these are not the store's, are only read, and only when connecting.
+// Files of the store belong to store/disk.rs; these are not the store's, and are only read.
 #[allow(clippy::disallowed_methods)]
 fn read_file(path: &Path) -> io::Result<FoundFile> {
     use std::os::unix::fs::PermissionsExt as _;
@@ -107,6 +104,9 @@ fn read_file(path: &Path) -> io::Result<FoundFile> {
     let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
     Ok(FoundFile::Plain { mode: metadata.permissions().mode() & 0o7777, text })
 }
+
+/// Largest file that is read.
+const FILE_BYTES_MAX: u64 = 4 << 20;
 
 /// Surroundings made of values: for tests.
 #[derive(Clone, Debug, Default)]

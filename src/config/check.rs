@@ -1,0 +1,278 @@
+//! From what is written to what can be relied on: every check of every setting, and of those that depend on each other.
+//!
+//! Reads no file; the users and the token have been read before.
+
+use std::{ops::RangeInclusive, path::Path, time::Duration};
+
+use secrecy::SecretString;
+
+use crate::config::{
+    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, Relay, SendPolicy,
+    Store, Upstream, Users,
+    error::Problem,
+    listen,
+    raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
+    units::{Size, Span},
+};
+use crate::conninfo::{Conninfo, Surroundings};
+
+/// A configuration file and the files it names, read but not checked.
+pub(crate) struct Loaded<'a> {
+    pub(crate) raw: Raw,
+    pub(crate) users: Option<Users>,
+    pub(crate) token: Option<SecretString>,
+    /// Relative paths start here.
+    pub(crate) directory: &'a Path,
+    pub(crate) surroundings: &'a dyn Surroundings,
+}
+
+impl TryFrom<Loaded<'_>> for Config {
+    type Error = Problem;
+
+    fn try_from(loaded: Loaded<'_>) -> Result<Self, Problem> {
+        let Loaded { raw, users, token, directory, surroundings } = loaded;
+        let relay = relay(&raw.relay, directory)?;
+        let upstream = upstream(&raw.upstream, &relay.name, surroundings)?;
+        let downstream = downstream(&raw.downstream, users)?;
+        let store = store(&raw.store)?;
+        let admin = admin(&raw.admin, token)?;
+        if let Some(address) = admin.listen.map(ListenAddress::Tcp)
+            && downstream.listen.contains(&address)
+            && !is_chosen_by_the_system(&address)
+        {
+            return Err(Problem::AddressTwice { key: "admin.listen", address: address.to_string() });
+        }
+        let log = log(&raw.log)?;
+        let warnings = upstream.conninfo.password_file_warning.iter().map(ToString::to_string).collect();
+        Ok(Self { relay, upstream, downstream, store, admin, log, warnings })
+    }
+}
+
+fn relay(raw: &RawRelay, directory: &Path) -> Result<Relay, Problem> {
+    let name = required(&raw.name, "relay.name", "name = \"dc1_a\"")?;
+    let is_good = NAME_BYTES.contains(&name.len()) && name.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if !is_good {
+        let advice =
+            format!("expected {} to {} printable ASCII characters", NAME_BYTES.start(), NAME_BYTES.end());
+        return Err(Problem::invalid("relay.name", name, advice));
+    }
+    let data_dir = required(&raw.data_dir, "relay.data_dir", "data_dir = \"/var/lib/walrelay\"")?;
+    Ok(Relay { name: name.to_owned(), data_dir: directory.join(data_dir) })
+}
+
+fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> Result<Upstream, Problem> {
+    let text = required(
+        &raw.conninfo,
+        "upstream.conninfo",
+        "conninfo = \"host=10.1.0.10,10.1.0.11 user=replicator target_session_attrs=read-write\"",
+    )?;
+    let conninfo = Conninfo::parse_for_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
+    if let Some(slot) = &raw.slot {
+        check_slot_name(slot)?;
+    }
+    Ok(Upstream {
+        conninfo,
+        slot: raw.slot.clone(),
+        create_slot: raw.create_slot,
+        wal_receiver_timeout: timeout("upstream.wal_receiver_timeout", &raw.wal_receiver_timeout)?,
+        wal_receiver_status_interval: timeout(
+            "upstream.wal_receiver_status_interval",
+            &raw.wal_receiver_status_interval,
+        )?,
+        wal_retrieve_retry_interval: span(
+            "upstream.wal_retrieve_retry_interval",
+            &raw.wal_retrieve_retry_interval,
+            Duration::from_millis(1)..=Duration::from_secs(3600),
+        )?,
+    })
+}
+
+/// PostgreSQL's rule for names of slots (`ReplicationSlotValidateName`).
+fn check_slot_name(name: &str) -> Result<(), Problem> {
+    let is_good = NAME_BYTES.contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+    if is_good {
+        return Ok(());
+    }
+    let advice = "replication slot names may only contain up to 63 lower case letters, numbers, and underscore characters";
+    Err(Problem::invalid("upstream.slot", name, advice))
+}
+
+fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, Problem> {
+    const LISTEN: &str = "downstream.listen";
+    let listen = listen::parse_list(&raw.listen.0)
+        .map_err(|wrong| Problem::invalid(LISTEN, &wrong, listen::ADVICE))?;
+    if listen.is_empty() {
+        return Err(Problem::Missing { key: LISTEN, example: "listen = \"127.0.0.1:5433\"" });
+    }
+    let twice = listen.iter().enumerate().find(|(index, address)| {
+        !is_chosen_by_the_system(address) && listen.iter().take(*index).any(|earlier| earlier == *address)
+    });
+    if let Some((_, address)) = twice {
+        return Err(Problem::AddressTwice { key: LISTEN, address: address.to_string() });
+    }
+    let authentication = authentication(raw, users, &listen)?;
+    let send = match raw.send.as_str() {
+        "received" => SendPolicy::Received,
+        "flushed" => SendPolicy::Flushed,
+        other => {
+            return Err(Problem::invalid("downstream.send", other, "expected \"received\" or \"flushed\""));
+        }
+    };
+    const ALL: &str = "downstream.unauthenticated_connections_max";
+    const PER_ADDRESS: &str = "downstream.unauthenticated_connections_per_address_max";
+    let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 1..=100_000)?;
+    let unauthenticated_connections_per_address_max: usize =
+        number(PER_ADDRESS, raw.unauthenticated_connections_per_address_max, 1..=100_000)?;
+    if unauthenticated_connections_per_address_max > unauthenticated_connections_max {
+        return Err(Problem::Relation {
+            key: PER_ADDRESS,
+            value: unauthenticated_connections_per_address_max.to_string(),
+            relation: "greater than",
+            other: ALL,
+            other_value: unauthenticated_connections_max.to_string(),
+        });
+    }
+    Ok(Downstream {
+        listen,
+        authentication,
+        send,
+        wal_sender_timeout: timeout("downstream.wal_sender_timeout", &raw.wal_sender_timeout)?,
+        max_wal_senders: number("downstream.max_wal_senders", raw.max_wal_senders, 1..=262_143)?,
+        authentication_timeout: span(
+            "downstream.authentication_timeout",
+            &raw.authentication_timeout,
+            Duration::from_secs(1)..=Duration::from_secs(600),
+        )?,
+        unauthenticated_connections_max,
+        unauthenticated_connections_per_address_max,
+    })
+}
+
+/// With users, everybody proves who they are; without, only this machine may connect, if that is allowed.
+fn authentication(
+    raw: &RawDownstream,
+    users: Option<Users>,
+    listen: &[ListenAddress],
+) -> Result<Authentication, Problem> {
+    if let Some(users) = users {
+        return Ok(Authentication::Scram(users));
+    }
+    if !raw.trust_local {
+        return Err(Problem::UsersRequired);
+    }
+    match listen.iter().find(|address| !address.is_local()) {
+        Some(address) => Err(Problem::Unauthenticated(address.to_string())),
+        None => Ok(Authentication::TrustLocal),
+    }
+}
+
+fn store(raw: &RawStore) -> Result<Store, Problem> {
+    const TAIL: &str = "store.tail_size";
+    const UNWRITTEN: &str = "store.unwritten_size";
+    let tail_size = size(TAIL, &raw.tail_size, MEMORY_BYTES)?;
+    let unwritten_size = size(UNWRITTEN, &raw.unwritten_size, MEMORY_BYTES)?;
+    if unwritten_size > tail_size {
+        // What is not written yet can be served from memory only.
+        return Err(Problem::Relation {
+            key: UNWRITTEN,
+            value: Size(unwritten_size).to_string(),
+            relation: "greater than",
+            other: TAIL,
+            other_value: Size(tail_size).to_string(),
+        });
+    }
+    Ok(Store {
+        wal_keep_size: size("store.wal_keep_size", &raw.wal_keep_size, 0..=1 << 50)?,
+        tail_size,
+        unwritten_size,
+        spare_segments: number("store.spare_segments", raw.spare_segments, 1..=64)?,
+        max_replication_slots: number("store.max_replication_slots", raw.max_replication_slots, 0..=262_143)?,
+    })
+}
+
+fn admin(raw: &RawAdmin, token: Option<SecretString>) -> Result<Admin, Problem> {
+    if raw.listen.is_empty() {
+        return Ok(Admin { listen: None, token });
+    }
+    let address = listen::parse_tcp(&raw.listen)
+        .ok_or_else(|| Problem::invalid("admin.listen", &raw.listen, listen::TCP_ADVICE))?;
+    if token.is_none() && !ListenAddress::Tcp(address).is_local() {
+        return Err(Problem::TokenRequired(raw.listen.clone()));
+    }
+    Ok(Admin { listen: Some(address), token })
+}
+
+fn log(raw: &RawLog) -> Result<Log, Problem> {
+    let levels = [LogLevel::Error, LogLevel::Warn, LogLevel::Info, LogLevel::Debug, LogLevel::Trace];
+    let level = levels.into_iter().find(|level| level.as_str() == raw.level).ok_or_else(|| {
+        let advice = "expected \"error\", \"warn\", \"info\", \"debug\", or \"trace\"";
+        Problem::invalid("log.level", &raw.level, advice)
+    })?;
+    let format = match raw.format.as_str() {
+        "auto" => LogFormat::Auto,
+        "text" => LogFormat::Text,
+        "json" => LogFormat::Json,
+        other => {
+            return Err(Problem::invalid("log.format", other, "expected \"auto\", \"text\", or \"json\""));
+        }
+    };
+    Ok(Log { level, format })
+}
+
+/// Port 0: two of them are two addresses.
+fn is_chosen_by_the_system(address: &ListenAddress) -> bool {
+    matches!(address, ListenAddress::Tcp(address) if address.port() == 0)
+}
+
+fn required<'a>(
+    value: &'a Option<String>,
+    key: &'static str,
+    example: &'static str,
+) -> Result<&'a str, Problem> {
+    let value = value.as_deref().filter(|value| !value.is_empty());
+    value.ok_or(Problem::Missing { key, example })
+}
+
+/// A time after which something is given up; 0 turns it off, as in PostgreSQL.
+fn timeout(key: &'static str, raw: &Quantity) -> Result<Option<Duration>, Problem> {
+    let value = span(key, raw, Duration::ZERO..=TIMEOUT_MAX)?;
+    Ok(Some(value).filter(|value| !value.is_zero()))
+}
+
+fn span(key: &'static str, raw: &Quantity, range: RangeInclusive<Duration>) -> Result<Duration, Problem> {
+    let value = Span::parse(&raw.0).map_err(|advice| Problem::invalid(key, &raw.0, advice))?;
+    if range.contains(&value.0) {
+        return Ok(value.0);
+    }
+    let (min, max) = (Span(*range.start()).to_string(), Span(*range.end()).to_string());
+    Err(Problem::OutOfRange { key, value: value.to_string(), min, max })
+}
+
+fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result<u64, Problem> {
+    let value = Size::parse(&raw.0).map_err(|advice| Problem::invalid(key, &raw.0, advice))?;
+    if range.contains(&value.0) {
+        return Ok(value.0);
+    }
+    let (min, max) = (Size(*range.start()).to_string(), Size(*range.end()).to_string());
+    Err(Problem::OutOfRange { key, value: value.to_string(), min, max })
+}
+
+fn number<T: TryFrom<i64>>(key: &'static str, raw: i64, range: RangeInclusive<i64>) -> Result<T, Problem> {
+    let in_range = Some(raw).filter(|raw| range.contains(raw));
+    in_range.and_then(|raw| T::try_from(raw).ok()).ok_or_else(|| Problem::OutOfRange {
+        key,
+        value: raw.to_string(),
+        min: range.start().to_string(),
+        max: range.end().to_string(),
+    })
+}
+
+/// `NAMEDATALEN - 1`.
+const NAME_BYTES: RangeInclusive<usize> = 1..=63;
+
+/// As long as PostgreSQL's timeouts can be, in whole days.
+const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 24 * 3600);
+
+/// At least what the largest accepted message holds, at most what a large machine has.
+const MEMORY_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 40;

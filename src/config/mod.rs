@@ -1,0 +1,281 @@
+//! Every setting: its default, its check, its type.
+//!
+//! Owns the configuration file and the users file. `raw.rs` mirrors the file and holds the defaults; `check.rs` turns it
+//! into a [`Config`] that cannot be wrong; the rest of the program sees only that. Everything is read and checked once, when
+//! the program starts. A wrong setting is one line that names file, line, key, value and the way out.
+//!
+//! Settings have PostgreSQL's names and units where PostgreSQL has the setting.
+
+mod check;
+mod document;
+mod error;
+mod listen;
+mod raw;
+#[cfg(test)]
+mod tests;
+mod units;
+mod users;
+
+use std::{
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use secrecy::SecretString;
+
+use crate::conninfo::{Conninfo, FoundFile, ProcessSurroundings, Surroundings};
+
+pub use error::{ConfigError, FileKind, Place, Problem};
+pub use listen::ListenAddress;
+pub use users::Users;
+
+use check::Loaded;
+use document::Document;
+use raw::Raw;
+
+/// All settings, checked.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `[relay]`
+    pub relay: Relay,
+    /// `[upstream]`
+    pub upstream: Upstream,
+    /// `[downstream]`
+    pub downstream: Downstream,
+    /// `[store]`
+    pub store: Store,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[log]`
+    pub log: Log,
+    /// What is allowed but unwise, in one line each, to be logged at start.
+    pub warnings: Vec<String>,
+}
+
+/// Who we are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relay {
+    /// `application_name` on the upstream: printable ASCII, at most 63 bytes.
+    pub name: String,
+    /// Where the WAL is.
+    pub data_dir: PathBuf,
+}
+
+/// Where WAL comes from.
+#[derive(Clone, Debug)]
+pub struct Upstream {
+    /// Where to connect, for physical replication.
+    pub conninfo: Conninfo,
+    /// The slot to use there, if any.
+    pub slot: Option<String>,
+    /// Whether it is created when it is absent.
+    pub create_slot: bool,
+    /// Silence after which the connection is given up; `None`: never.
+    pub wal_receiver_timeout: Option<Duration>,
+    /// Longest time between two status updates; `None`: only when asked.
+    pub wal_receiver_status_interval: Option<Duration>,
+    /// Longest pause before another attempt to connect; the first ones come sooner, and all are jittered.
+    pub wal_retrieve_retry_interval: Duration,
+}
+
+/// Where WAL goes.
+#[derive(Clone, Debug)]
+pub struct Downstream {
+    /// Where to listen; never empty.
+    pub listen: Vec<ListenAddress>,
+    /// How clients prove who they are.
+    pub authentication: Authentication,
+    /// When WAL may be sent.
+    pub send: SendPolicy,
+    /// Silence after which a client is given up; `None`: never.
+    pub wal_sender_timeout: Option<Duration>,
+    /// Most sessions that are authenticated.
+    pub max_wal_senders: usize,
+    /// Time a client has to authenticate.
+    pub authentication_timeout: Duration,
+    /// Most connections that are not authenticated yet.
+    pub unauthenticated_connections_max: usize,
+    /// The same for one address.
+    pub unauthenticated_connections_per_address_max: usize,
+}
+
+/// How clients prove who they are.
+#[derive(Clone, Debug)]
+pub enum Authentication {
+    /// Not at all: every address is local ([`ListenAddress::is_local`]).
+    TrustLocal,
+    /// By SCRAM-SHA-256, from wherever they connect.
+    Scram(Users),
+}
+
+/// When WAL may be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendPolicy {
+    /// As soon as it is verified.
+    Received,
+    /// When it is durable here.
+    Flushed,
+}
+
+/// How WAL is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Store {
+    /// Bytes of WAL to keep for consumers without a slot.
+    pub wal_keep_size: u64,
+    /// Bytes of the newest WAL to keep in memory.
+    pub tail_size: u64,
+    /// Most bytes that are received but not yet written; not more than `tail_size`.
+    pub unwritten_size: u64,
+    /// Segments prepared ahead of time.
+    pub spare_segments: u32,
+    /// Most slots.
+    pub max_replication_slots: usize,
+}
+
+/// The HTTP pages.
+#[derive(Clone, Debug)]
+pub struct Admin {
+    /// Where to listen, if at all.
+    pub listen: Option<SocketAddr>,
+    /// What a client must show to see more than whether we live.
+    pub token: Option<SecretString>,
+}
+
+/// Log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// The least important ones to write.
+    pub level: LogLevel,
+    /// Their form.
+    pub format: LogFormat,
+}
+
+/// How important a log line is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum LogLevel {
+    /// A human must act.
+    Error,
+    /// Unexpected, nothing lost.
+    Warn,
+    /// What happens.
+    Info,
+    /// Why it happens.
+    Debug,
+    /// Every message.
+    Trace,
+}
+
+impl LogLevel {
+    /// As `tracing` names it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// The form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`, and the files it names.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        Self::load_in(path, &ProcessSurroundings)
+    }
+
+    /// The same with the environment and the files of `surroundings`.
+    pub fn load_in(path: &Path, surroundings: &dyn Surroundings) -> Result<Self, ConfigError> {
+        let file = FileKind::Configuration.read(path, surroundings)?;
+        let located = |problem: Problem, line| problem.at(FileKind::Configuration, path, line);
+        let document = Document::parse(&file.text).map_err(|(problem, line)| located(problem, line))?;
+        let with_line = |problem: Problem| {
+            let line = document.line_of(&problem.keys());
+            located(problem, line)
+        };
+        let raw: Raw = document.read(&Raw::default()).map_err(hide_secrets).map_err(with_line)?;
+        let directory = path.parent().unwrap_or(Path::new(""));
+        let users = raw.downstream.users.as_ref().map(|name| read_users(&directory.join(name), surroundings));
+        let token = raw.admin.token_file.as_ref().map(|name| read_token(&directory.join(name), surroundings));
+        let (users, token) = (users.transpose()?, token.transpose()?);
+        let loaded = Loaded { raw, users, token, directory, surroundings };
+        let mut config = Self::try_from(loaded).map_err(with_line)?;
+        let is_world_readable = file.mode & WORLD_BITS != 0;
+        if is_world_readable && config.upstream.conninfo.is_password_given_in_string() {
+            config.warnings.push(format!(
+                "configuration file \"{}\" holds a password and has world access; permissions should be u=rw,g=r (0640) or less",
+                path.display()
+            ));
+        }
+        Ok(config)
+    }
+}
+
+fn read_users(path: &Path, surroundings: &dyn Surroundings) -> Result<Users, ConfigError> {
+    let text = FileKind::Users.read_secret(path, surroundings)?;
+    Users::parse(&text).map_err(|(problem, line)| problem.at(FileKind::Users, path, line))
+}
+
+fn read_token(path: &Path, surroundings: &dyn Surroundings) -> Result<SecretString, ConfigError> {
+    let text = FileKind::Token.read_secret(path, surroundings)?;
+    let token = text.trim_end_matches(['\r', '\n']);
+    let is_good = TOKEN_BYTES.contains(&token.len()) && token.bytes().all(|byte| byte.is_ascii_graphic());
+    if !is_good {
+        let problem = Problem::InvalidToken { min: *TOKEN_BYTES.start(), max: *TOKEN_BYTES.end() };
+        return Err(problem.at(FileKind::Token, path, None));
+    }
+    Ok(SecretString::from(token))
+}
+
+/// Shorter tokens can be guessed; longer ones do not fit into a header.
+const TOKEN_BYTES: RangeInclusive<usize> = 16..=1024;
+
+/// A connection string is never shown as it was written.
+fn hide_secrets(problem: Problem) -> Problem {
+    match problem {
+        Problem::Invalid { key, advice, .. } if key == "upstream.conninfo" => {
+            Problem::Invalid { key, value: crate::conninfo::REDACTED.to_owned(), advice }
+        }
+        other => other,
+    }
+}
+
+/// A file that was read.
+struct ReadFile {
+    text: String,
+    mode: u32,
+}
+
+const WORLD_BITS: u32 = 0o007;
+
+impl FileKind {
+    fn read(self, path: &Path, surroundings: &dyn Surroundings) -> Result<ReadFile, ConfigError> {
+        match surroundings.read(path) {
+            Ok(FoundFile::Plain { mode, text }) => Ok(ReadFile { text, mode }),
+            Ok(FoundFile::NotPlain) => Err(ConfigError::NotPlain { kind: self, file: path.to_owned() }),
+            Err(source) => Err(ConfigError::Read { kind: self, file: path.to_owned(), source }),
+        }
+    }
+
+    /// Reads a file that holds secrets.
+    fn read_secret(self, path: &Path, surroundings: &dyn Surroundings) -> Result<String, ConfigError> {
+        let file = self.read(path, surroundings)?;
+        if file.mode & WORLD_BITS != 0 {
+            return Err(ConfigError::WorldAccess { kind: self, file: path.to_owned() });
+        }
+        Ok(file.text)
+    }
+}
