@@ -238,7 +238,7 @@ fn bail_if_stopped(stop: &AtomicBool) -> Result<()> {
 
 /// The flag is set by the first SIGINT, SIGTERM or SIGHUP; the processes started here are in groups of their own, so
 /// that Ctrl-C reaches this one only and everything is ended in order.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
+pub fn stop_on_signals() -> Result<Arc<AtomicBool>> {
     use tokio::signal::unix::{SignalKind, signal};
     let stop = Arc::new(AtomicBool::new(false));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;

@@ -141,6 +141,18 @@ impl Server {
         settings: &ServerSettings,
         password: String,
     ) -> Result<Self> {
+        let mut server = Self::spawn(installation, scratch, settings, password)?;
+        server.wait_until_ready()?;
+        Ok(server)
+    }
+
+    /// Starts the server whose cluster is already in its folder, and does not wait.
+    pub fn spawn(
+        installation: &Installation,
+        scratch: &Scratch,
+        settings: &ServerSettings,
+        password: String,
+    ) -> Result<Self> {
         let [address] = free_addresses::<1>()?;
         let folder = scratch.path().join(&settings.name);
         let mut command = installation.command("postgres");
@@ -151,17 +163,20 @@ impl Server {
         let log = scratch.path().join(format!("{}.log", settings.name));
         let process = Process::start(&settings.name, command, FAST_SHUTDOWN, &log)?;
         let logs = scratch.path().to_owned();
-        let mut server =
-            Self { process, installation: installation.clone(), address, folder, logs, password };
+        Ok(Self { process, installation: installation.clone(), address, folder, logs, password })
+    }
+
+    /// Waits until it takes connections.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + START_WAIT;
-        while server.session().is_err() {
-            server.process.expect_running()?;
+        while self.session().is_err() {
+            self.process.expect_running()?;
             if Instant::now() > deadline {
-                bail!("{} does not answer\n{}", settings.name, server.process.log_tail());
+                bail!("{} does not answer\n{}", self.name(), self.process.log_tail());
             }
             thread::sleep(POLL_INTERVAL);
         }
-        Ok(server)
+        Ok(())
     }
 
     /// What it is called here.
