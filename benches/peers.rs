@@ -9,6 +9,7 @@
 //! | `WALRELAY_BENCH_PG` | folder with PostgreSQL's programs | as `walrelay demo` finds them |
 //! | `WALRELAY_BENCH_DIR` | where the data goes; never memory | the temporary folder, else `/var/tmp` |
 //! | `WALRELAY_BENCH_GB` | WAL to produce | 1 |
+//! | `WALRELAY_BENCH_RELAY` | another build of the relay | the one just built |
 //! | `WALRELAY_BENCH_ROUNDS` | rounds, of which medians are taken | 3 |
 #![allow(clippy::disallowed_methods, reason = "touches only throwaway files of its own, never the store's")]
 
@@ -47,6 +48,7 @@ const RAMFS_MAGIC: i64 = 0x8584_58F6;
 struct Knobs {
     sections: Vec<String>,
     folder: PathBuf,
+    relay: PathBuf,
     wal_bytes: u64,
     rounds: usize,
     commits: usize,
@@ -60,10 +62,10 @@ fn main() -> Result<()> {
         return Ok(());
     }
     let knobs = Knobs::read(&arguments)?;
-    let relay = Path::new(env!("CARGO_BIN_EXE_walrelay"));
-    let mut lab = Lab::create(&knobs.folder, knobs.wal_bytes, relay)?;
+    let mut lab = Lab::create(&knobs.folder, knobs.wal_bytes, &knobs.relay)?;
     println!(
-        "PostgreSQL {}, {} cores, data on {} ({}); MB and GB are powers of ten",
+        "{} and PostgreSQL {}, {} cores, data on {} ({}); MB and GB are powers of ten",
+        knobs.relay.display(),
         lab.installation.version(),
         std::thread::available_parallelism()?,
         file_system(&knobs.folder),
@@ -103,6 +105,8 @@ impl Knobs {
         Ok(Self {
             sections,
             folder: folder()?,
+            relay: env::var_os("WALRELAY_BENCH_RELAY")
+                .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_walrelay")), PathBuf::from),
             wal_bytes,
             rounds,
             commits: if is_quick { 200 } else { 1200 },

@@ -91,8 +91,8 @@ fn print(samples: &[Samples; 3]) {
         table.row([(*path).to_owned(), shown(p50), shown(p99), shown(more.0), shown(more.1)]);
     }
     if let [_, cascade, relay] = added[..] {
-        table.target("added p50 against the cascading standby's", relay.0 / cascade.0, Target::AtMost(1.0));
-        table.target("added p99 against the cascading standby's", relay.1 / cascade.1, Target::AtMost(1.0));
+        table.target("added p50, against the cascading standby's,", relay.0, Target::AtMost(cascade.0));
+        table.target("added p99, against the cascading standby's,", relay.1, Target::AtMost(cascade.1));
     }
     table.print();
 }

@@ -28,7 +28,7 @@ impl Table {
             Target::AtMost(wanted) => (reached <= wanted, "<=", wanted),
         };
         let verdict = if is_reached { "reached" } else { "NOT REACHED" };
-        self.notes.push(format!("target: {what} {sign} {wanted}: {reached:.2}, {verdict}"));
+        self.notes.push(format!("target: {what} {sign} {wanted:.2}: {reached:.2}, {verdict}"));
     }
 
     pub(crate) fn print(&self) {
