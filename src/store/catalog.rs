@@ -1,0 +1,112 @@
+//! What is here: the complete segments, and from where WAL must stay.
+//!
+//! Owns the list in memory; the files and the index are the truth on disk. Segments leave it before their files do.
+
+use std::collections::BTreeMap;
+
+use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
+
+/// A complete segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CompleteSegment {
+    /// CRC-32 of the file.
+    pub crc: u32,
+    /// Why it is not served, if it is not.
+    pub suspect: Option<String>,
+}
+
+#[derive(Default)]
+pub(super) struct Catalog {
+    complete: BTreeMap<SegmentName, CompleteSegment>,
+    /// For the end of each segment not yet sealed: the record that crosses it or ends there.
+    crossing: BTreeMap<SegmentNo, Lsn>,
+    /// That of the newest complete segment: recovery begins to verify there, so WAL stays from there on.
+    anchor: Option<Lsn>,
+}
+
+impl Catalog {
+    pub(super) fn new(complete: BTreeMap<SegmentName, CompleteSegment>, anchor: Option<Lsn>) -> Self {
+        Self { complete, crossing: BTreeMap::new(), anchor }
+    }
+
+    pub(super) fn get(&self, name: SegmentName) -> Option<&CompleteSegment> {
+        self.complete.get(&name)
+    }
+
+    pub(super) fn mark_suspect(&mut self, name: SegmentName, detail: &str) {
+        if let Some(segment) = self.complete.get_mut(&name) {
+            segment.suspect = Some(detail.to_owned());
+        }
+    }
+
+    /// The record that crosses the end of segment `number`, or ends there, starts at `start`.
+    pub(super) fn note_crossing(&mut self, number: SegmentNo, start: Lsn) {
+        self.crossing.insert(number, start);
+    }
+
+    pub(super) fn sealed(&mut self, name: SegmentName, crc: u32) {
+        self.complete.insert(name, CompleteSegment { crc, suspect: None });
+        self.anchor = self.crossing.get(&name.number).copied().or(self.anchor);
+        self.crossing.retain(|number, _| *number > name.number);
+    }
+
+    pub(super) fn remove(&mut self, name: SegmentName) -> Option<CompleteSegment> {
+        self.complete.remove(&name)
+    }
+
+    pub(super) fn put_back(&mut self, name: SegmentName, segment: CompleteSegment) {
+        self.complete.insert(name, segment);
+    }
+
+    /// The oldest complete segment of a timeline.
+    pub(super) fn oldest(&self, timeline: TimelineId) -> Option<SegmentName> {
+        self.of(timeline).next()
+    }
+
+    /// The oldest complete segment of a timeline, if nothing in it is needed any more from `horizon` on.
+    pub(super) fn removable(&self, timeline: TimelineId, horizon: Lsn, size: SegmentSize) -> Option<SegmentName> {
+        let newest = self.of(timeline).next_back()?;
+        let horizon = self.anchor.map_or(horizon, |anchor| anchor.min(horizon));
+        let oldest = self.oldest(timeline)?;
+        (oldest < newest && oldest.number.end(size) <= horizon).then_some(oldest)
+    }
+
+    pub(super) fn index_entries(&self) -> BTreeMap<SegmentName, u32> {
+        self.complete.iter().map(|(name, segment)| (*name, segment.crc)).collect()
+    }
+
+    fn of(&self, timeline: TimelineId) -> impl DoubleEndedIterator<Item = SegmentName> + '_ {
+        let name = |number| SegmentName { timeline, number };
+        self.complete.range(name(SegmentNo(0))..=name(SegmentNo(u64::MAX))).map(|(name, _)| *name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(number: u64) -> SegmentName {
+        SegmentName { timeline: TimelineId::FIRST, number: SegmentNo(number) }
+    }
+
+    #[test]
+    fn wal_stays_from_the_record_that_crosses_the_newest_complete_segment() {
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let mut catalog = Catalog::default();
+        let far = Lsn::new(100 << 20).unwrap();
+        for number in 1..=4 {
+            // One record from within segment 2 to within segment 5.
+            let start = if number == 1 { (2 << 20) - 100 } else { (2 << 20) + 100 };
+            catalog.note_crossing(SegmentNo(number), Lsn::new(start).unwrap());
+            catalog.sealed(name(number), 0);
+        }
+        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), Some(name(1)));
+        catalog.remove(name(1));
+        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), None);
+        catalog.note_crossing(SegmentNo(5), Lsn::new((6 << 20) - 8).unwrap());
+        catalog.sealed(name(5), 0);
+        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), Some(name(2)));
+        let horizon = Lsn::new((3 << 20) - 1).unwrap();
+        assert_eq!(catalog.removable(TimelineId::FIRST, horizon, size), None);
+    }
+}

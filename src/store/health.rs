@@ -1,0 +1,130 @@
+//! Whether the store works, and who is told.
+//!
+//! Owns the condition and the calls to the observer. A failure is final: once `fail` was called, `check` refuses
+//! everything, and nothing is published any more.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+use crate::store::error::{Condition, StoreError};
+use crate::store::positions::Positions;
+use crate::wal::SegmentName;
+
+/// Is told what happens in the store. Called from any thread; must not block.
+pub trait Observer: Send + Sync {
+    /// Some position has moved, or there is room again for WAL. Calls come one at a time, in order.
+    fn positions_changed(&self, positions: Positions);
+    /// The store became able or unable to make WAL durable.
+    fn condition_changed(&self, condition: Condition);
+    /// A sync has made so many bytes durable.
+    fn synced(&self, _bytes: u64, _took: Duration) {}
+    /// A segment is complete and has its final name.
+    fn sealed(&self, _name: SegmentName) {}
+    /// A complete segment is not what was written. It is not served.
+    fn suspect(&self, _name: SegmentName, _detail: &str) {}
+    /// Work that can wait failed and will be tried again: removing old segments, preparing new ones, saving slots.
+    fn housekeeping_failed(&self, _error: &StoreError) {}
+}
+
+pub(super) struct Health {
+    pub(super) observer: Arc<dyn Observer>,
+    has_failed: AtomicBool,
+    condition: Mutex<Condition>,
+    /// Held while the observer is told, so that it hears in order. Never taken while a lock of the store is held.
+    telling: Mutex<()>,
+}
+
+impl Health {
+    pub(super) fn new(observer: Arc<dyn Observer>) -> Self {
+        Self {
+            observer,
+            has_failed: AtomicBool::new(false),
+            condition: Mutex::new(Condition::Healthy),
+            telling: Mutex::new(()),
+        }
+    }
+
+    pub(super) fn condition(&self) -> Condition {
+        self.condition.lock().clone()
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.has_failed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn check(&self) -> Result<(), StoreError> {
+        if !self.has_failed() {
+            return Ok(());
+        }
+        match self.condition() {
+            Condition::Failed { operation, file, reason } => {
+                Err(StoreError::Failed(format!("could not {operation} \"{file}\": {reason}")))
+            }
+            Condition::Healthy | Condition::NoSpace { .. } => Err(StoreError::Failed(String::new())),
+        }
+    }
+
+    /// The end of this store, as far as writing goes. The first failure is the one that is reported.
+    pub(super) fn fail(&self, operation: &'static str, path: &Path, reason: &io::Error) -> StoreError {
+        let (file, reason) = (path.display().to_string(), reason.to_string());
+        let error = StoreError::Failed(format!("could not {operation} \"{file}\": {reason}"));
+        let condition = Condition::Failed { operation, file, reason };
+        {
+            let mut current = self.condition.lock();
+            if self.has_failed.swap(true, Ordering::AcqRel) {
+                return error;
+            }
+            *current = condition.clone();
+        }
+        self.tell(|observer| observer.condition_changed(condition));
+        error
+    }
+
+    /// An error while something durable was changed: lack of space leaves the old state and can be tried again, all else
+    /// leaves nobody knows what.
+    pub(super) fn judge(&self, error: StoreError) -> StoreError {
+        match error {
+            StoreError::Io { operation, path, source } if !crate::store::disk::is_no_space(&source) => {
+                self.fail(operation, &path, &source)
+            }
+            other => other,
+        }
+    }
+
+    pub(super) fn no_space(&self, path: &Path, reason: &io::Error) {
+        self.change(Condition::NoSpace { file: path.display().to_string(), reason: reason.to_string() });
+    }
+
+    pub(super) fn healed(&self) {
+        self.change(Condition::Healthy);
+    }
+
+    fn change(&self, to: Condition) {
+        {
+            let mut current = self.condition.lock();
+            if self.has_failed() || *current == to {
+                return;
+            }
+            *current = to.clone();
+        }
+        self.tell(|observer| observer.condition_changed(to));
+    }
+
+    pub(super) fn tell(&self, what: impl FnOnce(&dyn Observer)) {
+        let _turn = self.telling.lock();
+        what(&*self.observer);
+    }
+
+    /// Lets `change` do something, then tells the observer what it says, with nobody else's news in between.
+    pub(super) fn tell_change<T>(&self, change: impl FnOnce() -> Option<T>, what: impl FnOnce(&dyn Observer, T)) {
+        let _turn = self.telling.lock();
+        if let Some(changed) = change() {
+            what(&*self.observer, changed);
+        }
+    }
+}

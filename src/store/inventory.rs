@@ -1,0 +1,80 @@
+//! What lies in the data directory.
+//!
+//! Owns the list of files by kind, as found on start, and the removal of what was being prepared when the process ended.
+//! Takes nothing for WAL by its content, and removes nothing that has a WAL name.
+
+use std::collections::BTreeMap;
+
+use crate::store::control::{Layout, RESERVE_NAME, SPARE_PREFIX};
+use crate::store::disk::{Disk, TEMPORARY_SUFFIX};
+use crate::store::error::StoreError;
+use crate::wal::segment::SegmentFile;
+use crate::wal::{SegmentName, SegmentNo, SegmentSize, TimelineId};
+
+/// The files in `wal/`, with their lengths.
+#[derive(Default)]
+pub(super) struct Inventory {
+    pub complete: BTreeMap<SegmentName, u64>,
+    pub partial: BTreeMap<SegmentName, u64>,
+    pub spares: BTreeMap<String, u64>,
+    pub reserve: Option<u64>,
+}
+
+impl Inventory {
+    pub(super) fn take(disk: &dyn Disk, layout: &Layout, size: SegmentSize) -> Result<Self, StoreError> {
+        let mut inventory = Self::default();
+        for entry in disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))? {
+            match SegmentName::parse(&entry.name, size) {
+                Some((name, SegmentFile::Complete)) => {
+                    inventory.complete.insert(name, entry.bytes);
+                }
+                Some((name, SegmentFile::Partial)) => {
+                    inventory.partial.insert(name, entry.bytes);
+                }
+                None if entry.name == RESERVE_NAME => inventory.reserve = Some(entry.bytes),
+                None if entry.name.starts_with(SPARE_PREFIX) => {
+                    inventory.spares.insert(entry.name, entry.bytes);
+                }
+                // Histories, and what was set aside.
+                None => {}
+            }
+        }
+        Ok(inventory)
+    }
+
+    pub(super) fn complete_of(&self, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
+        of(&self.complete, timeline)
+    }
+
+    pub(super) fn partial_of(&self, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
+        of(&self.partial, timeline)
+    }
+}
+
+fn of(all: &BTreeMap<SegmentName, u64>, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
+    let of_timeline = all.iter().filter(|(name, _)| name.timeline == timeline);
+    of_timeline.map(|(name, bytes)| (name.number, *bytes)).collect()
+}
+
+/// Whether there is anything that looks like WAL, of whatever segment size.
+pub(super) fn has_wal(disk: &dyn Disk, layout: &Layout) -> Result<bool, StoreError> {
+    let entries = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
+    let looks_like_wal = |name: &str| {
+        let digits = name.strip_suffix(crate::wal::segment::PARTIAL_SUFFIX).unwrap_or(name);
+        digits.len() == 24 && digits.bytes().all(|b| b.is_ascii_hexdigit())
+    };
+    Ok(entries.iter().any(|entry| looks_like_wal(&entry.name)))
+}
+
+/// Removes files that were being prepared.
+pub(super) fn remove_temporaries(disk: &dyn Disk, layout: &Layout) -> Result<(), StoreError> {
+    for dir in [&layout.data_dir, &layout.wal_dir] {
+        for entry in disk.list(dir).map_err(StoreError::io("list", dir))? {
+            if entry.name.ends_with(TEMPORARY_SUFFIX) {
+                let path = dir.join(&entry.name);
+                disk.unlink(&path).map_err(StoreError::io("remove", &path))?;
+            }
+        }
+    }
+    Ok(())
+}

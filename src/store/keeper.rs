@@ -1,0 +1,199 @@
+//! What is done behind the stream: seal, save slots, remove old segments, prepare new ones.
+//!
+//! Owns the order in which a segment becomes complete (index entry synced, final name, directory synced, published) and
+//! in which old ones go (oldest first, each durably before the next). One plain step at a time; nothing waits for it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::store::error::StoreError;
+use crate::store::flush::Step;
+use crate::store::index::{INDEX_NAME, Index};
+use crate::store::pool::Pool;
+use crate::store::shared::Shared;
+use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
+
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    has_reserve: bool,
+    /// The newest segment's place was taken from the oldest: the next one's will be, too, so none is made.
+    is_recycling: bool,
+}
+
+/// Entries of segments that are gone, beyond which the index is rewritten.
+const INDEX_STALE_ENTRIES_MAX: u64 = 256;
+
+impl Keeper {
+    pub(super) fn new(shared: Arc<Shared>, has_reserve: bool) -> Self {
+        Self { shared, has_reserve, is_recycling: false }
+    }
+
+    /// Does one thing that is due.
+    pub(super) fn step(&mut self, now: Instant) -> Step {
+        if self.shared.health.has_failed() {
+            return Step::Stop;
+        }
+        let Ok(size) = self.shared.segment_size() else { return Step::Idle };
+        match self.work(now, size) {
+            Ok(true) => Step::Worked,
+            Ok(false) => Step::Idle,
+            Err(_) if self.shared.health.has_failed() => Step::Stop,
+            Err(error) => {
+                self.shared.health.tell(|observer| observer.housekeeping_failed(&error));
+                Step::Later
+            }
+        }
+    }
+
+    fn work(&mut self, now: Instant, size: SegmentSize) -> Result<bool, StoreError> {
+        // What gives space back comes before what takes some, and its failure does not keep the rest from being done.
+        let removed = self.remove_oldest(size);
+        if matches!(removed, Ok(true)) || self.seal_next(size)? {
+            return Ok(true);
+        }
+        self.shared.slots.save_if_due(now, size)?;
+        removed?;
+        Ok(self.compact_index(size)? || self.prepare(size)?)
+    }
+
+    /// Completes the oldest segment that is durable to its end.
+    fn seal_next(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
+        let shared = &self.shared;
+        let positions = shared.positions()?;
+        let oldest = shared.partials.lock().first_key_value().map(|(number, segment)| (*number, segment.clone()));
+        let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= positions.flushed) else {
+            return Ok(false);
+        };
+        let name = SegmentName { timeline: positions.timeline, number };
+        let (partial, complete) = (shared.layout.partial(name, size), shared.layout.complete(name, size));
+        let crc = segment.crc(size).map_err(|error| shared.health.fail("read", &partial, &error))?;
+        self.write_index_entry(name, crc)?;
+        shared
+            .disk
+            .rename(&partial, &complete)
+            .map_err(StoreError::io("rename", &partial))
+            .map_err(|error| shared.health.judge(error))?;
+        shared.sync_dir(&shared.layout.wal_dir)?;
+        // Into the catalog first: a reader finds it in one place or the other.
+        shared.catalog.lock().sealed(name, crc);
+        shared.partials.lock().remove(&number);
+        shared.publish(|positions| positions.sealed = Some(number.end(size)));
+        shared.health.tell(|observer| observer.sealed(name));
+        self.is_recycling = false;
+        Ok(true)
+    }
+
+    fn write_index_entry(&self, name: SegmentName, crc: u32) -> Result<(), StoreError> {
+        let shared = &self.shared;
+        let path = shared.layout.data_dir.join(INDEX_NAME);
+        let mut index = shared.index.lock();
+        let index = index.as_mut().ok_or(StoreError::NotInitialized)?;
+        index
+            .write(name, crc)
+            .map_err(StoreError::io("write", &path))
+            .map_err(|error| shared.health.judge(error))?;
+        index.sync().map_err(|error| shared.health.fail("sync", &path, &error))
+    }
+
+    /// Removes the oldest segment if nobody needs it.
+    fn remove_oldest(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
+        let shared = &self.shared;
+        let positions = shared.positions()?;
+        let horizon = horizon(shared, positions.flushed);
+        let removable = shared.catalog.lock().removable(positions.timeline, horizon, size);
+        let Some(name) = removable else { return Ok(false) };
+        let (segment, is_mapped) = shared
+            .mappings
+            .while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
+        let path = shared.layout.complete(name, size);
+        let spares = shared.settings.spare_segments as usize;
+        // An old segment that somebody still reads must not be written to.
+        let spare = (!is_mapped && shared.pool.count() < spares).then(|| shared.pool.new_name());
+        let removed = match &spare {
+            Some(spare) => shared.disk.rename(&path, &shared.layout.wal(spare)),
+            None => shared.disk.unlink(&path),
+        };
+        match removed {
+            Ok(()) => {}
+            // Somebody else removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
+            Err(error) => {
+                if let Some(segment) = segment {
+                    shared.catalog.lock().put_back(name, segment);
+                }
+                return Err(StoreError::io("remove", &path)(error));
+            }
+        }
+        // Before the next, so that what is left has no hole; before the file is written to, so that nobody finds new
+        // bytes under the old name.
+        shared.sync_dir(&shared.layout.wal_dir)?;
+        if let Some(spare) = spare {
+            shared.pool.put(spare);
+            self.is_recycling = true;
+        }
+        Ok(true)
+    }
+
+    fn compact_index(&self, size: SegmentSize) -> Result<bool, StoreError> {
+        let shared = &self.shared;
+        let entries = shared.catalog.lock().index_entries();
+        let mut index = shared.index.lock();
+        let stale = index.as_ref().map_or(0, Index::entries).saturating_sub(entries.len() as u64);
+        if stale <= INDEX_STALE_ENTRIES_MAX {
+            return Ok(false);
+        }
+        let rewritten = Index::rewrite(&*shared.disk, &shared.layout.data_dir, size, &entries);
+        *index = Some(rewritten.map_err(|error| shared.health.judge(error))?);
+        Ok(true)
+    }
+
+    /// Makes the reserve or a spare.
+    fn prepare(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
+        let shared = &self.shared;
+        let (disk, layout) = (&*shared.disk, &shared.layout);
+        let judge = |error| shared.health.judge(error);
+        if !self.has_reserve {
+            Pool::make_reserve(disk, layout, size).map_err(judge)?;
+            shared.sync_dir(&layout.wal_dir)?;
+            self.has_reserve = true;
+            return Ok(true);
+        }
+        let spares = shared.settings.spare_segments as usize;
+        let wanted = if self.is_recycling { spares.min(1) } else { spares };
+        if shared.pool.count() < wanted {
+            let spare = shared.pool.make(disk, layout, size).map_err(judge)?;
+            shared.pool.put(spare);
+            return Ok(true);
+        }
+        Ok(false)
+    }
+}
+
+/// From where on WAL is needed by somebody.
+fn horizon(shared: &Shared, flushed: Lsn) -> Lsn {
+    let kept = Lsn::new(flushed.get().saturating_sub(shared.settings.wal_keep_size)).unwrap_or(Lsn::MIN);
+    shared.slots.oldest_needed().map_or(kept, |needed| needed.min(kept))
+}
+
+impl Shared {
+    /// Whether the segment is one of those that are being written.
+    pub(super) fn is_being_written(&self, name: SegmentName) -> bool {
+        let is_current = self.positions().is_ok_and(|positions| positions.timeline == name.timeline);
+        is_current && self.partials.lock().contains_key(&name.number)
+    }
+
+    /// Start of the oldest segment that is held, or will be.
+    pub(super) fn oldest(&self) -> Option<Lsn> {
+        let size = self.segment_size().ok()?;
+        let timeline = self.positions().ok()?.timeline;
+        let complete = self.catalog.lock().oldest(timeline).map(|name| name.number);
+        let partial = || self.partials.lock().first_key_value().map(|(number, _)| *number);
+        let start = || self.control.lock().as_ref().map(|control| control.start);
+        match complete.or_else(partial) {
+            Some(number) => number.start(size),
+            None => start().map(|start| SegmentNo::holding(start, size)).and_then(|number| number.start(size)),
+        }
+    }
+}
+

@@ -1,0 +1,167 @@
+//! Segment files mapped for reading: one mapping per segment, shared by all readers.
+//!
+//! Owns the list of live mappings, and the question whether a segment's file may be used again: not while a mapping or
+//! any bytes cut from it are left. A complete segment is compared with its checksum once per mapping, before the first
+//! byte leaves it. Nothing here touches mapped memory before it was brought in by `populate`, where a disk error is an
+//! error and not a signal.
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
+
+use bytes::Bytes;
+use crc32fast::Hasher;
+use parking_lot::Mutex;
+
+use crate::store::disk::Mapping;
+use crate::store::error::ReadError;
+use crate::store::shared::Shared;
+use crate::wal::{SegmentName, SegmentSize};
+
+#[derive(Default)]
+pub(super) struct Mappings(Mutex<HashMap<SegmentName, Weak<MappedSegment>>>);
+
+/// A mapped segment file.
+pub(super) struct MappedSegment {
+    pub name: SegmentName,
+    mapping: Arc<dyn Mapping>,
+    bytes: usize,
+    is_verified: AtomicBool,
+    /// Held while the checksum is computed, so that only one reader does.
+    verification: Mutex<()>,
+}
+
+/// Bytes brought in ahead of a reader, and while a checksum is computed.
+pub(super) const COLD_WINDOW_BYTES: usize = 4 << 20;
+
+impl Mappings {
+    /// The mapping of a segment that is held; blocks.
+    pub(super) fn open(&self, shared: &Shared, name: SegmentName) -> Result<Arc<MappedSegment>, ReadError> {
+        let Ok(size) = shared.segment_size() else { return Err(ReadError::Removed(name)) };
+        let mut mappings = self.0.lock();
+        // Under the lock, so that the segment's file cannot be used again meanwhile. This order, because a segment enters
+        // the catalog before it leaves the list of those being written.
+        let is_being_written = shared.is_being_written(name);
+        let complete = shared.catalog.lock().get(name).cloned();
+        if let Some(detail) = complete.as_ref().and_then(|complete| complete.suspect.clone()) {
+            return Err(ReadError::Suspect { name, detail });
+        }
+        if let Some(mapped) = mappings.get(&name).and_then(Weak::upgrade) {
+            return Ok(mapped);
+        }
+        mappings.retain(|_, mapped| mapped.strong_count() > 0);
+        let (complete_path, partial_path) =
+            (shared.layout.complete(name, size), shared.layout.partial(name, size));
+        let paths: &[PathBuf] = if is_being_written {
+            // It may get its final name just now, never the other way round.
+            &[partial_path, complete_path]
+        } else if complete.is_some() {
+            &[complete_path]
+        } else {
+            return Err(ReadError::Removed(name));
+        };
+        let mut result = Err(io::ErrorKind::NotFound.into());
+        for path in paths {
+            result = shared.disk.map(path, size.bytes());
+            if !matches!(&result, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+                break;
+            }
+        }
+        let mapping = result.map_err(|error| unreadable(shared, name, error))?;
+        let mapped = Arc::new(MappedSegment {
+            name,
+            mapping,
+            bytes: usize::try_from(size.bytes()).unwrap_or(usize::MAX),
+            // What is being written was verified when it came and is read back from the page cache.
+            is_verified: AtomicBool::new(is_being_written),
+            verification: Mutex::new(()),
+        });
+        mappings.insert(name, Arc::downgrade(&mapped));
+        Ok(mapped)
+    }
+
+    /// Lets `remove` take a segment out of the catalog; it hears whether the file is referred to. Nobody can open the
+    /// segment meanwhile.
+    pub(super) fn while_closed<T>(&self, name: SegmentName, remove: impl FnOnce(bool) -> T) -> T {
+        let mut mappings = self.0.lock();
+        let is_mapped = mappings.get(&name).is_some_and(|mapped| mapped.strong_count() > 0);
+        if !is_mapped {
+            mappings.remove(&name);
+        }
+        remove(is_mapped)
+    }
+}
+
+impl MappedSegment {
+    /// The bytes of a range if they can be had without waiting for the disk.
+    pub(super) fn resident(self: &Arc<Self>, range: Range<usize>) -> Option<Bytes> {
+        self.mapping.is_resident(range.clone()).then(|| self.slice(range)).flatten()
+    }
+
+    /// The bytes of a range that was just brought in.
+    pub(super) fn slice(self: &Arc<Self>, range: Range<usize>) -> Option<Bytes> {
+        self.is_verified.load(Ordering::Acquire).then(|| self.mapping.slice(range, self.clone())).flatten()
+    }
+
+    /// Brings in a range and some more behind it, after the checksum of the segment was compared; blocks.
+    pub(super) fn load(&self, shared: &Shared, range: Range<usize>) -> Result<(), ReadError> {
+        self.verify(shared)?;
+        let end = range.end.max(range.start.saturating_add(COLD_WINDOW_BYTES)).min(self.bytes);
+        self.mapping.populate(range.start..end).map_err(|error| unreadable(shared, self.name, error))
+    }
+
+    fn verify(&self, shared: &Shared) -> Result<(), ReadError> {
+        if self.is_verified.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _turn = self.verification.lock();
+        if self.is_verified.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let name = self.name;
+        let segment = shared.catalog.lock().get(name).cloned().ok_or(ReadError::Removed(name))?;
+        if let Some(detail) = segment.suspect {
+            return Err(ReadError::Suspect { name, detail });
+        }
+        let mut hasher = Hasher::new();
+        for start in (0..self.bytes).step_by(COLD_WINDOW_BYTES) {
+            let window = start..(start + COLD_WINDOW_BYTES).min(self.bytes);
+            self.mapping.populate(window.clone()).map_err(|error| unreadable(shared, name, error))?;
+            let keep = Arc::new(());
+            hasher.update(&self.mapping.slice(window, keep).unwrap_or_default());
+        }
+        let found = hasher.finalize();
+        if found != segment.crc {
+            let detail = format!("its checksum is {found:08x}, expected {:08x}", segment.crc);
+            return Err(suspect(shared, name, detail));
+        }
+        self.is_verified.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+fn unreadable(shared: &Shared, name: SegmentName, error: io::Error) -> ReadError {
+    match error.kind() {
+        // Held according to the catalog: somebody took it away, or cut it off.
+        io::ErrorKind::NotFound => {
+            suspect(shared, name, "its file is missing".to_owned());
+            ReadError::Removed(name)
+        }
+        io::ErrorKind::UnexpectedEof => suspect(shared, name, error.to_string()),
+        _ => ReadError::Io { name, source: error },
+    }
+}
+
+fn suspect(shared: &Shared, name: SegmentName, detail: String) -> ReadError {
+    shared.catalog.lock().mark_suspect(name, &detail);
+    shared.health.observer.suspect(name, &detail);
+    ReadError::Suspect { name, detail }
+}
+
+/// Offsets in a segment as the machine counts them.
+pub(super) fn offset(position: crate::wal::Lsn, size: SegmentSize) -> usize {
+    usize::try_from(size.offset_of(position)).unwrap_or(usize::MAX)
+}

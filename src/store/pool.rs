@@ -1,0 +1,84 @@
+//! Files of segment size that hold nothing: ready to become segments.
+//!
+//! Owns the spare files and the reserve. Writing into space that is allocated already, and was written before, needs no
+//! journal and cannot run out of space; a segment is made ahead of time, or is an old one under a new name. A spare never
+//! has a WAL name: what an old segment still holds must not be taken for WAL.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::store::control::{Layout, RESERVE_NAME, SPARE_PREFIX};
+use crate::store::disk::{Disk, OpenMode, TEMPORARY_SUFFIX, write_all_at};
+use crate::store::error::StoreError;
+use crate::wal::SegmentSize;
+
+#[derive(Default)]
+pub(super) struct Pool {
+    ready: Mutex<Vec<String>>,
+    next: AtomicU64,
+}
+
+impl Pool {
+    /// A name for a new spare.
+    pub(super) fn new_name(&self) -> String {
+        format!("{SPARE_PREFIX}{:016x}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Takes in a spare that was found.
+    pub(super) fn found(&self, name: &str) {
+        let number = name.strip_prefix(SPARE_PREFIX).and_then(|digits| u64::from_str_radix(digits, 16).ok());
+        if let Some(number) = number {
+            self.next.fetch_max(number.saturating_add(1), Ordering::Relaxed);
+            self.put(name.to_owned());
+        }
+    }
+
+    pub(super) fn put(&self, name: String) {
+        self.ready.lock().push(name);
+    }
+
+    pub(super) fn take(&self) -> Option<String> {
+        self.ready.lock().pop()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.ready.lock().len()
+    }
+
+    /// Makes a spare; it is not ready until it is `put`.
+    pub(super) fn make(&self, disk: &dyn Disk, layout: &Layout, size: SegmentSize) -> Result<String, StoreError> {
+        let name = self.new_name();
+        make_file(disk, &layout.wal(&name), size)?;
+        Ok(name)
+    }
+
+    /// Makes the reserve.
+    pub(super) fn make_reserve(disk: &dyn Disk, layout: &Layout, size: SegmentSize) -> Result<(), StoreError> {
+        let temporary = layout.wal(&format!("{RESERVE_NAME}{TEMPORARY_SUFFIX}"));
+        make_file(disk, &temporary, size)?;
+        disk.rename(&temporary, &layout.wal(RESERVE_NAME)).map_err(StoreError::io("rename", &temporary))
+    }
+}
+
+/// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not.
+fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<(), StoreError> {
+    let fill = || {
+        let file = disk.open(path, OpenMode::CreateNew)?;
+        let zeros = vec![0; ZERO_BYTES];
+        for at in (0..size.bytes()).step_by(ZERO_BYTES) {
+            write_all_at(&*file, &zeros, at)?;
+        }
+        file.sync()
+    };
+    fill().map_err(|error: io::Error| {
+        // Half a spare is of no use, and others may need the space.
+        let _ = disk.unlink(path);
+        StoreError::Io { operation: "allocate", path: path.to_path_buf(), source: error }
+    })
+}
+
+/// Zeros written at a time; divides every segment size.
+const ZERO_BYTES: usize = 1 << 20;

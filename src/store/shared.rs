@@ -1,0 +1,89 @@
+//! What the threads, the receiver and the readers of one store have in common.
+//!
+//! Owns nothing but the parts. Order of locks, where two are held at once: `Health::tell*` before any; mappings before
+//! catalog; all others are held alone.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::store::StoreSettings;
+use crate::store::catalog::Catalog;
+use crate::store::control::{Control, Identity, Layout};
+use crate::store::disk::Disk;
+use crate::store::error::StoreError;
+use crate::store::health::Health;
+use crate::store::index::Index;
+use crate::store::mapping::Mappings;
+use crate::store::partials::Partials;
+use crate::store::pool::Pool;
+use crate::store::positions::Positions;
+use crate::store::queue::{Signal, Unsynced, WriteQueue};
+use crate::store::slots::SlotTable;
+use crate::store::tail::Tail;
+use crate::wal::SegmentSize;
+
+pub(super) struct Shared {
+    pub disk: Arc<dyn Disk>,
+    pub layout: Layout,
+    pub settings: StoreSettings,
+    pub health: Arc<Health>,
+    pub identity: OnceLock<Identity>,
+    pub control: Mutex<Option<Control>>,
+    pub positions: Mutex<Option<Positions>>,
+    pub tail: Mutex<Tail>,
+    pub queue: WriteQueue,
+    pub unsynced: Unsynced,
+    pub partials: Partials,
+    pub catalog: Mutex<Catalog>,
+    pub mappings: Mappings,
+    pub pool: Pool,
+    pub index: Mutex<Option<Index>>,
+    pub slots: SlotTable,
+    pub keeper: Signal,
+    #[cfg(test)]
+    pub mutant: crate::store::simulation::Mutant,
+}
+
+impl Shared {
+    /// Moves the positions and tells the observer.
+    pub(super) fn publish(&self, update: impl FnOnce(&mut Positions)) {
+        let change = || {
+            if self.health.has_failed() {
+                // Whatever was done meanwhile, nothing more is claimed.
+                return None;
+            }
+            let mut current = self.positions.lock();
+            let positions = current.as_mut()?;
+            let before = *positions;
+            update(positions);
+            #[cfg(test)]
+            let is_honest = self.mutant == crate::store::simulation::Mutant::None;
+            #[cfg(not(test))]
+            let is_honest = true;
+            if is_honest {
+                positions.assert_order(before);
+            }
+            Some(*positions)
+        };
+        self.health.tell_change(change, |observer, positions| observer.positions_changed(positions));
+    }
+
+    pub(super) fn segment_size(&self) -> Result<SegmentSize, StoreError> {
+        self.identity.get().map(|identity| identity.segment_size).ok_or(StoreError::NotInitialized)
+    }
+
+    pub(super) fn positions(&self) -> Result<Positions, StoreError> {
+        (*self.positions.lock()).ok_or(StoreError::NotInitialized)
+    }
+
+    /// Makes names durable. A failure is final: what the disk holds then is not known.
+    pub(super) fn sync_dir(&self, dir: &Path) -> Result<(), StoreError> {
+        #[cfg(test)]
+        if self.mutant == crate::store::simulation::Mutant::NoDirectorySync {
+            return Ok(());
+        }
+        self.disk.sync_dir(dir).map_err(|error| self.health.fail("sync directory", dir, &error))
+    }
+}
