@@ -64,7 +64,12 @@ impl Catalog {
     }
 
     /// The oldest complete segment of a timeline, if nothing in it is needed any more from `horizon` on.
-    pub(super) fn removable(&self, timeline: TimelineId, horizon: Lsn, size: SegmentSize) -> Option<SegmentName> {
+    pub(super) fn removable(
+        &self,
+        timeline: TimelineId,
+        horizon: Lsn,
+        size: SegmentSize,
+    ) -> Option<SegmentName> {
         let newest = self.of(timeline).next_back()?;
         let horizon = self.anchor.map_or(horizon, |anchor| anchor.min(horizon));
         let oldest = self.oldest(timeline)?;

@@ -143,7 +143,8 @@ impl Disk for RealDisk {
             Err(TryLockError::Error(error)) => return Err(error),
         }
         // Only for people who look at it; a full disk must not keep the relay from serving what it has.
-        let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(content.as_bytes()));
+        let _ =
+            file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(content.as_bytes()));
         Ok(Box::new(file))
     }
 
@@ -178,8 +179,7 @@ impl DiskFile for RealFile {
             // SAFETY: `IoSlice` is guaranteed to have the layout of `iovec`; the pointer and the count describe the slice
             // that is borrowed for the call; the descriptor is open as long as `self`.
             #[allow(unsafe_code, reason = "std has no stable pwritev")]
-            let written =
-                unsafe { libc::pwritev(self.0.as_raw_fd(), slices.as_ptr().cast(), count, offset) };
+            let written = unsafe { libc::pwritev(self.0.as_raw_fd(), slices.as_ptr().cast(), count, offset) };
             match usize::try_from(written) {
                 Ok(written) => return Ok(written),
                 Err(_) => {
@@ -334,15 +334,14 @@ pub(super) fn replace_durably(disk: &dyn Disk, dir: &Path, name: &str, content: 
         _ => {}
     }
     let file = disk.open(&temporary, OpenMode::CreateNew)?;
-    let written = write_all_at(&*file, content, 0);
-    if let Err(error) = written {
+    if let Err(error) = write_all_at(&*file, content, 0).and_then(|()| file.sync()) {
         // What was allocated for it helps nobody; the next attempt begins anew.
         let _ = disk.unlink(&temporary);
         return Err(error);
     }
-    file.sync()?;
     disk.rename(&temporary, &dir.join(name))?;
-    disk.sync_dir(dir)
+    // From here on both contents are possible: an error is not "no space", which would mean the old one.
+    disk.sync_dir(dir).map_err(|error| if is_no_space(&error) { io::Error::other(error) } else { error })
 }
 
 /// Suffix of files that are being prepared; found at start they are removed.

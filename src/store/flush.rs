@@ -159,7 +159,11 @@ fn advance(batch: &mut Batch, mut written: usize, segment: &PartialSegment, mut 
 }
 
 /// The file of a segment; a spare becomes it when there is none.
-fn open_segment(shared: &Shared, number: SegmentNo, size: SegmentSize) -> Result<Arc<PartialSegment>, Obstacle> {
+fn open_segment(
+    shared: &Shared,
+    number: SegmentNo,
+    size: SegmentSize,
+) -> Result<Arc<PartialSegment>, Obstacle> {
     if let Some(segment) = shared.partials.lock().get(&number) {
         return Ok(segment.clone());
     }
@@ -170,7 +174,8 @@ fn open_segment(shared: &Shared, number: SegmentNo, size: SegmentSize) -> Result
         None => shared.pool.make(disk, layout, size).map_err(|error| obstacle(shared, error))?,
     };
     let path = layout.wal(&spare);
-    let opened = disk.open(&path, OpenMode::Write).and_then(|file| disk.rename(&path, &target).map(|()| file));
+    let opened =
+        disk.open(&path, OpenMode::Write).and_then(|file| disk.rename(&path, &target).map(|()| file));
     let file = match opened {
         Ok(file) => file,
         Err(error) => {

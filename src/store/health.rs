@@ -121,7 +121,11 @@ impl Health {
     }
 
     /// Lets `change` do something, then tells the observer what it says, with nobody else's news in between.
-    pub(super) fn tell_change<T>(&self, change: impl FnOnce() -> Option<T>, what: impl FnOnce(&dyn Observer, T)) {
+    pub(super) fn tell_change<T>(
+        &self,
+        change: impl FnOnce() -> Option<T>,
+        what: impl FnOnce(&dyn Observer, T),
+    ) {
         let _turn = self.telling.lock();
         if let Some(changed) = change() {
             what(&*self.observer, changed);

@@ -61,8 +61,10 @@ impl Keeper {
     fn seal_next(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
         let shared = &self.shared;
         let positions = shared.positions()?;
-        let oldest = shared.partials.lock().first_key_value().map(|(number, segment)| (*number, segment.clone()));
-        let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= positions.flushed) else {
+        let oldest =
+            shared.partials.lock().first_key_value().map(|(number, segment)| (*number, segment.clone()));
+        let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= positions.flushed)
+        else {
             return Ok(false);
         };
         let name = SegmentName { timeline: positions.timeline, number };
@@ -103,9 +105,8 @@ impl Keeper {
         let horizon = horizon(shared, positions.flushed);
         let removable = shared.catalog.lock().removable(positions.timeline, horizon, size);
         let Some(name) = removable else { return Ok(false) };
-        let (segment, is_mapped) = shared
-            .mappings
-            .while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
+        let (segment, is_mapped) =
+            shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
         let path = shared.layout.complete(name, size);
         let spares = shared.settings.spare_segments as usize;
         // An old segment that somebody still reads must not be written to.
@@ -192,8 +193,9 @@ impl Shared {
         let start = || self.control.lock().as_ref().map(|control| control.start);
         match complete.or_else(partial) {
             Some(number) => number.start(size),
-            None => start().map(|start| SegmentNo::holding(start, size)).and_then(|number| number.start(size)),
+            None => {
+                start().map(|start| SegmentNo::holding(start, size)).and_then(|number| number.start(size))
+            }
         }
     }
 }
-

@@ -49,14 +49,23 @@ impl Pool {
     }
 
     /// Makes a spare; it is not ready until it is `put`.
-    pub(super) fn make(&self, disk: &dyn Disk, layout: &Layout, size: SegmentSize) -> Result<String, StoreError> {
+    pub(super) fn make(
+        &self,
+        disk: &dyn Disk,
+        layout: &Layout,
+        size: SegmentSize,
+    ) -> Result<String, StoreError> {
         let name = self.new_name();
         make_file(disk, &layout.wal(&name), size)?;
         Ok(name)
     }
 
     /// Makes the reserve.
-    pub(super) fn make_reserve(disk: &dyn Disk, layout: &Layout, size: SegmentSize) -> Result<(), StoreError> {
+    pub(super) fn make_reserve(
+        disk: &dyn Disk,
+        layout: &Layout,
+        size: SegmentSize,
+    ) -> Result<(), StoreError> {
         let temporary = layout.wal(&format!("{RESERVE_NAME}{TEMPORARY_SUFFIX}"));
         make_file(disk, &temporary, size)?;
         disk.rename(&temporary, &layout.wal(RESERVE_NAME)).map_err(StoreError::io("rename", &temporary))

@@ -95,7 +95,11 @@ fn retention_goes_by_what_a_crash_would_leave() {
     assert_eq!(slots.oldest_needed(), None);
     let guard = slots.acquire("a", 1).unwrap();
     guard.advance(at(0x10_0008));
-    assert_eq!(slots.oldest_needed(), Some(at(0x10_0008)), "a crash would leave nothing, the consumer needs it");
+    assert_eq!(
+        slots.oldest_needed(),
+        Some(at(0x10_0008)),
+        "a crash would leave nothing, the consumer needs it"
+    );
     let start = Instant::now();
     slots.save_if_due(start, size).unwrap();
     guard.advance(at(0x10_0100));

@@ -31,7 +31,11 @@ pub(super) struct StateFile {
 
 impl StateFile {
     /// Reads the file; `None` when there is none.
-    pub fn read<T: DeserializeOwned>(&self, disk: &dyn Disk, dir: &Path) -> Result<Option<T>, StoreError> {
+    pub(super) fn read<T: DeserializeOwned>(
+        &self,
+        disk: &dyn Disk,
+        dir: &Path,
+    ) -> Result<Option<T>, StoreError> {
         let path = dir.join(self.name);
         let content = read_small(disk, &path, STATE_FILE_BYTES_MAX).map_err(StoreError::io("read", &path))?;
         let Some(content) = content else { return Ok(None) };
@@ -59,7 +63,12 @@ impl StateFile {
     }
 
     /// Replaces the file durably.
-    pub fn write<T: Serialize>(&self, disk: &dyn Disk, dir: &Path, value: &T) -> Result<(), StoreError> {
+    pub(super) fn write<T: Serialize>(
+        &self,
+        disk: &dyn Disk,
+        dir: &Path,
+        value: &T,
+    ) -> Result<(), StoreError> {
         let path = dir.join(self.name);
         let payload = serde_json::to_vec(value)
             .map_err(|error| StoreError::Damaged { path: path.clone(), detail: error.to_string() })?;

@@ -128,7 +128,8 @@ impl Tail {
         let mut in_memory = Vec::new();
         let first = self.chunks.partition_point(|chunk| chunk.end() <= start);
         for chunk in self.chunks.range(first..).take_while(|chunk| chunk.at < range.end()) {
-            let within = |position: Lsn| usize::try_from(position.bytes_since(chunk.at)).unwrap_or(usize::MAX);
+            let within =
+                |position: Lsn| usize::try_from(position.bytes_since(chunk.at)).unwrap_or(usize::MAX);
             in_memory.push(chunk.bytes.slice(within(start)..within(range.end()).min(chunk.bytes.len())));
         }
         Located { in_files, in_memory }

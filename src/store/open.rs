@@ -1,0 +1,164 @@
+//! Opening a data directory.
+//!
+//! Owns the order: lock, identity, recovery, and only then the parts that work with it. Refuses what is not ours, and
+//! what cannot be understood; never guesses.
+
+use std::any::Any;
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use crate::store::StoreSettings;
+use crate::store::catalog::Catalog;
+use crate::store::control::{Control, Layout, unique_name};
+use crate::store::disk::Disk;
+use crate::store::error::StoreError;
+use crate::store::health::{Health, Observer};
+use crate::store::inventory::{has_wal, remove_temporaries};
+use crate::store::mapping::Mappings;
+use crate::store::pool::Pool;
+use crate::store::queue::{Signal, Unsynced, WriteQueue};
+use crate::store::recovery::{Recovered, Recovery};
+use crate::store::shared::Shared;
+use crate::store::slots::SlotTable;
+use crate::store::tail::Tail;
+use crate::wal::scanner::Scanner;
+
+/// An open store, before its threads run.
+pub(super) struct Opened {
+    pub shared: Arc<Shared>,
+    /// At the verified end; `None` in a fresh directory.
+    pub scanner: Option<Scanner>,
+    pub has_reserve: bool,
+    /// Dropped last.
+    pub lock: Box<dyn Any + Send + Sync>,
+    pub notes: Vec<String>,
+}
+
+/// For tests: a planted bug.
+#[cfg(test)]
+pub(super) type Variant = crate::store::simulation::Mutant;
+/// There is only the right way.
+#[cfg(not(test))]
+#[derive(Clone, Copy, Default)]
+pub(super) enum Variant {
+    #[default]
+    Right,
+}
+
+pub(super) fn open(
+    settings: StoreSettings,
+    disk: Arc<dyn Disk>,
+    observer: Arc<dyn Observer>,
+    variant: Variant,
+) -> Result<Opened, StoreError> {
+    let layout = Layout::new(&settings.data_dir);
+    for dir in [&layout.data_dir, &layout.wal_dir] {
+        disk.create_dir(dir).map_err(StoreError::io("create directory", dir))?;
+    }
+    let lock = lock(&*disk, &layout)?;
+    let control = take_over(&*disk, &layout)?;
+    remove_temporaries(&*disk, &layout)?;
+    let pool = Pool::default();
+    let recovered = match &control {
+        Some(control) => {
+            let spares = settings.spare_segments as usize;
+            #[allow(unused_mut, reason = "changed in tests")]
+            let mut recovery = Recovery::new(&*disk, &layout, control, &pool, spares)?;
+            #[cfg(test)]
+            {
+                recovery.mutant = variant;
+            }
+            Some(recovery.run()?)
+        }
+        None => None,
+    };
+    // Names that came into being before an earlier process ended are durable from here on.
+    disk.sync_dir(&layout.data_dir).map_err(StoreError::io("sync directory", &layout.data_dir))?;
+    let health = Arc::new(Health::new(observer));
+    let slots =
+        SlotTable::open(disk.clone(), layout.clone(), health.clone(), settings.max_replication_slots)?;
+    let identity = OnceLock::new();
+    if let Some(control) = &control {
+        let _ = identity.set(control.identity(&layout)?);
+    }
+    let shared = Shared {
+        tail: Mutex::new(Tail::new(settings.tail_bytes_max)),
+        disk,
+        layout,
+        settings,
+        health,
+        identity,
+        control: Mutex::new(control),
+        positions: Mutex::new(None),
+        queue: WriteQueue::new(),
+        unsynced: Unsynced::default(),
+        partials: Mutex::default(),
+        catalog: Mutex::new(Catalog::default()),
+        mappings: Mappings::default(),
+        pool,
+        index: Mutex::new(None),
+        slots,
+        keeper: Signal::default(),
+        #[cfg(test)]
+        mutant: variant,
+    };
+    #[cfg(not(test))]
+    let Variant::Right = variant;
+    Ok(assemble(shared, recovered, lock))
+}
+
+fn assemble(shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Send + Sync>) -> Opened {
+    let Some(recovered) = recovered else {
+        return Opened {
+            shared: Arc::new(shared),
+            scanner: None,
+            has_reserve: false,
+            lock,
+            notes: Vec::new(),
+        };
+    };
+    shared.tail.lock().begin(recovered.positions.verified);
+    *shared.positions.lock() = Some(recovered.positions);
+    *shared.partials.lock() = recovered.partials;
+    *shared.catalog.lock() = recovered.catalog;
+    *shared.index.lock() = Some(recovered.index);
+    for (name, detail) in &recovered.damaged {
+        shared.health.observer.suspect(*name, detail);
+    }
+    shared.keeper.notify();
+    Opened {
+        shared: Arc::new(shared),
+        scanner: Some(recovered.scanner),
+        has_reserve: recovered.has_reserve,
+        lock,
+        notes: recovered.notes,
+    }
+}
+
+fn lock(disk: &dyn Disk, layout: &Layout) -> Result<Box<dyn Any + Send + Sync>, StoreError> {
+    let path = layout.lock();
+    disk.lock(&path, &format!("{}\n", std::process::id())).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => StoreError::Locked { path: layout.data_dir.clone() },
+        _ => StoreError::io("lock", &path)(error),
+    })
+}
+
+/// Reads whose directory this is, and makes it this process's.
+fn take_over(disk: &dyn Disk, layout: &Layout) -> Result<Option<Control>, StoreError> {
+    let Some(mut control) = Control::read(disk, layout)? else {
+        if has_wal(disk, layout)? {
+            return Err(StoreError::ControlMissing { path: layout.data_dir.clone() });
+        }
+        return Ok(None);
+    };
+    let before = control.clone();
+    control.owner = unique_name();
+    match control.write(disk, layout) {
+        Ok(()) => Ok(Some(control)),
+        // The lock alone must do then: what is held is to be served also from a full disk.
+        Err(error) if error.is_no_space() => Ok(Some(before)),
+        Err(error) => Err(error),
+    }
+}

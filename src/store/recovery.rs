@@ -1,0 +1,471 @@
+//! From the files as a crash, a person or a failing disk left them to a store that can be trusted.
+//!
+//! Owns the order of recovery: what is complete, how far it is valid, and then every segment that was being written is
+//! copied to a new file, synced and renamed into place, before any position is reported. The page cache may show bytes
+//! that the disk does not have, and a second sync would say nothing: only bytes written anew are known to be there.
+//! Nothing that may be somebody's only copy is removed: it is set aside under another name, and reported. Any failing
+//! operation ends recovery; it can be run again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::store::catalog::{Catalog, CompleteSegment};
+use crate::store::control::{Control, Layout, RESERVE_NAME};
+use crate::store::disk::{Disk, DiskFile, OpenMode, TEMPORARY_SUFFIX, read_full_at, write_all_at};
+use crate::store::error::StoreError;
+use crate::store::index::Index;
+use crate::store::inventory::Inventory;
+use crate::store::partials::{PartialSegment, READ_BYTES, crc_of_file};
+use crate::store::pool::Pool;
+use crate::store::positions::Positions;
+use crate::store::walk::{Walk, Walked};
+use crate::wal::scanner::Scanner;
+use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
+
+/// What recovery works on, and what it has found so far.
+pub(super) struct Recovery<'a> {
+    pub disk: &'a dyn Disk,
+    pub layout: &'a Layout,
+    pub control: &'a Control,
+    pub size: SegmentSize,
+    pub pool: &'a Pool,
+    pub spares_max: usize,
+    complete: BTreeMap<SegmentNo, u64>,
+    partial: BTreeMap<SegmentNo, u64>,
+    index: BTreeMap<SegmentName, u32>,
+    /// Complete segments of other timelines.
+    others: BTreeSet<SegmentName>,
+    has_reserve: bool,
+    names: BTreeSet<String>,
+    damaged: Vec<(SegmentName, String)>,
+    notes: Vec<String>,
+    #[cfg(test)]
+    pub mutant: crate::store::simulation::Mutant,
+}
+
+/// A store that can be trusted.
+pub(super) struct Recovered {
+    pub positions: Positions,
+    pub scanner: Scanner,
+    pub catalog: Catalog,
+    pub partials: BTreeMap<SegmentNo, Arc<PartialSegment>>,
+    pub index: Index,
+    pub has_reserve: bool,
+    /// Segments that were not what was written; they were set aside.
+    pub damaged: Vec<(SegmentName, String)>,
+    /// What was done, for people.
+    pub notes: Vec<String>,
+}
+
+impl<'a> Recovery<'a> {
+    pub(super) fn new(
+        disk: &'a dyn Disk,
+        layout: &'a Layout,
+        control: &'a Control,
+        pool: &'a Pool,
+        spares_max: usize,
+    ) -> Result<Self, StoreError> {
+        let size = control.identity(layout)?.segment_size;
+        let inventory = Inventory::take(disk, layout, size)?;
+        let names = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
+        let (complete, partial) =
+            (inventory.complete_of(control.timeline), inventory.partial_of(control.timeline));
+        let mut recovery = Self {
+            disk,
+            layout,
+            control,
+            size,
+            pool,
+            spares_max,
+            complete,
+            partial,
+            index: Index::read(disk, &layout.data_dir, size)?,
+            others: inventory
+                .complete
+                .keys()
+                .filter(|name| name.timeline != control.timeline)
+                .copied()
+                .collect(),
+            has_reserve: inventory.reserve == Some(size.bytes()),
+            names: names.into_iter().map(|entry| entry.name).collect(),
+            damaged: Vec::new(),
+            notes: Vec::new(),
+            #[cfg(test)]
+            mutant: crate::store::simulation::Mutant::None,
+        };
+        recovery.take_in_spares(&inventory.spares, inventory.reserve)?;
+        Ok(recovery)
+    }
+
+    /// Recovers.
+    pub(super) fn run(mut self) -> Result<Recovered, StoreError> {
+        self.check_not_emptied()?;
+        self.settle_pairs()?;
+        self.keep_newest_run()?;
+        let walked = self.walk_trusted()?;
+        let end = self.end_of(&walked);
+        let is_cut = self.reopen_complete(end)?;
+        let partials = self.rewrite_partials(end)?;
+        self.discard_beyond(end)?;
+        self.sync_dir()?;
+        let walked = if is_cut || !partials.is_empty() { self.walk_again(end, walked)? } else { walked };
+        let (complete, index) = self.settle_index()?;
+        let sealed = self.complete.last_key_value().map(|(number, _)| number.end(self.size));
+        Ok(Recovered {
+            positions: Positions::at(self.control.timeline, end, sealed),
+            scanner: walked.scanner,
+            catalog: Catalog::new(complete, walked.start.start(self.size)),
+            partials,
+            index,
+            has_reserve: self.has_reserve,
+            damaged: self.damaged,
+            notes: self.notes,
+        })
+    }
+
+    fn take_in_spares(
+        &mut self,
+        spares: &BTreeMap<String, u64>,
+        reserve: Option<u64>,
+    ) -> Result<(), StoreError> {
+        for (name, bytes) in spares {
+            if *bytes == self.size.bytes() && self.pool.count() < self.spares_max {
+                self.pool.found(name);
+            } else {
+                self.unlink(&self.layout.wal(name))?;
+            }
+        }
+        if reserve.is_some() && !self.has_reserve {
+            self.unlink(&self.layout.wal(RESERVE_NAME))?;
+        }
+        Ok(())
+    }
+
+    /// Retention always leaves something: a directory without any of its WAL was emptied by somebody.
+    fn check_not_emptied(&self) -> Result<(), StoreError> {
+        let entries = || self.index.keys().filter(|name| name.timeline == self.control.timeline);
+        let is_here = |name: &SegmentName| self.partial.contains_key(&name.number);
+        if self.complete.is_empty() && entries().next().is_some() && !entries().any(is_here) {
+            let segments = entries().count();
+            return Err(StoreError::WalMissing { path: self.layout.data_dir.clone(), segments });
+        }
+        Ok(())
+    }
+
+    /// Of a segment that is there both complete and as `.partial`, the complete one wins if it is sound.
+    fn settle_pairs(&mut self) -> Result<(), StoreError> {
+        let pairs: Vec<_> =
+            self.partial.keys().filter(|number| self.complete.contains_key(number)).copied().collect();
+        for number in pairs {
+            let walk = self.walk();
+            let (complete, partial) = (walk.complete_path(number), walk.partial_path(number));
+            match self.fault_of(number)? {
+                None => {
+                    self.set_aside(&partial, "the complete segment is there, too")?;
+                    self.partial.remove(&number);
+                }
+                Some(fault) => {
+                    self.set_aside(&complete, &fault)?;
+                    self.damaged.push((self.walk().name(number), fault));
+                    self.complete.remove(&number);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Why a complete segment, taken alone, is not what was written.
+    fn fault_of(&self, number: SegmentNo) -> Result<Option<String>, StoreError> {
+        let bytes = self.complete.get(&number).copied().unwrap_or(0);
+        if bytes != self.size.bytes() {
+            return Ok(Some(format!("it has {bytes} bytes, expected {}", self.size.bytes())));
+        }
+        let walk = self.walk();
+        let path = walk.complete_path(number);
+        let Some(expected) = self.index.get(&walk.name(number)) else {
+            let error = walk.scan_alone(number, &path)?.error;
+            return Ok(error.map(|error| error.to_string()));
+        };
+        let found = self.crc_of(&path)?;
+        Ok((found != *expected).then(|| format!("its checksum is {found:08x}, expected {expected:08x}")))
+    }
+
+    fn crc_of(&self, path: &Path) -> Result<u32, StoreError> {
+        let file = self.disk.open(path, OpenMode::Read).map_err(StoreError::io("open", path))?;
+        crc_of_file(&*file, self.size.bytes()).map_err(StoreError::io("read", path))
+    }
+
+    /// A hole among the complete segments: what is before it cannot be served as one piece with the rest.
+    fn keep_newest_run(&mut self) -> Result<(), StoreError> {
+        let Some(mut first) = self.complete.last_key_value().map(|(number, _)| *number) else {
+            return Ok(());
+        };
+        while let Some(before) = first.previous().filter(|before| self.complete.contains_key(before)) {
+            first = before;
+        }
+        let detached: Vec<_> = self.complete.range(..first).map(|(number, _)| *number).collect();
+        for number in detached {
+            self.set_aside(
+                &self.walk().complete_path(number),
+                "segments between it and the newest are missing",
+            )?;
+            self.complete.remove(&number);
+        }
+        let newest = self.complete.last_key_value().map(|(number, _)| *number);
+        let stale: Vec<_> = self.partial.keys().filter(|number| Some(**number) < newest).copied().collect();
+        for number in stale {
+            self.set_aside(&self.walk().partial_path(number), "newer segments are complete")?;
+            self.partial.remove(&number);
+        }
+        Ok(())
+    }
+
+    /// Walks to the end, from complete segments that are what was written.
+    fn walk_trusted(&mut self) -> Result<Walked, StoreError> {
+        loop {
+            let newest = self.complete.last_key_value().map(|(number, _)| *number);
+            if let Some(newest) = newest
+                && let Some(fault) = self.fault_of(newest)?
+            {
+                self.set_aside_from(newest, &fault)?;
+                continue;
+            }
+            let walked = self.walk().run()?;
+            match &walked.damaged {
+                None => return Ok(walked),
+                Some((number, error)) => self.set_aside_from(*number, &error.to_string())?,
+            }
+        }
+    }
+
+    /// A complete segment at the end is damaged. What follows it cannot be claimed either, because a claim covers all
+    /// that is before it; the upstream is asked again for what it still has.
+    fn set_aside_from(&mut self, first: SegmentNo, fault: &str) -> Result<(), StoreError> {
+        let after = "a segment before it is damaged";
+        for number in self.partial.range(first..).map(|(number, _)| *number).rev().collect::<Vec<_>>() {
+            self.set_aside(&self.walk().partial_path(number), after)?;
+            self.partial.remove(&number);
+        }
+        for number in self.complete.range(first..).map(|(number, _)| *number).rev().collect::<Vec<_>>() {
+            let why = if number == first { fault } else { after };
+            self.set_aside(&self.walk().complete_path(number), why)?;
+            self.complete.remove(&number);
+        }
+        self.damaged.push((self.walk().name(first), fault.to_owned()));
+        Ok(())
+    }
+
+    fn end_of(&self, walked: &Walked) -> Lsn {
+        #[cfg(test)]
+        if self.mutant == crate::store::simulation::Mutant::TrustLength {
+            return walked.scanner.position();
+        }
+        walked.scanner.verified_end()
+    }
+
+    /// A record that begins in complete segments and is not there whole: those segments are not complete. Whether there
+    /// are any.
+    fn reopen_complete(&mut self, end: Lsn) -> Result<bool, StoreError> {
+        let beyond: Vec<_> =
+            self.complete.keys().filter(|number| number.end(self.size) > end).copied().collect();
+        for number in beyond.iter().rev() {
+            let walk = self.walk();
+            let (complete, partial) = (walk.complete_path(*number), walk.partial_path(*number));
+            let keep = number.start(self.size).map_or(0, |start| end.bytes_since(start));
+            if keep > 0 {
+                self.rewrite(&complete, keep, &partial)?;
+                self.partial.insert(*number, self.size.bytes());
+            }
+            self.set_aside(&complete, "its last record is not complete")?;
+            self.complete.remove(number);
+        }
+        Ok(!beyond.is_empty())
+    }
+
+    /// Copies every segment that was being written, up to the end of its valid WAL.
+    fn rewrite_partials(&mut self, end: Lsn) -> Result<BTreeMap<SegmentNo, Arc<PartialSegment>>, StoreError> {
+        let mut rewritten = BTreeMap::new();
+        let first = match self.complete.last_key_value() {
+            Some((newest, _)) => newest.next(),
+            None => SegmentNo::holding(self.control.start, self.size),
+        };
+        let numbers = (first.0..).map(SegmentNo).take_while(|number| self.partial.contains_key(number));
+        for number in numbers.collect::<Vec<_>>() {
+            let keep =
+                number.start(self.size).map_or(0, |start| end.bytes_since(start)).min(self.size.bytes());
+            if keep == 0 {
+                break;
+            }
+            let path = self.walk().partial_path(number);
+            #[cfg(test)]
+            if self.mutant == crate::store::simulation::Mutant::NoRewrite {
+                let file = self.disk.open(&path, OpenMode::Write).map_err(StoreError::io("open", &path))?;
+                file.sync().map_err(StoreError::io("sync", &path))?;
+                rewritten.insert(number, Arc::new(PartialSegment::found(file)));
+                continue;
+            }
+            let file = self.rewrite(&path, keep, &path)?;
+            rewritten.insert(number, Arc::new(PartialSegment::found(file)));
+        }
+        self.partial.retain(|number, _| !rewritten.contains_key(number));
+        Ok(rewritten)
+    }
+
+    /// Gives `target` the first `keep` bytes of `source`, and zeros behind them, in a new file that is durable before it
+    /// gets the name.
+    fn rewrite(&mut self, source: &Path, keep: u64, target: &Path) -> Result<Arc<dyn DiskFile>, StoreError> {
+        let (path, file) = self.fresh_file()?;
+        let from = self.disk.open(source, OpenMode::Read).map_err(StoreError::io("open", source))?;
+        let mut buffer = vec![0; READ_BYTES];
+        let mut at = 0;
+        while at < self.size.bytes() {
+            let wanted = usize::try_from(keep.saturating_sub(at)).unwrap_or(READ_BYTES).min(READ_BYTES);
+            let part = buffer.get_mut(..wanted).unwrap_or_default();
+            if read_full_at(&*from, part, at).map_err(StoreError::io("read", source))? < wanted {
+                let detail = "it became shorter".to_owned();
+                return Err(StoreError::Damaged { path: source.to_path_buf(), detail });
+            }
+            // Segment sizes are multiples of the buffer's.
+            buffer.get_mut(wanted..).unwrap_or_default().fill(0);
+            write_all_at(&*file, &buffer, at).map_err(StoreError::io("write", &path))?;
+            at += READ_BYTES as u64;
+        }
+        file.sync().map_err(StoreError::io("sync", &path))?;
+        self.disk.rename(&path, target).map_err(StoreError::io("rename", &path))?;
+        // Also gives back the space of the file that lost its name, which the next one may need.
+        self.sync_dir()?;
+        Ok(file)
+    }
+
+    /// A file to write into: the reserve, so that a full disk does not matter.
+    fn fresh_file(&mut self) -> Result<(PathBuf, Arc<dyn DiskFile>), StoreError> {
+        let existing = if std::mem::take(&mut self.has_reserve) {
+            Some(RESERVE_NAME.to_owned())
+        } else {
+            self.pool.take()
+        };
+        let (path, mode) = match existing {
+            Some(name) => (self.layout.wal(&name), OpenMode::Write),
+            None => (self.layout.wal(&format!("walrelay.rewrite{TEMPORARY_SUFFIX}")), OpenMode::CreateNew),
+        };
+        let file = self.disk.open(&path, mode).map_err(StoreError::io("open", &path))?;
+        Ok((path, file))
+    }
+
+    /// What lies beyond the end was never finished, and is free to be used again.
+    fn discard_beyond(&mut self, end: Lsn) -> Result<(), StoreError> {
+        let mut follows = SegmentNo::holding(end, self.size);
+        for (number, bytes) in std::mem::take(&mut self.partial) {
+            let path = self.walk().partial_path(number);
+            if number == follows {
+                follows = number.next();
+            } else if self.walk().scan_alone(number, &path)?.has_records {
+                // Not left by a crash: the segment before it was there when this one was begun.
+                self.set_aside(&path, "segments between it and the end of valid WAL are missing")?;
+                continue;
+            }
+            if bytes == self.size.bytes() && self.pool.count() < self.spares_max {
+                let spare = self.pool.new_name();
+                self.disk.rename(&path, &self.layout.wal(&spare)).map_err(StoreError::io("rename", &path))?;
+                self.pool.put(spare);
+            } else {
+                self.unlink(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What was written anew must say the same as what it was copied from.
+    fn walk_again(&mut self, end: Lsn, first: Walked) -> Result<Walked, StoreError> {
+        #[cfg(test)]
+        if self.mutant != crate::store::simulation::Mutant::None {
+            return Ok(first);
+        }
+        let _ = first;
+        let inventory = Inventory::take(self.disk, self.layout, self.size)?;
+        let partials = inventory.partial_of(self.control.timeline);
+        let again = Walk { partials: &partials, ..self.walk() }.run()?;
+        if again.damaged.is_some() || again.scanner.verified_end() != end {
+            let detail =
+                format!("WAL ends at {} after recovery, and at {end} before", again.scanner.verified_end());
+            return Err(StoreError::Damaged { path: self.layout.wal_dir.clone(), detail });
+        }
+        Ok(again)
+    }
+
+    /// The complete segments with their checksums, and the index that says the same.
+    fn settle_index(&mut self) -> Result<(BTreeMap<SegmentName, CompleteSegment>, Index), StoreError> {
+        let mut complete = BTreeMap::new();
+        let numbers: Vec<_> = self.complete.keys().copied().collect();
+        for number in numbers {
+            let (name, path) = (self.walk().name(number), self.walk().complete_path(number));
+            let (crc, suspect) = match self.index.get(&name) {
+                Some(crc) => (*crc, None),
+                None => match self.fault_of(number)? {
+                    None => (self.crc_of(&path)?, None),
+                    fault => (0, fault),
+                },
+            };
+            if let Some(fault) = &suspect {
+                self.damaged.push((name, fault.clone()));
+            }
+            complete.insert(name, CompleteSegment { crc, suspect });
+        }
+        for name in &self.others {
+            if let Some(crc) = self.index.get(name) {
+                complete.insert(*name, CompleteSegment { crc: *crc, suspect: None });
+            }
+        }
+        let sound = complete.iter().filter(|(_, segment)| segment.suspect.is_none());
+        let entries: BTreeMap<_, _> = sound.map(|(name, segment)| (*name, segment.crc)).collect();
+        let dir = &self.layout.data_dir;
+        let existing = Index::open(self.disk, dir, self.size).ok();
+        let index = match existing {
+            Some(index) if entries == self.index && index.entries() == entries.len() as u64 => index,
+            existing => match (Index::rewrite(self.disk, dir, self.size, &entries), existing) {
+                // The old one serves until there is space.
+                (Err(error), Some(existing)) if error.is_no_space() => existing,
+                (rewritten, _) => rewritten?,
+            },
+        };
+        Ok((complete, index))
+    }
+
+    fn set_aside(&mut self, path: &Path, why: &str) -> Result<(), StoreError> {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let candidates = (0..).map(|count: u32| match count {
+            0 => format!("{name}{DETACHED_SUFFIX}"),
+            _ => format!("{name}{DETACHED_SUFFIX}.{count}"),
+        });
+        let target = candidates.into_iter().find(|target| !self.names.contains(target)).unwrap_or_default();
+        self.disk.rename(path, &self.layout.wal(&target)).map_err(StoreError::io("rename", path))?;
+        self.notes.push(format!("set WAL file \"{name}\" aside as \"{target}\": {why}"));
+        self.names.insert(target);
+        Ok(())
+    }
+
+    fn unlink(&self, path: &Path) -> Result<(), StoreError> {
+        self.disk.unlink(path).map_err(StoreError::io("remove", path))
+    }
+
+    fn sync_dir(&self) -> Result<(), StoreError> {
+        let dir = &self.layout.wal_dir;
+        self.disk.sync_dir(dir).map_err(StoreError::io("sync directory", dir))
+    }
+
+    fn walk(&self) -> Walk<'_> {
+        let complete = self.complete.first_key_value().zip(self.complete.last_key_value());
+        Walk {
+            disk: self.disk,
+            layout: self.layout,
+            control: self.control,
+            size: self.size,
+            complete: complete.map(|((first, _), (last, _))| (*first, *last)),
+            partials: &self.partial,
+        }
+    }
+}
+
+/// Suffix of files that recovery sets aside.
+const DETACHED_SUFFIX: &str = ".detached";

@@ -1,0 +1,335 @@
+//! The way in: WAL as it comes off the socket.
+//!
+//! Owns the only writing half of the store. Every byte passes here: what is held already is compared with it, what is
+//! new is verified, kept in the tail and handed to the writer thread. Bytes beyond the verified end are provisional:
+//! they are written, because a record may be longer than any buffer, but never readable, and forgotten when the next
+//! upstream session begins. Never waits for the disk, except to read back what is compared.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::store::StoreHandle;
+use crate::store::control::{Control, Identity, unique_name};
+use crate::store::error::{AppendError, StoreError};
+use crate::store::index::Index;
+use crate::store::overlap::{Overlap, Verdict};
+use crate::store::positions::Positions;
+use crate::store::queue::{Batch, Piece};
+use crate::store::shared::Shared;
+use crate::store::tail::BlockId;
+use crate::wal::record::{Record, RecordVisitor};
+use crate::wal::scanner::{ScanContext, Scanner};
+use crate::wal::{Lsn, SegmentNo, SegmentSize, TimelineId};
+
+/// Takes WAL from the upstream. There is exactly one.
+pub struct WalWriter {
+    shared: Arc<Shared>,
+    /// Keeps the threads.
+    _handle: Option<Arc<StoreHandle>>,
+    scanner: Option<Scanner>,
+    session: Option<Session>,
+    crossings: Crossings,
+}
+
+/// What one upstream session has delivered.
+struct Session {
+    /// End of what was taken.
+    received: Lsn,
+    /// Verified end when the session began: what is before it is compared, not written.
+    held_end: Lsn,
+    /// Whether the first new record will prove, by naming ours as the one before it, that it continues what is held.
+    is_chain_to_prove: bool,
+    overlap: Overlap,
+    epoch: u64,
+    /// Taken since the last `submit`.
+    pieces: Vec<(Piece, BlockId)>,
+    /// Verified end at the last `submit`.
+    submitted: Lsn,
+}
+
+/// Where to ask the upstream to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResumePlan {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// End of what is held.
+    pub held_end: Lsn,
+    /// Where to start, so that some of what is held is delivered again and compared.
+    pub start: Lsn,
+    /// Where to start if the upstream has no WAL from `start` any more.
+    pub fallback: Option<Lsn>,
+}
+
+impl WalWriter {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        handle: Option<Arc<StoreHandle>>,
+        scanner: Option<Scanner>,
+    ) -> Self {
+        let size = shared.segment_size().ok();
+        let crossings = Crossings::from(scanner.as_ref(), size);
+        Self { shared, _handle: handle, scanner, session: None, crossings }
+    }
+
+    /// Makes a fresh directory the store of a cluster, to begin at `start`, the start of a segment; durable on return.
+    pub fn initialize(
+        &mut self,
+        identity: Identity,
+        timeline: TimelineId,
+        start: Lsn,
+    ) -> Result<(), StoreError> {
+        self.shared.health.check()?;
+        if let Some(identity) = self.shared.identity.get() {
+            return Err(StoreError::Initialized(identity.system_id));
+        }
+        if identity.segment_size.offset_of(start) != 0 {
+            return Err(StoreError::BadStart { start, reason: "it is not the start of a segment" });
+        }
+        let Shared { disk, layout, .. } = &*self.shared;
+        // The index first: with a control file there must be one.
+        let entries = std::collections::BTreeMap::new();
+        let index = Index::rewrite(&**disk, &layout.data_dir, identity.segment_size, &entries)
+            .map_err(|error| self.shared.health.judge(error))?;
+        let control = Control {
+            system_id: identity.system_id,
+            segment_bytes: identity.segment_size.bytes(),
+            timeline,
+            start,
+            instance: unique_name(),
+            owner: unique_name(),
+            facts: None,
+        };
+        control.write(&**disk, layout).map_err(|error| self.shared.health.judge(error))?;
+        *self.shared.index.lock() = Some(index);
+        *self.shared.control.lock() = Some(control);
+        self.shared.tail.lock().begin(start);
+        *self.shared.positions.lock() = Some(Positions::at(timeline, start, None));
+        let _ = self.shared.identity.set(identity);
+        let context = ScanContext {
+            segment_size: identity.segment_size,
+            system_id: Some(identity.system_id),
+            timeline,
+            format: None,
+        };
+        let scanner = Scanner::at_segment_start(context, start);
+        self.crossings = Crossings::from(Some(&scanner), Some(identity.segment_size));
+        self.scanner = Some(scanner);
+        self.shared.publish(|_| ());
+        self.shared.keeper.notify();
+        Ok(())
+    }
+
+    /// Where to ask the upstream to start; `None` in a fresh directory.
+    pub fn plan(&self) -> Option<ResumePlan> {
+        let size = self.shared.segment_size().ok()?;
+        let timeline = self.shared.positions().ok()?.timeline;
+        let scanner = self.scanner.as_ref()?;
+        let held_end = scanner.verified_end();
+        let oldest = self.shared.oldest()?;
+        if held_end <= oldest {
+            return Some(ResumePlan { timeline, held_end, start: held_end, fallback: None });
+        }
+        // Zeros prove nothing, so from the last record on; but not from before the segment of our end, which the
+        // upstream may not have any more.
+        let segment_start = SegmentNo::ending_at(held_end, size).start(size).unwrap_or(oldest);
+        let page_start = scanner.last_record().and_then(Lsn::page_start).unwrap_or(segment_start);
+        let start = page_start.max(segment_start).max(oldest);
+        let fallback = (size.offset_of(held_end) == 0).then_some(held_end);
+        Some(ResumePlan { timeline, held_end, start, fallback })
+    }
+
+    /// A new upstream session delivers WAL from `start`, which must be held or be the end of what is. What earlier
+    /// sessions delivered beyond the verified end is forgotten.
+    pub fn begin(&mut self, start: Lsn) -> Result<(), StoreError> {
+        self.shared.health.check()?;
+        self.submit();
+        self.session = None;
+        let scanner = self.scanner.as_mut().ok_or(StoreError::NotInitialized)?;
+        let held_end = scanner.verified_end();
+        let oldest = self.shared.oldest().ok_or(StoreError::NotInitialized)?;
+        if start > held_end {
+            return Err(StoreError::BadStart { start, reason: "it is beyond what is held" });
+        }
+        if start < oldest {
+            return Err(StoreError::BadStart { start, reason: "it is before what is held" });
+        }
+        *scanner = Scanner::resume(scanner.context(), scanner.resume_point());
+        let is_chain_to_prove = start == held_end && scanner.last_record().is_some();
+        let epoch = self.shared.tail.lock().begin(held_end);
+        let overlap = Overlap::new(self.shared.clone(), start, scanner.context());
+        self.session = Some(Session {
+            received: start,
+            held_end,
+            is_chain_to_prove,
+            overlap,
+            epoch,
+            pieces: Vec::new(),
+            submitted: held_end,
+        });
+        Ok(())
+    }
+
+    /// Takes the next bytes of the session, a slice of the receive block `block`. After an error the session is over.
+    pub fn append(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), AppendError> {
+        self.shared.health.check()?;
+        let (Some(session), Some(scanner)) = (&mut self.session, &mut self.scanner) else {
+            return Err(StoreError::NotInitialized.into());
+        };
+        if at != session.received {
+            return Err(AppendError::Gap { expected: session.received, got: at });
+        }
+        let Some(new) = session.compare(at, bytes)? else { return Ok(()) };
+        if new.is_empty() {
+            return Ok(());
+        }
+        let at = session.received;
+        let result = scanner.feed(&new, &mut self.crossings);
+        let taken = match result {
+            Ok(()) => new,
+            // What was verified before the fault is good.
+            Err(_) => {
+                let good = usize::try_from(scanner.verified_end().bytes_since(at)).unwrap_or(usize::MAX);
+                new.slice(..good.min(new.len()))
+            }
+        };
+        if !taken.is_empty() {
+            session.received = at.advance(taken.len() as u64);
+            self.shared.queue.received(taken.len() as u64);
+            session.pieces.push((Piece { at, bytes: taken }, block));
+        }
+        result.map_err(AppendError::Corrupt)
+    }
+
+    /// Hands what was taken to the writer thread, and makes what is verified readable. To be called when the socket has
+    /// run dry, or enough has gathered.
+    pub fn submit(&mut self) {
+        let (Some(session), Some(scanner)) = (&mut self.session, &self.scanner) else { return };
+        let verified = scanner.verified_end();
+        if session.pieces.is_empty() && verified == session.submitted {
+            return;
+        }
+        let mut pieces = VecDeque::with_capacity(session.pieces.len());
+        let mut end = session.submitted;
+        {
+            let mut tail = self.shared.tail.lock();
+            for (piece, block) in session.pieces.drain(..) {
+                tail.push(piece.bytes.clone(), block);
+                end = piece.at.advance(piece.bytes.len() as u64);
+                pieces.push_back(piece);
+            }
+        }
+        session.submitted = verified;
+        if !self.crossings.found.is_empty() {
+            let mut catalog = self.shared.catalog.lock();
+            for (number, start) in self.crossings.found.drain(..) {
+                catalog.note_crossing(number, start);
+            }
+        }
+        self.shared.publish(|positions| positions.verified = verified);
+        self.shared.queue.push(Batch { pieces, end, verified, epoch: session.epoch });
+    }
+
+    /// Whether this session has shown that the upstream's WAL is what is held: only then may positions be reported.
+    pub fn is_overlap_proven(&self) -> bool {
+        let (Some(session), Some(scanner)) = (&self.session, &self.scanner) else { return false };
+        !session.overlap.is_disputed()
+            && session.received >= session.held_end
+            && (!session.is_chain_to_prove || scanner.verified_end() > session.held_end)
+    }
+
+    /// End of the bytes taken in this session, verified or not; of what is held when there is none.
+    pub fn received(&self) -> Lsn {
+        let verified = || self.scanner.as_ref().map_or(Lsn::MIN, Scanner::verified_end);
+        self.session.as_ref().map_or_else(verified, |session| session.received)
+    }
+
+    /// Whether more may be read from the socket: the bytes that are not yet written are below the limit. The observer
+    /// hears of positions when there is room again.
+    pub fn has_room(&self) -> bool {
+        self.shared.queue.unwritten_bytes() < self.shared.settings.unwritten_bytes_max
+    }
+
+    /// The context of the scan, with what was learnt from the WAL (its format).
+    pub fn context(&self) -> Option<ScanContext> {
+        self.scanner.as_ref().map(Scanner::context)
+    }
+}
+
+impl Session {
+    /// Compares what is held already; returns what is not, or `None` while other bytes than the held ones are examined.
+    fn compare(&mut self, at: Lsn, mut bytes: Bytes) -> Result<Option<Bytes>, AppendError> {
+        let overlap = usize::try_from(self.held_end.bytes_since(at)).unwrap_or(usize::MAX).min(bytes.len());
+        if overlap == 0 && !self.overlap.is_disputed() {
+            return Ok(Some(bytes));
+        }
+        let whole = bytes.clone();
+        let held = bytes.split_to(overlap);
+        match self.overlap.compare(at, &held, &whole)? {
+            Verdict::Same => {
+                self.received = at.advance(overlap as u64);
+                Ok(Some(bytes))
+            }
+            Verdict::Disputed => {
+                self.received = at.advance(whole.len() as u64);
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Finds, for the end of each segment, the record that crosses it or ends there.
+struct Crossings {
+    size: Option<SegmentSize>,
+    /// The segment whose end comes next.
+    number: SegmentNo,
+    boundary: Option<Lsn>,
+    previous: Option<Lsn>,
+    found: Vec<(SegmentNo, Lsn)>,
+}
+
+impl Crossings {
+    const NOTHING: Self =
+        Self { size: None, number: SegmentNo(0), boundary: None, previous: None, found: Vec::new() };
+
+    fn from(scanner: Option<&Scanner>, size: Option<SegmentSize>) -> Self {
+        let (Some(scanner), Some(size)) = (scanner, size) else { return Self::NOTHING };
+        let number = SegmentNo::holding(scanner.verified_end(), size);
+        Self {
+            size: Some(size),
+            number,
+            boundary: Some(number.end(size)),
+            previous: scanner.last_record(),
+            found: Vec::new(),
+        }
+    }
+
+    #[cold]
+    fn cross(&mut self, start: Lsn, end: Lsn) {
+        let Some(size) = self.size else { return };
+        while self.boundary.is_some_and(|boundary| boundary <= end) {
+            // Zeros lie between the record before and the boundary if this one starts after it.
+            let crossing = if self.boundary.is_some_and(|boundary| start < boundary) {
+                Some(start)
+            } else {
+                self.previous
+            };
+            if let Some(crossing) = crossing.or(self.number.start(size)) {
+                self.found.push((self.number, crossing));
+            }
+            self.number = self.number.next();
+            self.boundary = Some(self.number.end(size));
+        }
+    }
+}
+
+impl RecordVisitor for Crossings {
+    #[inline]
+    fn record(&mut self, record: &Record<'_>) {
+        if self.boundary.is_some_and(|boundary| boundary <= record.end) {
+            self.cross(record.start, record.end);
+        }
+        self.previous = Some(record.start);
+    }
+}
