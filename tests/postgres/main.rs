@@ -11,4 +11,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod corruption;
+mod crash;
+mod disk_full;
 mod harness;
+mod held;
+mod powercut;
+mod receivewal;
+mod restarts;
+mod streaming;

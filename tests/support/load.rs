@@ -43,6 +43,17 @@ impl Load {
     /// Rows go to the table `load_rows`, which is made when absent. `pause` follows each transaction.
     pub(crate) fn start(primary: &Postgres, pause: Duration) -> Self {
         primary.sql("create table if not exists load_rows (id bigserial primary key, filling text)");
+        Self::writing(primary, INSERT, pause)
+    }
+
+    /// Commits that wait for a synchronous standby: nothing here waits for the first of them.
+    pub(crate) fn start_waiting(primary: &Postgres) -> Self {
+        let statement =
+            "do $$ begin perform txid_current(); end $$; select pg_logical_emit_message(true, 'load', 'x')";
+        Self::writing(primary, statement, Duration::ZERO)
+    }
+
+    fn writing(primary: &Postgres, statement: &'static str, pause: Duration) -> Self {
         let (stop, committed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stopped, count, port) = (Arc::clone(&stop), Arc::clone(&committed), primary.port);
         let thread = std::thread::spawn(move || {
@@ -51,7 +62,7 @@ impl Load {
                     std::thread::sleep(Duration::from_millis(50));
                     continue;
                 };
-                while !stopped.load(Ordering::Relaxed) && client.rows(INSERT).is_ok() {
+                while !stopped.load(Ordering::Relaxed) && client.rows(statement).is_ok() {
                     count.fetch_add(1, Ordering::Relaxed);
                     std::thread::sleep(pause);
                 }
@@ -69,7 +80,14 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        drop(self.thread.take().map(JoinHandle::join));
+        // A commit that waits for a standby that is gone does not come back: its connection ends with the server.
+        if let Some(thread) = self.thread.take() {
+            let finished =
+                super::wait::wait_at_most(Duration::from_secs(2), || thread.is_finished().then_some(()));
+            if finished.is_some() {
+                drop(thread.join());
+            }
+        }
     }
 }
 

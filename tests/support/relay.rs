@@ -52,6 +52,7 @@ impl Relay {
         );
         relay.set("upstream.slot", &format!("{name:?}"));
         relay.set("downstream.listen", &format!("\"127.0.0.1:{}\"", relay.port));
+        relay.set("upstream.wal_retrieve_retry_interval", "\"200ms\"");
         relay.set("admin.listen", &format!("\"127.0.0.1:{}\"", relay.admin_port));
         let data_dir = relay.data_dir.clone();
         relay.with_data_dir(&data_dir)
@@ -164,6 +165,11 @@ impl Relay {
         self.process.take().expect("started").kill();
     }
 
+    /// Whether a process was started and not yet ended by this harness; it may have died.
+    pub(crate) fn was_started(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// SIGTERM; returns the exit status.
     pub(crate) fn terminate(&mut self) -> std::process::ExitStatus {
         let mut process = self.process.take().expect("started");
@@ -181,24 +187,36 @@ impl Relay {
         self.start();
     }
 
+    /// SIGTERM and a start that waits for no upstream.
+    pub(crate) fn restart_away_from_upstream(&mut self) {
+        self.terminate();
+        self.launch();
+        self.wait_serving();
+    }
+
     /// /status, or null when it does not answer.
     pub(crate) fn status(&self) -> Value {
         let answer = http::get(self.admin_port, "/status");
         answer.and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or(Value::Null)
     }
 
-    /// A position of /status, as `/store/flushed`; 0 when it is not told.
+    /// A position of /status, as `/wal/flushed_lsn`; 0 when it is not told.
     pub(crate) fn position(&self, pointer: &str) -> u64 {
         self.status().pointer(pointer).and_then(Value::as_str).map_or(0, lsn)
     }
 
     pub(crate) fn flushed(&self) -> u64 {
-        self.position("/store/flushed")
+        self.position("/wal/flushed_lsn")
+    }
+
+    /// `healthy`, or what is wrong with the store.
+    pub(crate) fn condition(&self) -> String {
+        self.status()["condition"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Start of the first segment held.
     pub(crate) fn oldest(&self) -> u64 {
-        self.position("/store/oldest")
+        self.position("/wal/oldest_lsn")
     }
 
     pub(crate) fn wait_flushed(&self, position: u64) {
@@ -209,7 +227,7 @@ impl Relay {
     /// The sessions that /status shows for this application_name.
     pub(crate) fn downstream(&self, application_name: &str) -> Vec<Value> {
         let status = self.status();
-        let sessions = status["downstream"].as_array().cloned().unwrap_or_default();
+        let sessions = status["replication"].as_array().cloned().unwrap_or_default();
         sessions.into_iter().filter(|session| session["application_name"] == application_name).collect()
     }
 

@@ -1,0 +1,189 @@
+//! The disk fills up, fails, stalls or turns read-only: acknowledgements stop, sessions stay, and it heals by itself.
+
+use std::time::Duration;
+
+use crate::support::MB;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::faults::{Faults, SmallDisk};
+use crate::support::lab::{Installation, may_mount};
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::proxy::Proxy;
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_at_most, wait_until};
+
+const SHORT_TIMEOUTS: &str = "wal_receiver_timeout = 3s\nwal_receiver_status_interval = 1s";
+
+struct Chain {
+    primary: Postgres,
+    proxy: Proxy,
+    relay: Relay,
+    standby: Postgres,
+}
+
+fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<Chain> {
+    let installation = Installation::any()?;
+    let primary = Settings::new().segment_size_mb(1).line("wal_sender_timeout = 3s").start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port));
+    relay.set("upstream.wal_receiver_timeout", "\"3s\"");
+    relay.set("downstream.wal_sender_timeout", "\"3s\"");
+    relay.start();
+    let standby = primary.standby("standby", relay.port, SHORT_TIMEOUTS);
+    relay.wait_downstream("standby", "streaming");
+    Some(Chain { primary, proxy, relay, standby })
+}
+
+impl Chain {
+    fn session(&self) -> serde_json::Value {
+        self.relay.downstream("standby").first().map(|session| session["pid"].clone()).unwrap_or_default()
+    }
+
+    fn heals(&mut self) {
+        let upto = self.primary.flushed();
+        self.relay.assert_running();
+        let healed = wait_at_most(Duration::from_secs(30), || (self.relay.flushed() >= upto).then_some(()));
+        assert!(healed.is_some(), "not healed after 30 s; {}", self.relay.condition());
+        self.primary.wait_reported_flush("relay", upto);
+        assert_same_wal(&self.relay.wal_dir(), &self.primary, upto);
+        assert_equal_clusters(&self.primary, &self.standby);
+        self.proxy.assert_honest();
+    }
+}
+
+#[test]
+fn a_full_disk_stops_acknowledging_keeps_the_standby_and_heals() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(48);
+    let Some(mut chain) =
+        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
+    else {
+        return;
+    };
+    write_wal(&chain.primary, MB);
+    chain.standby.wait_replayed(chain.primary.flushed());
+    let session = chain.session();
+    let filler = disk.fill();
+    // What was set aside beforehand is used up first.
+    write_wal(&chain.primary, 12 * MB);
+    let upto = chain.primary.flushed();
+    wait_until("the store to notice", || chain.relay.condition() != "healthy");
+    let connections = chain.proxy.connections();
+    hold(
+        "alive, silent about what it could not write, and the standby attached",
+        Duration::from_secs(6),
+        || {
+            chain.relay.is_running()
+                && chain.proxy.passed(|passed| passed.flush_max) < upto
+                && chain.session() == session
+        },
+    );
+    assert!(chain.proxy.connections() - connections <= 2, "it reconnects for nothing");
+    std::fs::remove_file(filler).unwrap();
+    chain.heals();
+    assert_eq!(chain.session(), session, "the standby had to connect again");
+}
+
+#[test]
+fn writes_that_fail_for_want_of_space_are_tried_again() {
+    let faults = Faults::new();
+    let Some(mut chain) = chain(|relay| relay.with_faults(&faults)) else { return };
+    write_wal(&chain.primary, MB);
+    let session = chain.session();
+    faults.set("write_full", 0);
+    write_wal(&chain.primary, 2 * MB);
+    wait_until("the store to notice", || chain.relay.condition() != "healthy");
+    let upto = chain.primary.flushed();
+    hold("alive and silent", Duration::from_secs(4), || {
+        chain.relay.is_running()
+            && chain.proxy.passed(|passed| passed.flush_max) < upto
+            && chain.session() == session
+    });
+    faults.clear("write_full");
+    chain.heals();
+}
+
+#[test]
+fn started_on_a_full_disk_it_serves_and_heals() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(48);
+    let Some(mut chain) =
+        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
+    else {
+        return;
+    };
+    write_wal(&chain.primary, 2 * MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    chain.relay.kill();
+    let filler = disk.fill();
+    chain.relay.launch();
+    chain.relay.wait_serving();
+    chain.standby.wait_replayed(upto);
+    write_wal(&chain.primary, 8 * MB);
+    std::fs::remove_file(filler).unwrap();
+    chain.heals();
+}
+
+#[test]
+fn a_sync_that_fails_is_final_for_the_process_and_nothing_more_is_acknowledged() {
+    for after in [0, 3] {
+        let faults = Faults::new();
+        let Some(mut chain) = chain(|relay| relay.with_faults(&faults)) else { return };
+        write_wal(&chain.primary, MB);
+        chain.relay.wait_flushed(chain.primary.flushed());
+        faults.set("sync_fails", after);
+        write_wal(&chain.primary, 4 * MB);
+        let upto = chain.primary.flushed();
+        let status = wait_at_most(Duration::from_secs(15), || (!chain.relay.is_running()).then_some(()));
+        assert!(status.is_some(), "still running after a failed sync");
+        assert!(!chain.relay.wait_for_end().success(), "a failed sync is not a success");
+        assert!(
+            chain.proxy.passed(|passed| passed.flush_max) < upto,
+            "acknowledged what could not be synced"
+        );
+        faults.clear("sync_fails");
+        chain.relay.start();
+        chain.heals();
+    }
+}
+
+#[test]
+fn a_disk_that_turns_read_only_ends_the_process_with_a_clear_word() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(48);
+    let Some(mut chain) = chain(|relay| relay.with_data_dir(&disk.path().join("relay"))) else { return };
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    disk.cut_power(); // every write fails with EIO from now on, as after a remount by the kernel
+    write_wal(&chain.primary, 2 * MB);
+    let ended = wait_at_most(Duration::from_secs(15), || (!chain.relay.is_running()).then_some(()));
+    assert!(ended.is_some(), "still running on a dead disk");
+    assert!(!chain.relay.wait_for_end().success());
+    assert!(chain.proxy.passed(|passed| passed.flush_max) < chain.primary.flushed());
+}
+
+#[test]
+fn a_slow_sync_holds_up_neither_keepalives_nor_standbys() {
+    let faults = Faults::new();
+    let Some(mut chain) = chain(|relay| relay.with_faults(&faults)) else { return };
+    write_wal(&chain.primary, MB);
+    chain.standby.wait_replayed(chain.primary.flushed());
+    let (session, connections) = (chain.session(), chain.proxy.connections());
+    faults.set("sync_slow", 8_000);
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    chain.standby.wait_replayed(upto); // send = "received": verified is enough
+    hold("connected on both sides", Duration::from_secs(9), || {
+        chain.proxy.connections() == connections && chain.session() == session && chain.relay.is_running()
+    });
+    faults.clear("sync_slow");
+    chain.heals();
+}

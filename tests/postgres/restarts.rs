@@ -1,0 +1,228 @@
+//! Primary, relay and standby restart in any order and any way; when nothing happens, nothing reconnects.
+
+use std::time::Duration;
+
+use crate::support::MB;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::lab::Installation;
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::proxy::Proxy;
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+
+struct Chain {
+    primary: Postgres,
+    proxy: Proxy,
+    relay: Relay,
+    standby: Postgres,
+}
+
+fn chain(settings: Settings, standby_settings: &str, prepare: impl FnOnce(&mut Relay)) -> Option<Chain> {
+    let installation = Installation::any()?;
+    let primary = settings.segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = Relay::new("relay", proxy.port);
+    prepare(&mut relay);
+    relay.start();
+    let standby = primary.standby("standby", relay.port, standby_settings);
+    relay.wait_downstream("standby", "streaming");
+    Some(Chain { primary, proxy, relay, standby })
+}
+
+fn plain_chain() -> Option<Chain> {
+    chain(Settings::new(), "", |_| {})
+}
+
+impl Chain {
+    fn catches_up(&mut self) {
+        write_wal(&self.primary, MB / 2);
+        let upto = self.primary.flushed();
+        self.standby.wait_replayed(upto);
+        self.relay.wait_flushed(upto);
+        self.primary.wait_reported_flush("relay", upto);
+    }
+
+    fn ends_equal(&self) {
+        assert_equal_clusters(&self.primary, &self.standby);
+        assert_same_wal(&self.relay.wal_dir(), &self.primary, self.primary.flushed());
+        self.proxy.assert_honest();
+    }
+}
+
+#[test]
+fn each_restarts_in_any_order() {
+    let Some(mut chain) = plain_chain() else { return };
+    let orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+    for order in orders {
+        for who in order {
+            write_wal(&chain.primary, MB / 4);
+            match who {
+                0 => chain.primary.restart(Stop::Fast),
+                1 => {
+                    assert!(chain.relay.terminate().success(), "SIGTERM ends with success");
+                    chain.relay.start();
+                }
+                _ => chain.standby.restart(Stop::Fast),
+            }
+        }
+        chain.catches_up();
+    }
+    chain.ends_equal();
+}
+
+#[test]
+fn each_crashes_in_any_order() {
+    let Some(mut chain) = plain_chain() else { return };
+    for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2]] {
+        for who in order {
+            write_wal(&chain.primary, MB / 4);
+            match who {
+                0 => chain.primary.restart(Stop::Kill),
+                1 => chain.relay.restart_after_kill(),
+                _ => chain.standby.restart(Stop::Kill),
+            }
+        }
+        chain.catches_up();
+    }
+    chain.ends_equal();
+}
+
+#[test]
+fn all_are_down_at_once_and_start_standby_first() {
+    let Some(mut chain) = plain_chain() else { return };
+    write_wal(&chain.primary, MB);
+    chain.primary.stop(Stop::Fast);
+    chain.relay.kill();
+    chain.standby.stop(Stop::Fast);
+    chain.standby.start();
+    chain.relay.launch();
+    chain.relay.wait_serving();
+    chain.primary.start();
+    chain.catches_up();
+    chain.ends_equal();
+}
+
+#[test]
+fn while_the_primary_is_away_the_relay_serves_what_it_holds() {
+    let Some(mut chain) = plain_chain() else { return };
+    chain.standby.stop(Stop::Fast);
+    write_wal(&chain.primary, 3 * MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    chain.primary.stop(Stop::Immediate);
+    chain.relay.restart_away_from_upstream();
+    chain.standby.start();
+    chain.standby.wait_replayed(upto);
+    chain.primary.start();
+    chain.catches_up();
+    chain.ends_equal();
+}
+
+#[test]
+fn idle_it_stays_connected_far_beyond_every_timeout() {
+    // Ten times the timeouts of both sides: what minutes are to the defaults.
+    let settings = Settings::new().line("wal_sender_timeout = 2s");
+    let Some(chain) =
+        chain(settings, "wal_receiver_timeout = 2s\nwal_receiver_status_interval = 1s", |relay| {
+            relay.set("upstream.wal_receiver_timeout", "\"2s\"");
+            relay.set("upstream.wal_receiver_status_interval", "\"1s\"");
+            relay.set("downstream.wal_sender_timeout", "\"2s\"");
+        })
+    else {
+        return;
+    };
+    let session = chain.relay.downstream("standby")[0]["pid"].clone();
+    let (connections, updates) =
+        (chain.proxy.connections(), chain.proxy.passed(|passed| passed.status_updates));
+    hold("connected", Duration::from_secs(20), || {
+        chain.proxy.connections() == connections
+            && chain.relay.downstream("standby").iter().any(|now| now["pid"] == session)
+    });
+    let told = chain.proxy.passed(|passed| passed.status_updates) - updates;
+    assert!((10..=60).contains(&told), "{told} status updates in 20 s");
+    let cpu = chain.relay.process().cpu_time();
+    assert!(cpu < Duration::from_secs(3), "idle, and yet {cpu:?} of CPU");
+    drop(chain.primary.sql("select 1"));
+}
+
+#[test]
+fn a_slot_that_was_dropped_upstream_is_made_again_when_nothing_is_lost() {
+    let Some(mut chain) = plain_chain() else { return };
+    chain.proxy.close();
+    chain.primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
+    chain.primary.sql("select pg_drop_replication_slot('relay')");
+    write_wal(&chain.primary, MB);
+    chain.proxy.open();
+    chain.catches_up();
+    assert_eq!(chain.primary.sql("select active from pg_replication_slots where slot_name = 'relay'"), "t");
+    chain.ends_equal();
+}
+
+#[test]
+fn wal_that_the_primary_has_removed_is_told_as_a_gap_and_not_papered_over() {
+    let settings =
+        Settings::new().line("wal_keep_size = 0").line("max_wal_size = 32MB").line("min_wal_size = 2MB");
+    let Some(mut chain) = chain(settings, "", |_| {}) else { return };
+    chain.proxy.close();
+    chain.primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
+    chain.primary.sql("select pg_drop_replication_slot('relay')");
+    let held = chain.relay.flushed();
+    for _ in 0..4 {
+        write_wal(&chain.primary, 3 * MB);
+        chain.primary.switch_wal();
+        chain.primary.checkpoint();
+    }
+    let starts = chain.proxy.passed(|passed| passed.starts.len());
+    chain.proxy.open();
+    wait_until("the relay to be refused", || {
+        let log = chain.relay.log();
+        log.contains("has already been removed")
+            || log.contains("gap")
+            || chain.proxy.passed(|passed| passed.starts.len()) > starts + 1
+    });
+    hold("no WAL beyond the gap", Duration::from_secs(2), || chain.relay.flushed() == held);
+    let attempts = chain.proxy.connections();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(chain.proxy.connections() - attempts <= 12, "it tries without a pause");
+    chain.relay.assert_running();
+    chain.standby.wait_replayed(held);
+}
+
+#[test]
+fn another_system_is_refused_and_what_is_held_stays() {
+    let Some(mut chain) = plain_chain() else { return };
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    let stranger = Settings::new().segment_size_mb(1).fresh_identity().start(&chain.primary.installation);
+    chain.relay.terminate();
+    let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", stranger.port);
+    chain.relay.set("upstream.conninfo", &conninfo);
+    chain.relay.launch();
+    chain.relay.wait_serving();
+    chain.relay.wait_logged("system identifier");
+    write_wal(&stranger, 2 * MB);
+    hold("nothing of the stranger", Duration::from_secs(2), || {
+        chain.relay.flushed() <= upto.next_multiple_of(8)
+    });
+    assert_same_wal(&chain.relay.wal_dir(), &chain.primary, upto);
+    assert_eq!(stranger.sql("select count(*) from pg_stat_replication"), "0");
+}
+
+#[test]
+fn another_segment_size_is_refused() {
+    let Some(mut chain) = plain_chain() else { return };
+    let held = chain.relay.flushed();
+    let stranger = Settings::new().segment_size_mb(16).start(&chain.primary.installation);
+    chain.relay.terminate();
+    let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", stranger.port);
+    chain.relay.set("upstream.conninfo", &conninfo);
+    chain.relay.launch();
+    chain.relay.wait_serving();
+    write_wal(&stranger, MB);
+    hold("nothing of the stranger", Duration::from_secs(2), || {
+        chain.relay.flushed() <= held.next_multiple_of(8) + 8192
+    });
+    assert_eq!(stranger.sql("select count(*) from pg_stat_replication"), "0");
+}
