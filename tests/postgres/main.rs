@@ -13,10 +13,16 @@ mod support;
 
 mod corruption;
 mod crash;
+mod cut_positions;
 mod disk_full;
 mod harness;
 mod held;
+mod operations;
 mod powercut;
+mod protocol_answers;
 mod receivewal;
 mod restarts;
+mod segment_sizes;
+mod shutdown;
 mod streaming;
+mod timeouts;

@@ -1,0 +1,170 @@
+//! What operators meet: two relays on one folder, full logs, few descriptors, many connections, numbers that are true.
+
+use std::time::Duration;
+
+use crate::support::MB;
+use crate::support::lab::Installation;
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::raw::RawClient;
+use crate::support::relay::Relay;
+use crate::support::wait::{wait_at_most, wait_until};
+use crate::support::{http, lsn};
+
+fn pair(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Relay)> {
+    let installation = Installation::any()?;
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = prepare(Relay::new("relay", primary.port));
+    relay.start();
+    Some((primary, relay))
+}
+
+#[test]
+fn a_second_relay_on_the_same_folder_ends_at_once_and_the_first_goes_on() {
+    let Some((primary, mut relay)) = pair(|relay| relay) else { return };
+    let mut second = Relay::new("second", primary.port).with_data_dir(relay.data_dir());
+    second.launch();
+    let ended = wait_at_most(Duration::from_secs(10), || (!second.is_running()).then_some(()));
+    assert!(ended.is_some(), "two relays run on one folder");
+    assert!(!second.wait_for_end().success());
+    relay.assert_running();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    // The lock dies with its process, however it ends.
+    relay.restart_after_kill();
+}
+
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let installation = Installation::any();
+    let Some(installation) = installation else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = Relay::new("relay", primary.port);
+    relay.wrapper = ["sh", "-c", "exec \"$0\" \"$@\" >/dev/full 2>/dev/full"].map(str::to_owned).to_vec();
+    relay.start();
+    write_wal(&primary, 2 * MB);
+    relay.wait_flushed(primary.flushed());
+    relay.assert_running();
+}
+
+#[test]
+fn with_few_descriptors_the_store_keeps_what_it_needs() {
+    let Some((primary, mut relay)) = pair(|mut relay| {
+        relay.wrapper = ["prlimit", "--nofile=64:64"].map(str::to_owned).to_vec();
+        relay
+    }) else {
+        return;
+    };
+    let clients: Vec<RawClient> = (0..200).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
+    write_wal(&primary, 8 * MB);
+    let upto = primary.flushed();
+    primary.wait_reported_flush("relay", upto);
+    relay.assert_running();
+    drop(clients);
+    wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
+}
+
+#[test]
+fn a_storm_of_connections_is_bounded_and_passes() {
+    let Some((primary, mut relay)) = pair(|relay| relay) else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    relay.wait_downstream("standby", "streaming");
+    let session = relay.downstream("standby")[0]["pid"].clone();
+    let mut clients = Vec::new();
+    for _ in 0..1_000 {
+        clients.extend(RawClient::connect(relay.port).ok());
+    }
+    let memory = relay.process().memory("RssAnon");
+    write_wal(&primary, 2 * MB);
+    standby.wait_replayed(primary.flushed());
+    assert_eq!(relay.downstream("standby")[0]["pid"], session, "the standby was disturbed");
+    assert!(memory < 300 * MB, "{} MB for strangers", memory / MB);
+    drop(clients);
+    relay.assert_running();
+    wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
+}
+
+#[test]
+fn too_many_walsenders_get_postgresqls_words() {
+    let Some((_primary, relay)) = pair(|relay| relay.with("downstream.max_wal_senders", "3")) else { return };
+    let kept: Vec<RawClient> = (0..3).map(|_| RawClient::replication(relay.port).unwrap()).collect();
+    let refused = RawClient::replication(relay.port).unwrap_err().to_string();
+    assert!(refused.contains("53300"), "{refused}");
+    drop(kept);
+    wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
+}
+
+#[test]
+fn status_and_metrics_tell_the_same_truth() {
+    let Some((primary, relay)) = pair(|relay| relay) else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    write_wal(&primary, 2 * MB);
+    let upto = primary.flushed();
+    standby.wait_replayed(upto);
+    relay.wait_flushed(upto);
+    wait_until("the standby's positions to arrive", || {
+        relay
+            .downstream("standby")
+            .iter()
+            .any(|session| session["replay_lsn"].as_str().map_or(0, lsn) >= upto)
+    });
+    let status = relay.status();
+    assert_eq!(status["name"], "relay");
+    let position = |name: &str| lsn(status["wal"][name].as_str().unwrap());
+    assert!(
+        position("flushed_lsn") <= position("written_lsn")
+            && position("written_lsn") <= position("verified_lsn")
+    );
+    assert_eq!(
+        status["system_identifier"].as_str().map(str::to_owned),
+        Some(primary.sql("select system_identifier from pg_control_system()"))
+    );
+    let (code, metrics) = http::get(relay.admin_port, "/metrics").unwrap();
+    assert_eq!(code, 200);
+    assert!(metrics.lines().filter(|line| line.starts_with("walrelay_")).count() > 10, "{metrics}");
+    assert_eq!(http::get(relay.admin_port, "/livez").unwrap().0, 200);
+    assert_eq!(http::get(relay.admin_port, "/no-such-page").unwrap().0, 404);
+}
+
+#[test]
+fn the_upstreams_password_appears_nowhere() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    primary.sql("create role canary replication login password 'canary-4711'");
+    let mut relay = Relay::new("relay", primary.port);
+    let conninfo =
+        format!("\"host=127.0.0.1 port={} user=canary password=canary-4711 sslmode=disable\"", primary.port);
+    relay.set("upstream.conninfo", &conninfo);
+    relay.set("log.level", "\"trace\"");
+    relay.start();
+    let command_line = std::fs::read(format!("/proc/{}/cmdline", relay.process().id())).unwrap();
+    for (place, text) in [
+        ("the log", relay.log()),
+        ("/status", relay.status().to_string()),
+        ("/metrics", http::get(relay.admin_port, "/metrics").unwrap().1),
+        ("the command line", String::from_utf8_lossy(&command_line).into_owned()),
+    ] {
+        assert!(!text.contains("canary-4711"), "the password is in {place}");
+    }
+}
+
+#[test]
+fn a_wrong_setting_gets_one_clear_line_and_an_exit_status() {
+    let relay = Relay::new("relay", 1).with("store.wal_keep_sizes", "\"1GB\"");
+    let path = relay.write_config();
+    let (status, _, complaint) = Relay::command(&["config", "check", "--config", path.to_str().unwrap()]);
+    assert!(!status.success());
+    assert!(complaint.contains("wal_keep_sizes"), "{complaint}");
+    let (status, _, complaint) = Relay::command(&["run", "--config", "/no/such/file.toml"]);
+    assert!(!status.success());
+    assert!(complaint.contains("/no/such/file.toml"), "{complaint}");
+}
+
+#[test]
+fn a_data_folder_that_cannot_be_used_is_named() {
+    let mut relay = Relay::new("relay", 1).with("relay.data_dir", "\"/proc/no-such-folder\"");
+    relay.launch();
+    let status = relay.process_mut().wait_for_end();
+    assert!(!status.success());
+    assert!(relay.log().contains("/proc/no-such-folder"), "{}", relay.log());
+}

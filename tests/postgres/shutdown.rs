@@ -1,0 +1,161 @@
+//! The primary's fast shutdown is never held up, whatever state the relay is in; the relay's own end is an orderly one.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use crate::support::MB;
+use crate::support::faults::{Faults, SmallDisk};
+use crate::support::lab::{Installation, may_mount};
+use crate::support::load::{Load, write_wal};
+use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::proxy::Proxy;
+use crate::support::raw::{Event, RawClient, tags_of};
+use crate::support::relay::Relay;
+use crate::support::wait::{wait_at_most, wait_until};
+
+/// Issue and design: a fast stop takes less than this with the relay attached.
+const STOP_MAX: Duration = Duration::from_secs(2);
+
+fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
+    let installation = Installation::any()?;
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port));
+    relay.start();
+    Some((primary, proxy, relay))
+}
+
+/// Stops the primary and holds it to the limit. How often the relay told its positions meanwhile is bounded too: the
+/// primary asks thousands of times a second while it waits.
+fn stops_in_time(primary: &mut Postgres, proxy: &Proxy) {
+    let before = proxy.passed(|passed| passed.status_updates);
+    let took = primary.stop(Stop::Fast);
+    let told = proxy.passed(|passed| passed.status_updates) - before;
+    assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+    assert!(told < 200, "{told} status updates in {took:?}");
+    proxy.assert_honest();
+}
+
+#[test]
+fn the_primary_stops_at_once_with_an_idle_relay_that_then_has_everything() {
+    let Some((mut primary, proxy, relay)) = chain(|relay| relay) else { return };
+    write_wal(&primary, MB);
+    stops_in_time(&mut primary, &proxy);
+    // The shutdown checkpoint too: a switchover depends on it.
+    let delivered = proxy.passed(|passed| passed.delivered);
+    relay.wait_flushed(delivered);
+    primary.start();
+    assert_eq!(crate::support::compare::assert_same_wal(&relay.wal_dir(), &primary, delivered) % MB, 0);
+}
+
+#[test]
+fn the_primary_stops_at_once_under_load() {
+    let Some((mut primary, proxy, relay)) = chain(|relay| relay) else { return };
+    for _ in 0..3 {
+        let load = Load::start(&primary, Duration::ZERO);
+        wait_until("some load", || load.committed() > 100);
+        stops_in_time(&mut primary, &proxy);
+        drop(load);
+        primary.start();
+        relay.wait_flushed(primary.flushed());
+    }
+}
+
+#[test]
+fn the_primary_stops_at_once_while_the_relays_sync_hangs() {
+    let faults = Faults::new();
+    let Some((mut primary, proxy, _relay)) = chain(|relay| relay.with_faults(&faults)) else { return };
+    faults.set("sync_slow", 15_000);
+    write_wal(&primary, 2 * MB);
+    stops_in_time(&mut primary, &proxy);
+    faults.clear("sync_slow");
+}
+
+#[test]
+fn the_primary_stops_at_once_while_the_relays_disk_is_full() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(48);
+    let Some((mut primary, proxy, relay)) =
+        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
+    else {
+        return;
+    };
+    disk.fill();
+    write_wal(&primary, 12 * MB);
+    wait_until("the store to notice", || relay.condition() != "healthy");
+    stops_in_time(&mut primary, &proxy);
+}
+
+#[test]
+fn the_primary_stops_at_once_with_a_standby_behind_that_never_reads() {
+    let Some((mut primary, proxy, relay)) = chain(|relay| relay) else { return };
+    let mut idler = RawClient::replication(relay.port).unwrap();
+    idler.start_replication(None, relay.oldest(), 1).unwrap();
+    write_wal(&primary, 20 * MB);
+    stops_in_time(&mut primary, &proxy);
+}
+
+#[test]
+fn sigterm_ends_streams_as_a_primary_does_with_everything_durable() {
+    let Some((primary, proxy, mut relay)) = chain(|relay| relay) else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    let mut client = RawClient::replication(relay.port).unwrap();
+    let from = relay.oldest();
+    client.start_replication(None, from, 1).unwrap();
+    write_wal(&primary, MB);
+    let upto = primary.flushed();
+    client.read_wal(from, upto);
+    client.send_status(upto, upto, 0).unwrap();
+    standby.wait_replayed(upto);
+    let started = std::time::Instant::now();
+    let status = relay.terminate();
+    let took = started.elapsed();
+    assert!(status.success(), "{status}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    let end = loop {
+        match client.next_event(Duration::from_secs(2)) {
+            Event::Other(message) => break message,
+            Event::Keepalive { .. } | Event::Wal { .. } => {}
+            other => panic!("no orderly end: {other:?}"),
+        }
+    };
+    assert_eq!(tags_of(&[end]), ["COPY 0"]);
+    assert_eq!(client.next_event(Duration::from_secs(2)), Event::Closed);
+    assert!(proxy.passed(|passed| passed.flush_max) >= upto);
+    relay.start();
+    write_wal(&primary, MB);
+    standby.wait_replayed(primary.flushed());
+}
+
+#[test]
+fn sigterm_while_a_sync_hangs_ends_in_time_and_not_as_a_success() {
+    let faults = Faults::new();
+    let Some((primary, proxy, mut relay)) = chain(|relay| relay.with_faults(&faults)) else { return };
+    relay.wait_flushed(primary.flushed());
+    faults.set("sync_slow", 60_000);
+    write_wal(&primary, MB);
+    let told = proxy.passed(|passed| passed.flush_max);
+    relay.process().signal(Signal::TERM);
+    let status = relay.process_mut().wait(Duration::from_secs(15)).expect("an end within 15 s");
+    assert!(!status.success(), "what hangs is not written, so this is no success");
+    assert_eq!(proxy.passed(|passed| passed.flush_max), told, "acknowledged what was not synced");
+    drop(relay);
+}
+
+#[test]
+fn sigterm_with_clients_that_do_not_answer_ends_in_time() {
+    let Some((primary, _proxy, mut relay)) = chain(|relay| relay) else { return };
+    let mut idlers: Vec<RawClient> = (0..10).map(|_| RawClient::replication(relay.port).unwrap()).collect();
+    for idler in &mut idlers {
+        idler.start_replication(None, relay.oldest(), 1).unwrap();
+    }
+    let strangers: Vec<RawClient> = (0..10).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
+    write_wal(&primary, 20 * MB);
+    relay.process().signal(Signal::TERM);
+    let ended = wait_at_most(Duration::from_secs(10), || (!relay.is_running()).then_some(()));
+    assert!(ended.is_some(), "clients hold the relay's end up");
+    drop((idlers, strangers));
+}
