@@ -131,12 +131,12 @@ fn started_on_a_full_disk_it_serves_and_heals() {
 
 #[test]
 fn a_sync_that_fails_is_final_for_the_process_and_nothing_more_is_acknowledged() {
-    for after in [0, 3] {
+    for (fault, after) in [("sync_fails", 0), ("sync_fails", 3), ("sync_full", 0)] {
         let faults = Faults::new();
         let Some(mut chain) = chain(|relay| relay.with_faults(&faults)) else { return };
         write_wal(&chain.primary, MB);
         chain.relay.wait_flushed(chain.primary.flushed());
-        faults.set("sync_fails", after);
+        faults.set(fault, after);
         write_wal(&chain.primary, 4 * MB);
         let upto = chain.primary.flushed();
         let status = wait_at_most(Duration::from_secs(15), || (!chain.relay.is_running()).then_some(()));
@@ -146,7 +146,7 @@ fn a_sync_that_fails_is_final_for_the_process_and_nothing_more_is_acknowledged()
             chain.proxy.passed(|passed| passed.flush_max) < upto,
             "acknowledged what could not be synced"
         );
-        faults.clear("sync_fails");
+        faults.clear(fault);
         chain.relay.start();
         chain.heals();
     }

@@ -13,7 +13,9 @@ mod support;
 
 mod corruption;
 mod crash;
+mod crashed_primary;
 mod cut_positions;
+mod damaged_store;
 mod disk_full;
 mod harness;
 mod held;
@@ -23,6 +25,7 @@ mod protocol_answers;
 mod receivewal;
 mod restarts;
 mod segment_sizes;
+mod sessions;
 mod shutdown;
 mod streaming;
 mod timeouts;

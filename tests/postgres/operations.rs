@@ -85,6 +85,59 @@ fn a_storm_of_connections_is_bounded_and_passes() {
 }
 
 #[test]
+fn within_a_memory_limit_it_is_never_killed() {
+    let Some(group) = MemoryGroup::of(160 * MB) else { return };
+    let Some((primary, mut relay)) = pair(|mut relay| {
+        let join = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+        relay.wrapper = vec!["sh".to_owned(), "-c".to_owned(), join];
+        relay
+            .with("store.tail_size", "\"32MB\"")
+            .with("store.unwritten_size", "\"32MB\"")
+            .with("store.wal_keep_size", "\"1GB\"")
+    }) else {
+        return;
+    };
+    let mut idlers: Vec<RawClient> = (0..16).map(|_| RawClient::replication(relay.port).unwrap()).collect();
+    for idler in &mut idlers {
+        idler.start_replication(None, relay.oldest(), 1).unwrap();
+    }
+    for _ in 0..6 {
+        write_wal(&primary, 40 * MB);
+    }
+    relay.wait_flushed(primary.flushed());
+    relay.assert_running();
+    drop(idlers);
+}
+
+/// A memory limit of this kernel, of either kind of control groups.
+struct MemoryGroup(std::path::PathBuf);
+
+impl MemoryGroup {
+    fn of(bytes: u64) -> Option<Self> {
+        let name = format!("walrelay-{}", std::process::id());
+        for (parent, file) in
+            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
+        {
+            let group = std::path::Path::new(parent).join(&name);
+            if std::fs::create_dir(&group).is_ok() {
+                let group = Self(group);
+                if std::fs::write(group.0.join(file), bytes.to_string()).is_ok() {
+                    return Some(group);
+                }
+            }
+        }
+        println!("skipped: no memory control group can be made here");
+        None
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        wait_at_most(Duration::from_secs(5), || std::fs::remove_dir(&self.0).is_ok().then_some(()));
+    }
+}
+
+#[test]
 fn too_many_walsenders_get_postgresqls_words() {
     let Some((_primary, relay)) = pair(|relay| relay.with("downstream.max_wal_senders", "3")) else { return };
     let kept: Vec<RawClient> = (0..3).map(|_| RawClient::replication(relay.port).unwrap()).collect();

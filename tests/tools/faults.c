@@ -4,6 +4,7 @@
  * $FAULT_TRIGGERS is a folder; a file in it switches a fault on, and removing it switches the fault off:
  *
  *   sync_fails     fsync and fdatasync fail with EIO (the number in the file: after that many more calls)
+ *   sync_full      they fail with ENOSPC
  *   sync_lies      they return success and do nothing
  *   sync_slow      they take that many milliseconds
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
@@ -80,6 +81,7 @@ static int spoiled_sync(int fd, int (*real)(int)) {
   long after = trigger("sync_fails");
   if (after < 0) atomic_store(&seen, 0);
   else if (atomic_fetch_add(&seen, 1) >= after) { errno = EIO; return -1; }
+  if (trigger("sync_full") >= 0) { errno = ENOSPC; return -1; }
   long slow = trigger("sync_slow");
   if (slow > 0) nanosleep(&(struct timespec){slow / 1000, slow % 1000 * 1000000}, NULL);
   int result = trigger("sync_lies") >= 0 ? 0 : real(fd);

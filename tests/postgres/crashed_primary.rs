@@ -1,0 +1,132 @@
+//! A primary that crashed, lost WAL, or was promoted before: what it writes then is taken as it is, or refused, and told.
+
+use std::time::Duration;
+
+use crate::support::MB;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal, table_checksums, wal_files};
+use crate::support::lab::Installation;
+use crate::support::load::{Load, write_wal};
+use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
+use crate::support::proxy::Proxy;
+use crate::support::raw::RawClient;
+use crate::support::receivewal::PgReceivewal;
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+
+fn chain() -> Option<(Postgres, Proxy, Relay)> {
+    let installation = Installation::any()?;
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let relay = Relay::streaming_from("relay", proxy.port);
+    Some((primary, proxy, relay))
+}
+
+#[test]
+fn a_crash_of_the_primary_under_load_changes_no_byte_that_is_held() {
+    let Some((mut primary, proxy, relay)) = chain() else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    for _ in 0..4 {
+        let load = Load::start(&primary, Duration::ZERO);
+        wait_until("some load", || load.committed() > 50);
+        primary.stop(Stop::Kill);
+        drop(load);
+        primary.start();
+    }
+    assert_equal_clusters(&primary, &standby);
+    relay.wait_flushed(primary.flushed());
+    assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+    proxy.assert_honest();
+}
+
+#[test]
+fn a_record_that_a_crash_cut_off_is_followed_by_its_overwritten_continuation() {
+    let Some((mut primary, proxy, mut relay)) = chain() else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    write_wal(&primary, MB);
+    standby.wait_replayed(primary.flushed());
+    proxy.close(); // the relay must not have what the primary is about to lose
+    // As PostgreSQL's own test does: a record into the next segment, a crash, and that segment is gone.
+    primary.checkpoint();
+    let begin = primary.insert_position();
+    primary.sql("select pg_logical_emit_message(false, 'cut off', repeat('x', 3 * 1024 * 1024))");
+    primary.stop(Stop::Kill);
+    let next = begin.next_multiple_of(MB);
+    for (start, path) in wal_files(&primary.wal_dir(), MB, 1) {
+        if start >= next {
+            std::fs::remove_file(path).unwrap();
+        }
+    }
+    primary.start();
+    assert!(
+        primary.log().contains("aborted contrecord")
+            || primary.log().contains("missing contrecord")
+            || primary.insert_position() > begin
+    );
+    proxy.open();
+    write_wal(&primary, 2 * MB);
+    relay.assert_running();
+    relay.wait_flushed(primary.flushed());
+    assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+    assert_equal_clusters(&primary, &standby);
+}
+
+#[test]
+fn a_primary_that_lost_wal_the_relay_holds_is_not_followed_and_nothing_is_overwritten() {
+    let Some((mut primary, proxy, mut relay)) = chain() else { return };
+    write_wal(&primary, MB);
+    primary.checkpoint();
+    // The cluster as it is now comes back later, on the same timeline.
+    primary.stop(Stop::Fast);
+    let old = primary.data().with_extension("old");
+    copy_folder(&primary.data(), &old);
+    primary.start();
+    write_wal(&primary, 2 * MB);
+    let held = primary.flushed();
+    relay.wait_flushed(held);
+    let before =
+        std::fs::read(wal_files(&relay.wal_dir(), MB, 1).into_values().next_back().unwrap()).unwrap();
+    primary.stop(Stop::Fast);
+    wait_until("the relay to have the shutdown too", || proxy.connections() > 1);
+    let held = relay.flushed();
+    std::fs::rename(primary.data(), primary.data().with_extension("lost")).unwrap();
+    std::fs::rename(&old, primary.data()).unwrap();
+    primary.start();
+    hold("not rewound", Duration::from_secs(2), || relay.flushed() == held);
+    primary.sql("create table other_history (id int)");
+    write_wal(&primary, 4 * MB);
+    assert!(primary.flushed() > held);
+    hold("not mixed with other bytes", Duration::from_secs(3), || relay.flushed() == held);
+    let reported = primary.sql(
+        "select coalesce(max(flush_lsn), '0/0') from pg_stat_replication where application_name = 'relay'",
+    );
+    assert!(crate::support::lsn(&reported) <= held, "acknowledged another history");
+    let after = std::fs::read(wal_files(&relay.wal_dir(), MB, 1).into_values().next_back().unwrap()).unwrap();
+    let same = before.iter().zip(&after).take_while(|(a, b)| a == b).count();
+    assert!(same > 1000 || before != after, "held WAL was overwritten");
+    relay.assert_running();
+}
+
+#[test]
+fn a_primary_on_a_later_timeline_is_relayed_with_its_history() {
+    let Some(installation) = Installation::any() else { return };
+    let first = Settings::new().segment_size_mb(1).start(&installation);
+    let promoted = first.standby("promoted", first.port, "");
+    write_wal(&first, MB);
+    promoted.wait_replayed(first.flushed());
+    promoted.promote();
+    write_wal(&promoted, MB);
+    let relay = Relay::streaming_from("relay", promoted.port);
+    let standby = promoted.standby("standby", relay.port, "");
+    let receiver = PgReceivewal::start(&installation, relay.port, &[]);
+    write_wal(&promoted, 3 * MB);
+    standby.wait_replayed(promoted.flushed());
+    assert_eq!(table_checksums(&promoted), table_checksums(&standby));
+    let history = |port| RawClient::replication(port).unwrap().rows("TIMELINE_HISTORY 2").unwrap();
+    assert_eq!(history(relay.port), history(promoted.port));
+    wait_until("pg_receivewal to have the history", || receiver.folder().join("00000002.history").exists());
+    let mut restarted = relay;
+    restarted.restart_after_kill();
+    assert_eq!(history(restarted.port), history(promoted.port));
+    write_wal(&promoted, MB);
+    standby.wait_replayed(promoted.flushed());
+}

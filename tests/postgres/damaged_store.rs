@@ -1,0 +1,182 @@
+//! People and disks damage the store: removed, cut, swapped, rotten or outdated files. Told, never served, mended.
+
+use std::path::PathBuf;
+
+use crate::support::MB;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal, primary_bytes, wal_files};
+use crate::support::lab::Installation;
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings, copy_folder};
+use crate::support::proxy::Proxy;
+use crate::support::raw::{Event, RawClient};
+use crate::support::relay::Relay;
+use crate::support::wait::wait_until;
+
+/// A relay that holds some twenty segments, the older ones not in memory.
+fn filled() -> Option<(Postgres, Proxy, Relay)> {
+    let installation = Installation::any()?;
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = Relay::new("relay", proxy.port).with("store.tail_size", "\"4MB\"");
+    relay.start();
+    write_wal(&primary, 20 * MB);
+    relay.wait_flushed(primary.flushed());
+    Some((primary, proxy, relay))
+}
+
+fn complete_segments(relay: &Relay) -> Vec<PathBuf> {
+    wal_files(&relay.wal_dir(), MB, 1).into_values().filter(|path| path.extension().is_none()).collect()
+}
+
+/// Reads from the first segment until the session ends or all is there. Whatever is served must be the primary's.
+fn read_all(relay: &Relay, primary: &Postgres) -> Event {
+    let upto = primary.flushed();
+    let mut position = relay.oldest();
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.start_replication(None, position, 1).unwrap();
+    loop {
+        match client.next_event(std::time::Duration::from_secs(5)) {
+            Event::Wal { start, bytes, .. } => {
+                assert_eq!(start, position, "a gap was served");
+                position += bytes.len() as u64;
+                assert!(
+                    bytes == primary_bytes(&primary.wal_dir(), MB, start, position),
+                    "wrong bytes were served"
+                );
+                if position >= upto {
+                    return Event::Silence;
+                }
+            }
+            Event::Keepalive { .. } => {}
+            end => return end,
+        }
+    }
+}
+
+/// Damages the files of a running relay and checks that nothing wrong is served and that the relay goes on.
+fn damaged_while_running(damage: impl FnOnce(&[PathBuf])) {
+    let Some((primary, _proxy, mut relay)) = filled() else { return };
+    damage(&complete_segments(&relay));
+    println!("a session from the first segment ends with {:?}", read_all(&relay, &primary));
+    relay.assert_running();
+    write_wal(&primary, MB);
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.start_replication(None, upto - upto % MB, 1).unwrap();
+    client.read_wal(upto - upto % MB, upto);
+    // And a start with such files is no crash loop.
+    relay.kill();
+    relay.start();
+    read_all(&relay, &primary);
+    relay.assert_running();
+}
+
+#[test]
+fn a_segment_that_an_operator_cut_short_is_not_served() {
+    damaged_while_running(|segments| {
+        std::fs::OpenOptions::new().write(true).open(&segments[2]).unwrap().set_len(300_000).unwrap();
+    });
+}
+
+#[test]
+fn a_segment_that_an_operator_removed_is_not_served_over() {
+    damaged_while_running(|segments| std::fs::remove_file(&segments[2]).unwrap());
+}
+
+#[test]
+fn a_segment_with_another_ones_content_is_not_served() {
+    damaged_while_running(|segments| {
+        let other = std::fs::read(&segments[4]).unwrap();
+        std::fs::write(&segments[2], other).unwrap();
+    });
+}
+
+#[test]
+fn a_rotten_byte_in_a_segment_is_not_served() {
+    damaged_while_running(|segments| {
+        let mut bytes = std::fs::read(&segments[2]).unwrap();
+        bytes[777_777] ^= 1;
+        std::fs::write(&segments[2], bytes).unwrap();
+    });
+}
+
+#[test]
+fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again() {
+    let Some((primary, proxy, mut relay)) = filled() else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    write_wal(&primary, MB / 2);
+    let upto = primary.flushed();
+    primary.wait_reported_flush("relay", upto);
+    relay.kill();
+    proxy.close();
+    let newest = wal_files(&relay.wal_dir(), MB, 1).into_values().next_back().unwrap();
+    let mut bytes = std::fs::read(&newest).unwrap();
+    let torn = usize::try_from(upto % MB / 2).unwrap();
+    for byte in &mut bytes[torn..torn + 512] {
+        *byte = !*byte;
+    }
+    std::fs::write(&newest, bytes).unwrap();
+    relay.launch();
+    relay.wait_serving();
+    assert!(relay.flushed() < upto, "what is torn is not held");
+    proxy.open();
+    relay.wait_logged("lost");
+    relay.wait_flushed(upto);
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+    assert_equal_clusters(&primary, &standby);
+}
+
+#[test]
+fn an_older_copy_of_the_folder_is_told_and_filled_up() {
+    let Some((primary, proxy, mut relay)) = filled() else { return };
+    relay.terminate();
+    let copy = relay.data_dir().with_extension("copy");
+    copy_folder(relay.data_dir(), &copy);
+    relay.start();
+    write_wal(&primary, 3 * MB);
+    let upto = primary.flushed();
+    primary.wait_reported_flush("relay", upto);
+    relay.terminate();
+    std::fs::remove_dir_all(relay.data_dir()).unwrap();
+    std::fs::rename(&copy, relay.data_dir()).unwrap();
+    relay.start();
+    relay.wait_logged("lost");
+    relay.wait_flushed(upto);
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+    // No position below an earlier one is told as if it were progress.
+    drop(proxy);
+}
+
+#[test]
+fn an_empty_folder_where_wal_was_is_told() {
+    let Some((primary, _proxy, mut relay)) = filled() else { return };
+    primary.wait_reported_flush("relay", primary.flushed());
+    relay.terminate();
+    std::fs::remove_dir_all(relay.data_dir()).unwrap();
+    relay.launch();
+    // Either it refuses to start on a folder that is not there, or it begins anew where the slot holds WAL, and says so.
+    wait_until("the relay to end or to stream", || !relay.is_running() || relay.is_ready());
+    if relay.is_running() {
+        write_wal(&primary, MB);
+        relay.wait_flushed(primary.flushed());
+        assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+    }
+    assert!(relay.log().contains("relay"), "{}", relay.log());
+}
+
+#[test]
+fn a_folder_that_others_may_read_is_refused_or_closed_to_them() {
+    use std::os::unix::fs::PermissionsExt;
+    let Some((_primary, _proxy, mut relay)) = filled() else { return };
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(relay.data_dir()), 0o700);
+    for path in complete_segments(&relay) {
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+    }
+    relay.terminate();
+    std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(0o755)).unwrap();
+    relay.launch();
+    wait_until("the relay to end or to serve", || !relay.is_running() || relay.is_ready());
+    assert!(!relay.is_running() || mode(relay.data_dir()) == 0o700, "others may read the WAL");
+}
