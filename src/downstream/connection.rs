@@ -1,0 +1,292 @@
+//! One client's bytes, both ways.
+//!
+//! Owns the buffers of a connection and their limits. What is to be sent waits in a queue of shared pieces, so that WAL
+//! goes from the store's memory to the socket without a copy; reading and writing progress in the same wait, so that
+//! neither can block the other. Knows frames, but not what a message means.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    io::{self, IoSlice},
+    mem::MaybeUninit,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use crate::protocol::{DecodeError, QUERY_BYTES_MAX, STARTUP_PACKET_BYTES_MAX, frontend};
+
+/// What a connection runs over.
+pub trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for T {}
+
+/// A client's connection.
+pub(super) struct Connection<S> {
+    stream: S,
+    incoming: BytesMut,
+    pub(super) outgoing: Outgoing,
+}
+
+/// Why a connection cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectionError {
+    #[error("connection to client lost")]
+    Io(#[from] io::Error),
+    #[error("unexpected EOF on client connection")]
+    Closed,
+    #[error("client broke the protocol")]
+    Protocol(#[from] DecodeError),
+}
+
+/// What [`Connection::exchange`] came back with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exchanged {
+    /// Bytes came in.
+    Received,
+    /// Nothing is waiting to be sent any longer.
+    Sent,
+    /// The client will send nothing more.
+    Closed,
+}
+
+/// Whether an exchange takes bytes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// Yes, up to the buffer's limit.
+    On,
+    /// Not now.
+    Off,
+}
+
+impl<S: Stream> Connection<S> {
+    pub(super) fn new(stream: S) -> Self {
+        Self { stream, incoming: BytesMut::new(), outgoing: Outgoing::default() }
+    }
+
+    /// Reads until a message is there whole; what is waiting to be sent stays where it is. Cancel-safe.
+    pub(super) async fn read_message(
+        &mut self,
+        body_bytes_max: usize,
+    ) -> Result<frontend::Message, ConnectionError> {
+        loop {
+            if let Some(message) = self.decode_message(body_bytes_max)? {
+                return Ok(message);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// Takes a message that is there whole; reads nothing.
+    pub(super) fn decode_message(
+        &mut self,
+        body_bytes_max: usize,
+    ) -> Result<Option<frontend::Message>, DecodeError> {
+        frontend::Message::decode(&mut self.incoming, body_bytes_max)
+    }
+
+    /// Bytes that came in and were not decoded.
+    pub(super) fn incoming(&mut self) -> &mut BytesMut {
+        &mut self.incoming
+    }
+
+    /// Waits for more bytes. Cancel-safe.
+    pub(super) async fn fill(&mut self) -> Result<(), ConnectionError> {
+        match poll_fn(|context| self.poll_read(context)).await? {
+            0 => Err(ConnectionError::Closed),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads and writes what it can; comes back when bytes came in, or when everything is sent. Never comes back when
+    /// there is neither anything to send nor a wish to read. Cancel-safe: nothing is lost when it is dropped.
+    pub(super) async fn exchange(&mut self, reading: Reading) -> io::Result<Exchanged> {
+        poll_fn(|context| {
+            if reading == Reading::On
+                && self.incoming.len() < INCOMING_BYTES_MAX
+                && let Poll::Ready(read) = self.poll_read(context)?
+            {
+                let exchanged = if read == 0 { Exchanged::Closed } else { Exchanged::Received };
+                return Poll::Ready(Ok(exchanged));
+            }
+            if self.outgoing.is_empty() {
+                return Poll::Pending;
+            }
+            ready!(self.poll_send(context))?;
+            Poll::Ready(Ok(Exchanged::Sent))
+        })
+        .await
+    }
+
+    /// Waits until everything is sent.
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        poll_fn(|context| self.poll_send(context)).await
+    }
+
+    /// Ends our direction of the connection.
+    pub(super) async fn shutdown(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await
+    }
+
+    fn poll_read(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        let mut space = [MaybeUninit::<u8>::uninit(); READ_BYTES];
+        let mut buffer = ReadBuf::uninit(&mut space);
+        ready!(Pin::new(&mut self.stream).poll_read(context, &mut buffer))?;
+        self.incoming.extend_from_slice(buffer.filled());
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.outgoing.is_empty() {
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let count = self.outgoing.fill_slices(&mut slices);
+            let slices = slices.get(..count).unwrap_or_default();
+            let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(context, slices))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.outgoing.advance(written);
+        }
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+}
+
+/// What waits to be sent, in order.
+#[derive(Default)]
+pub(super) struct Outgoing {
+    pieces: VecDeque<Bytes>,
+    /// Small messages behind the pieces, not yet one itself.
+    control: BytesMut,
+    bytes: usize,
+}
+
+impl Outgoing {
+    /// Appends small messages by `write`.
+    pub(super) fn encode(&mut self, write: impl FnOnce(&mut BytesMut)) {
+        let before = self.control.len();
+        write(&mut self.control);
+        self.bytes += self.control.len() - before;
+    }
+
+    /// Appends a message of WAL: its header is copied, its bytes are shared.
+    pub(super) fn push_wal(&mut self, header: &[u8], wal: Vec<Bytes>) {
+        self.encode(|out| out.extend_from_slice(header));
+        self.seal_control();
+        for piece in wal.into_iter().filter(|piece| !piece.is_empty()) {
+            self.bytes += piece.len();
+            self.pieces.push_back(piece);
+        }
+    }
+
+    /// Whether another message may be added now.
+    pub(super) fn has_room(&self) -> bool {
+        self.bytes < UNSENT_BYTES_MAX && self.pieces.len() < UNSENT_PIECES_MAX
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Copies everything into memory of its own: a client that takes nothing must not hold the store's memory.
+    pub(super) fn detach(&mut self) {
+        let mut own = BytesMut::with_capacity(self.bytes);
+        self.pieces.drain(..).for_each(|piece| own.extend_from_slice(&piece));
+        own.extend_from_slice(&self.control);
+        self.control.clear();
+        self.pieces.push_back(own.freeze());
+    }
+
+    fn seal_control(&mut self) {
+        if !self.control.is_empty() {
+            self.pieces.push_back(self.control.split().freeze());
+        }
+    }
+
+    fn fill_slices<'a>(&'a mut self, slices: &mut [IoSlice<'a>]) -> usize {
+        self.seal_control();
+        let count = self.pieces.len().min(slices.len());
+        for (slice, piece) in slices.iter_mut().zip(&self.pieces) {
+            *slice = IoSlice::new(piece);
+        }
+        count
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        self.bytes = self.bytes.saturating_sub(written);
+        while let Some(piece) = self.pieces.front_mut() {
+            if piece.len() > written {
+                piece.advance(written);
+                return;
+            }
+            written -= piece.len();
+            self.pieces.pop_front();
+        }
+    }
+}
+
+/// More is added to what waits only below this.
+pub(super) const UNSENT_BYTES_MAX: usize = 512 << 10;
+/// Each piece may hold a whole receive block or mapping.
+const UNSENT_PIECES_MAX: usize = 64;
+/// Most undecoded bytes kept of a client: the longest message and what came in with it.
+const INCOMING_BYTES_MAX: usize = QUERY_BYTES_MAX + READ_BYTES;
+/// Bytes taken in at once: clients say little.
+const READ_BYTES: usize = 4096;
+/// Pieces given to one system call.
+const SLICES_MAX: usize = 64;
+
+const _: () = assert!(STARTUP_PACKET_BYTES_MAX < INCOMING_BYTES_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn pieces_and_messages_go_out_in_order_through_a_narrow_pipe() {
+        let (client, server) = tokio::io::duplex(7);
+        let mut connection = Connection::new(server);
+        connection.outgoing.encode(|out| out.extend_from_slice(b"one "));
+        let wal = vec![Bytes::from_static(b"three "), Bytes::new(), Bytes::from_static(b"four ")];
+        connection.outgoing.push_wal(b"two ", wal);
+        connection.outgoing.encode(|out| out.extend_from_slice(b"five"));
+        let reading = tokio::spawn(async move {
+            let (mut client, mut text) = (client, Vec::new());
+            tokio::io::AsyncReadExt::read_to_end(&mut client, &mut text).await.unwrap();
+            text
+        });
+        connection.flush().await.unwrap();
+        assert!(connection.outgoing.is_empty());
+        drop(connection);
+        assert_eq!(reading.await.unwrap(), b"one two three four five");
+    }
+
+    #[tokio::test]
+    async fn replies_are_read_while_nothing_can_be_sent() {
+        let (mut client, server) = tokio::io::duplex(64);
+        let mut connection = Connection::new(server);
+        connection.outgoing.push_wal(b"head", vec![Bytes::from(vec![0; 10_000])]);
+        client.write_all(b"reply").await.unwrap();
+        assert_eq!(connection.exchange(Reading::On).await.unwrap(), Exchanged::Received);
+        assert_eq!(connection.incoming(), &b"reply"[..]);
+        assert!(!connection.outgoing.is_empty());
+    }
+
+    #[test]
+    fn the_queue_is_bounded_by_bytes_and_by_pieces() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push_wal(b"h", vec![Bytes::from(vec![0; UNSENT_BYTES_MAX])]);
+        assert!(!outgoing.has_room());
+        let mut outgoing = Outgoing::default();
+        while outgoing.has_room() {
+            outgoing.push_wal(b"h", vec![Bytes::from_static(b"x")]);
+        }
+        assert!(outgoing.pieces.len() <= UNSENT_PIECES_MAX + 2);
+        let bytes = outgoing.bytes;
+        outgoing.encode(|out| out.extend_from_slice(b"tail"));
+        outgoing.detach();
+        assert_eq!((outgoing.pieces.len(), outgoing.bytes), (1, bytes + 4));
+        assert!(outgoing.has_room());
+    }
+}

@@ -1,0 +1,295 @@
+//! Who is connected.
+//!
+//! Owns the list of sessions that got past authentication, and their numbers: unique among the living and never zero,
+//! because clients name temporary slots after them. A session is in the list as long as its guard lives; a guard removes
+//! only its own entry, however late it goes, because a standby that reconnects may be there again already.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::{
+    net::Peer,
+    protocol::frontend::{CancelKey, CancelRequest},
+    session::sender::Progress,
+    status::{Seconds, Timestamp, WalSenderState, WalSenderStatus},
+    wal::{PgTimestamp, TimelineId},
+};
+
+/// The sessions of all listeners.
+#[derive(Debug, Default)]
+pub struct Registry {
+    sessions: Mutex<Sessions>,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    by_pid: BTreeMap<u32, Arc<Session>>,
+    last_pid: u32,
+    last_generation: u64,
+}
+
+/// A session as others see it.
+#[derive(Debug)]
+struct Session {
+    generation: u64,
+    client: Client,
+    backend_start: PgTimestamp,
+    cancel_key: CancelKey,
+    cancel: Notify,
+    live: Mutex<Live>,
+}
+
+/// Who a session belongs to.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    pub(super) user: String,
+    pub(super) application_name: String,
+    pub(super) peer: Peer,
+}
+
+/// What changes in the life of a session.
+#[derive(Clone, Debug)]
+pub(super) struct Live {
+    pub(super) state: WalSenderState,
+    pub(super) timeline: Option<TimelineId>,
+    pub(super) slot_name: Option<String>,
+    pub(super) progress: Progress,
+    pub(super) reply_time: Option<PgTimestamp>,
+}
+
+impl Live {
+    fn idle() -> Self {
+        Self {
+            state: WalSenderState::Startup,
+            timeline: None,
+            slot_name: None,
+            progress: Progress::default(),
+            reply_time: None,
+        }
+    }
+}
+
+/// As many sessions as are allowed are there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TooManySessions;
+
+impl Registry {
+    /// Adds a session. The key must be secret: who knows it may cancel the session's command.
+    pub(super) fn register(
+        self: &Arc<Self>,
+        client: Client,
+        cancel_key: CancelKey,
+        sessions_max: usize,
+    ) -> Result<Registration, TooManySessions> {
+        let mut sessions = self.sessions.lock();
+        if sessions.by_pid.len() >= sessions_max {
+            return Err(TooManySessions);
+        }
+        let pid = sessions.free_pid();
+        sessions.last_pid = pid;
+        sessions.last_generation += 1;
+        let session = Arc::new(Session {
+            generation: sessions.last_generation,
+            client,
+            backend_start: PgTimestamp::from_system_time(SystemTime::now()),
+            cancel_key,
+            cancel: Notify::new(),
+            live: Mutex::new(Live::idle()),
+        });
+        sessions.by_pid.insert(pid, Arc::clone(&session));
+        Ok(Registration { registry: Arc::clone(self), pid, session })
+    }
+
+    /// Cancels the command that a request names, if its key is right. Says nothing, to nobody.
+    pub(super) fn cancel(&self, request: &CancelRequest) {
+        let session = self.sessions.lock().by_pid.get(&request.process_id).cloned();
+        if let Some(session) = session
+            && session.cancel_key == request.key
+        {
+            session.cancel.notify_waiters();
+        }
+    }
+
+    /// All sessions, as `pg_stat_replication` shows them.
+    pub fn statuses(&self) -> Vec<WalSenderStatus> {
+        let sessions: Vec<_> =
+            self.sessions.lock().by_pid.iter().map(|(pid, session)| (*pid, Arc::clone(session))).collect();
+        sessions.into_iter().map(|(pid, session)| session.status(pid)).collect()
+    }
+
+    /// How many sessions there are.
+    pub fn len(&self) -> usize {
+        self.sessions.lock().by_pid.len()
+    }
+
+    /// Whether nobody is connected.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Sessions {
+    /// The next number that no living session has. There are far more numbers than sessions.
+    fn free_pid(&self) -> u32 {
+        let mut pid = self.last_pid;
+        loop {
+            pid = if pid >= PID_MAX { 1 } else { pid + 1 };
+            if !self.by_pid.contains_key(&pid) {
+                return pid;
+            }
+        }
+    }
+}
+
+impl Session {
+    fn status(&self, pid: u32) -> WalSenderStatus {
+        let live = self.live.lock().clone();
+        let (client_addr, client_port) = match self.client.peer {
+            Peer::Tcp(address) => (Some(address.ip()), Some(address.port())),
+            Peer::Unix => (None, None),
+        };
+        let seconds = |lag: Option<Duration>| lag.map(Seconds);
+        WalSenderStatus {
+            pid,
+            usename: self.client.user.clone(),
+            application_name: self.client.application_name.clone(),
+            client_addr,
+            client_port,
+            backend_start: Timestamp(self.backend_start),
+            state: live.state,
+            timeline: live.timeline,
+            slot_name: live.slot_name,
+            sent_lsn: live.progress.sent,
+            write_lsn: live.progress.write,
+            flush_lsn: live.progress.flush,
+            replay_lsn: live.progress.apply,
+            write_lag: seconds(live.progress.write_lag),
+            flush_lag: seconds(live.progress.flush_lag),
+            replay_lag: seconds(live.progress.replay_lag),
+            reply_time: live.reply_time.map(Timestamp),
+        }
+    }
+}
+
+/// A session's place in the list.
+#[derive(Debug)]
+pub(super) struct Registration {
+    registry: Arc<Registry>,
+    pid: u32,
+    session: Arc<Session>,
+}
+
+impl Registration {
+    /// The session's number.
+    pub(super) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    pub(super) fn client(&self) -> &Client {
+        &self.session.client
+    }
+
+    pub(super) fn cancel_key(&self) -> &CancelKey {
+        &self.session.cancel_key
+    }
+
+    /// Changes what others see.
+    pub(super) fn update(&self, change: impl FnOnce(&mut Live)) {
+        change(&mut self.session.live.lock());
+    }
+
+    /// The stream is over: the session is as it was before.
+    pub(super) fn reset(&self) {
+        *self.session.live.lock() = Live::idle();
+    }
+
+    /// Comes back when the session's command is canceled after this was first polled. Cancel-safe.
+    pub(super) fn canceled(&self) -> impl Future<Output = ()> + '_ {
+        self.session.cancel.notified()
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let mut sessions = self.registry.sessions.lock();
+        let is_mine = sessions
+            .by_pid
+            .get(&self.pid)
+            .is_some_and(|session| session.generation == self.session.generation);
+        if is_mine {
+            sessions.by_pid.remove(&self.pid);
+        }
+    }
+}
+
+/// Process ids are positive 32-bit integers to clients.
+const PID_MAX: u32 = i32::MAX.unsigned_abs();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn client(name: &str) -> Client {
+        Client { user: "u".to_owned(), application_name: name.to_owned(), peer: Peer::Unix }
+    }
+
+    fn key(byte: u8) -> CancelKey {
+        CancelKey::new(vec![byte; 4]).unwrap()
+    }
+
+    #[test]
+    fn numbers_are_unique_among_the_living_and_never_zero() {
+        let registry = Arc::new(Registry::default());
+        registry.sessions.lock().last_pid = PID_MAX - 1;
+        let first = registry.register(client("a"), key(1), 9).unwrap();
+        let second = registry.register(client("a"), key(1), 9).unwrap();
+        registry.sessions.lock().last_pid = PID_MAX;
+        let third = registry.register(client("a"), key(1), 9).unwrap();
+        assert_eq!([first.pid(), second.pid(), third.pid()], [PID_MAX, 1, 2]);
+    }
+
+    #[test]
+    fn the_limit_holds_and_a_session_that_ends_makes_room() {
+        let registry = Arc::new(Registry::default());
+        let first = registry.register(client("a"), key(1), 1).unwrap();
+        assert_eq!(registry.register(client("b"), key(1), 1).unwrap_err(), TooManySessions);
+        drop(first);
+        assert!(registry.is_empty());
+        assert!(registry.register(client("b"), key(1), 1).is_ok());
+    }
+
+    #[test]
+    fn a_late_end_does_not_remove_the_successor() {
+        let registry = Arc::new(Registry::default());
+        let old = registry.register(client("a"), key(1), 9).unwrap();
+        registry.sessions.lock().by_pid.clear();
+        registry.sessions.lock().last_pid = 0;
+        let new = registry.register(client("a"), key(2), 9).unwrap();
+        assert_eq!(old.pid(), new.pid());
+        drop(old);
+        assert_eq!(registry.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn only_the_right_key_cancels() {
+        let registry = Arc::new(Registry::default());
+        let session = registry.register(client("a"), key(1), 9).unwrap();
+        let mut canceled = Box::pin(session.canceled());
+        assert!(futures_poll(&mut canceled).is_pending());
+        registry.cancel(&CancelRequest { process_id: session.pid(), key: key(2) });
+        registry.cancel(&CancelRequest { process_id: 999, key: key(1) });
+        assert!(futures_poll(&mut canceled).is_pending());
+        registry.cancel(&CancelRequest { process_id: session.pid(), key: key(1) });
+        canceled.await;
+    }
+
+    fn futures_poll(future: &mut std::pin::Pin<Box<impl Future<Output = ()>>>) -> std::task::Poll<()> {
+        future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
+    }
+}
