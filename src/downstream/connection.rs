@@ -92,6 +92,14 @@ impl<S: Stream> Connection<S> {
         &mut self.incoming
     }
 
+    /// Waits for more bytes, or for nothing once there are enough. Cancel-safe.
+    pub(super) async fn fill_bounded(&mut self) -> Result<(), ConnectionError> {
+        if self.incoming.len() >= INCOMING_BYTES_MAX {
+            return std::future::pending().await;
+        }
+        self.fill().await
+    }
+
     /// Waits for more bytes. Cancel-safe.
     pub(super) async fn fill(&mut self) -> Result<(), ConnectionError> {
         match poll_fn(|context| self.poll_read(context)).await? {
@@ -223,6 +231,22 @@ impl Outgoing {
             written -= piece.len();
             self.pieces.pop_front();
         }
+    }
+}
+
+/// A message's type byte, for errors that name it.
+pub(super) fn tag_of(message: &frontend::Message) -> u8 {
+    match message {
+        frontend::Message::Query(_) => b'Q',
+        frontend::Message::Password(_) => b'p',
+        frontend::Message::CopyData(_) => b'd',
+        frontend::Message::CopyDone => b'c',
+        frontend::Message::CopyFail(_) => b'f',
+        frontend::Message::Terminate => b'X',
+        frontend::Message::Sync => b'S',
+        frontend::Message::Flush => b'H',
+        frontend::Message::FunctionCall => b'F',
+        frontend::Message::Extended(tag) => *tag,
     }
 }
 

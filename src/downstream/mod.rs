@@ -1,1 +1,326 @@
-//! stub
+//! Towards standbys: listens, lets clients in, and sends them WAL.
+//!
+//! Owns the listening sockets' loops, the limits on clients, and one task per connection, whose panic ends that
+//! connection and nothing else. Each client goes through `handshake`, then `command` answers it until it streams, and then
+//! `walsender` moves WAL from the store to its socket. Knows nothing of the upstream: it is given the store, positions to
+//! watch, and whether the upstream is writable.
+
+mod blocking;
+mod command;
+mod commands;
+mod connection;
+mod handshake;
+mod parameters;
+mod registry;
+mod server;
+mod timelines;
+mod users;
+mod walsender;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::{JoinError, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, debug, error, info, info_span, warn};
+
+use crate::{
+    downstream::{
+        command::Session,
+        connection::{Connection, ConnectionError},
+        handshake::{Handshake, HandshakeError},
+    },
+    metrics::DownstreamMetrics,
+    net::{Listener, Peer, TcpOptions},
+    protocol::{ServerError, SqlState, backend::encode_error_response},
+    session::sender::STOPPING_TIME_MAX,
+    store::{Positions, Store},
+    wal::Lsn,
+};
+
+pub use connection::Stream;
+pub use registry::Registry;
+pub use users::Users;
+
+/// What clients are held to.
+#[derive(Clone, Debug)]
+pub struct DownstreamSettings {
+    /// Most sessions at a time.
+    pub max_wal_senders: usize,
+    /// Most connections at a time that have not authenticated yet; they do not count as sessions.
+    pub unauthenticated_max: usize,
+    /// Time a client has from the connection to the end of its authentication.
+    pub authentication_timeout: Duration,
+    /// Silence after which a client is dropped, unless it sets its own; `None` never drops one.
+    pub wal_sender_timeout: Option<Duration>,
+    /// When WAL may be sent.
+    pub send: SendPolicy,
+    /// Whether clients on this machine are let in without a password while there is no users file.
+    pub trust_local: bool,
+    /// WAL kept for consumers without a slot, in bytes; for `SHOW`.
+    pub wal_keep_size: u64,
+    /// Most slots; for `SHOW`.
+    pub max_replication_slots: usize,
+    /// Options of accepted TCP connections.
+    pub tcp: TcpOptions,
+}
+
+impl Default for DownstreamSettings {
+    fn default() -> Self {
+        Self {
+            max_wal_senders: 64,
+            unauthenticated_max: 64,
+            authentication_timeout: Duration::from_secs(60),
+            wal_sender_timeout: Some(Duration::from_secs(60)),
+            send: SendPolicy::Received,
+            trust_local: true,
+            wal_keep_size: 1 << 30,
+            max_replication_slots: 64,
+            tcp: TcpOptions::default(),
+        }
+    }
+}
+
+/// When WAL may be sent to a downstream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SendPolicy {
+    /// As soon as it is verified: the primary flushed it before it sent it.
+    #[default]
+    Received,
+    /// Only when it is durable here.
+    Flushed,
+}
+
+impl SendPolicy {
+    /// End of what may be sent now.
+    pub fn servable(self, positions: &Positions) -> Lsn {
+        match self {
+            Self::Received => positions.verified,
+            Self::Flushed => positions.flushed,
+        }
+    }
+}
+
+/// What every connection shares.
+pub struct DownstreamContext {
+    /// The WAL.
+    pub store: Store,
+    /// The store's positions, as they change.
+    pub positions: watch::Receiver<Option<Positions>>,
+    /// Who is connected.
+    pub registry: Arc<Registry>,
+    /// What clients are held to.
+    pub settings: DownstreamSettings,
+    /// Who may log in; without it only local clients may, see [`DownstreamSettings::trust_local`].
+    pub users: Option<Users>,
+    /// Whether the upstream that is streamed from now is writable.
+    pub upstream_writable: Arc<AtomicBool>,
+    /// What is counted.
+    pub metrics: DownstreamMetrics,
+    /// Reads from the disk.
+    pub cold_reads: ColdReads,
+    /// Sessions that stream now.
+    pub streams: Streams,
+}
+
+/// The number of streams, kept for its gauge.
+#[derive(Debug, Default)]
+pub struct Streams(AtomicU64);
+
+/// One stream in the number; ends when dropped.
+struct Streaming<'a>(&'a DownstreamContext);
+
+impl DownstreamContext {
+    fn streaming(&self) -> Streaming<'_> {
+        self.streams.0.fetch_add(1, Ordering::Relaxed);
+        self.metrics.streaming.increment(1.0);
+        Streaming(self)
+    }
+}
+
+impl Drop for Streaming<'_> {
+    fn drop(&mut self) {
+        self.0.streams.0.fetch_sub(1, Ordering::Relaxed);
+        self.0.metrics.streaming.decrement(1.0);
+    }
+}
+
+/// The right to read from the disk, of which there is a limited number: streams that are far behind compete for one disk.
+#[derive(Clone, Debug)]
+pub struct ColdReads(Arc<Semaphore>);
+
+impl Default for ColdReads {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(COLD_READS_MAX)))
+    }
+}
+
+impl ColdReads {
+    fn semaphore(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.0)
+    }
+}
+
+/// Serves clients until `shutdown`, and then until every connection has ended or its time is over.
+pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, shutdown: CancellationToken) {
+    let unauthenticated = Arc::new(Semaphore::new(context.settings.unauthenticated_max));
+    let mut loops = JoinSet::new();
+    for listener in listeners {
+        let acceptor = Acceptor {
+            context: Arc::clone(&context),
+            unauthenticated: Arc::clone(&unauthenticated),
+            shutdown: shutdown.clone(),
+        };
+        loops.spawn(acceptor.run(listener));
+    }
+    while let Some(ended) = loops.join_next().await {
+        note_panic(ended);
+    }
+}
+
+/// One listening socket's loop.
+struct Acceptor {
+    context: Arc<DownstreamContext>,
+    unauthenticated: Arc<Semaphore>,
+    shutdown: CancellationToken,
+}
+
+impl Acceptor {
+    async fn run(self, listener: Listener) {
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept(&self.context.settings.tcp) => match accepted {
+                    Ok((socket, peer)) => self.admit(&mut connections, socket, peer),
+                    Err(error) => {
+                        // Out of descriptors, most likely: some time may free one.
+                        warn!(%error, "could not accept a connection");
+                        tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
+                    }
+                },
+                Some(ended) = connections.join_next() => note_panic(ended),
+                () = self.shutdown.cancelled() => break,
+            }
+        }
+        drop(listener);
+        let all_end = async {
+            while let Some(ended) = connections.join_next().await {
+                note_panic(ended);
+            }
+        };
+        if tokio::time::timeout(CONNECTIONS_END_TIME_MAX, all_end).await.is_err() {
+            warn!(connections = connections.len(), "connections did not end in time");
+        }
+    }
+
+    fn admit<S: Stream>(&self, connections: &mut JoinSet<()>, socket: S, peer: Peer) {
+        self.context.metrics.connections.increment(1);
+        let Ok(permit) = Arc::clone(&self.unauthenticated).try_acquire_owned() else {
+            self.context.metrics.refused.increment(1);
+            debug!(%peer, "too many connections that are not authenticated");
+            connections.spawn(refuse(socket));
+            return;
+        };
+        let span = info_span!("client", %peer, user = tracing::field::Empty, application = tracing::field::Empty);
+        let client = serve_client(Arc::clone(&self.context), socket, peer, permit, self.shutdown.clone());
+        connections.spawn(client.instrument(span));
+    }
+}
+
+/// A panic ended one task; the others go on.
+fn note_panic(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        error!(%error, "connection ended by a panic");
+    }
+}
+
+/// There are as many strangers as are allowed: one word, and the door is closed.
+async fn refuse<S: Stream>(socket: S) {
+    let mut connection = Connection::new(socket);
+    let error = ServerError::fatal(SqlState::TOO_MANY_CONNECTIONS, "sorry, too many clients already");
+    connection.outgoing.encode(|out| encode_error_response(&error, out));
+    // The client may be gone, and is not waited for.
+    let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;
+}
+
+/// One client, from its first byte to its last.
+pub async fn serve_client<S: Stream>(
+    context: Arc<DownstreamContext>,
+    socket: S,
+    peer: Peer,
+    permit: OwnedSemaphorePermit,
+    stop: CancellationToken,
+) {
+    let mut connection = Connection::new(socket);
+    let handshake = Handshake { context: &context, connection: &mut connection, peer };
+    let outcome = tokio::select! {
+        outcome = tokio::time::timeout(context.settings.authentication_timeout, handshake.run()) => outcome,
+        () = stop.cancelled() => return,
+    };
+    drop(permit);
+    let established = match outcome {
+        Ok(Ok(established)) => established,
+        Ok(Err(error)) => return end_handshake(&context, connection, error).await,
+        Err(_elapsed) => {
+            context.metrics.refused.increment(1);
+            info!("client did not authenticate in time");
+            return;
+        }
+    };
+    let span = tracing::Span::current();
+    let client = established.registration.client();
+    span.record("user", tracing::field::debug(&client.user));
+    span.record("application", tracing::field::display(&client.application_name));
+    info!(pid = established.registration.pid(), version = %established.version, "client connected");
+    match Session::new(&context, connection, established, &stop).run().await {
+        Ok(end) => info!(?end, "client disconnected"),
+        Err(error) => info!(error = &error as &dyn std::error::Error, "connection to client failed"),
+    }
+}
+
+async fn end_handshake<S: Stream>(
+    context: &DownstreamContext,
+    mut connection: Connection<S>,
+    error: HandshakeError,
+) {
+    match &error {
+        HandshakeError::Cancel | HandshakeError::Connection(ConnectionError::Closed) => {
+            debug!(%error, "connection ended before a session");
+            return;
+        }
+        HandshakeError::Refused(told) => {
+            context.metrics.refused.increment(1);
+            warn!(error = %told, "client refused");
+            connection.outgoing.encode(|out| encode_error_response(told, out));
+            // The client may be gone, and is not waited for.
+            let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;
+        }
+        HandshakeError::DirectTls | HandshakeError::Random | HandshakeError::Connection(_) => {
+            context.metrics.refused.increment(1);
+            info!(error = &error as &dyn std::error::Error, "handshake failed");
+        }
+    }
+    let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.shutdown()).await;
+}
+
+/// Reads from the disk at a time, over all streams.
+pub const COLD_READS_MAX: usize = 4;
+/// Pause after a failed accept.
+const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
+/// Time a client has to take a refusal.
+const REFUSAL_TIME_MAX: Duration = Duration::from_secs(1);
+/// Time all connections have to end when the relay stops: each has [`STOPPING_TIME_MAX`] to take what there is, and again
+/// to take the last words.
+const CONNECTIONS_END_TIME_MAX: Duration = Duration::from_secs(3);
+
+const _: () = assert!(CONNECTIONS_END_TIME_MAX.as_secs() > 2 * STOPPING_TIME_MAX.as_secs());

@@ -347,6 +347,13 @@ impl Sender {
         }
     }
 
+    /// The end alone, when the stream ends without another message; for a driver that has no room for messages now.
+    pub fn poll_end(&mut self) -> Option<StreamEnd> {
+        let Phase::Ending(end) = self.phase else { return None };
+        self.phase = Phase::Ended;
+        Some(end)
+    }
+
     /// The next WAL to send, the same until [`Sender::handle_sent`] is called; `None` when there is none now.
     pub fn next_wal(&self) -> Option<NextWal> {
         match self.phase {
@@ -366,6 +373,11 @@ impl Sender {
             Phase::Stopping { .. } => WalSenderState::Stopping,
             Phase::Ending(_) | Phase::Ended => WalSenderState::Startup,
         }
+    }
+
+    /// Whether the stream's timeline still grows.
+    pub fn timeline(&self) -> TimelineState {
+        self.timeline
     }
 
     /// Where the stream is.

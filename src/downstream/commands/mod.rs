@@ -1,0 +1,140 @@
+//! What each replication command does and answers.
+//!
+//! Owns the choice of the command and the refusals of those that a relay cannot carry out. An answer is written to the
+//! connection's queue; whoever called sends it, and says ReadyForQuery.
+
+mod identify;
+mod slots;
+mod stream;
+
+use crate::{
+    downstream::{
+        blocking::BlockingError,
+        command::{Session, SessionEnd},
+        connection::{ConnectionError, Stream},
+        timelines::TimelineError,
+    },
+    protocol::{
+        Command, ServerError, SqlState,
+        backend::{Column, encode_command_complete, encode_row_description, encode_text_row},
+        command::StreamKind,
+    },
+    store::StoreError,
+};
+
+/// What became of a command that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Answered {
+    /// The session goes on.
+    Complete,
+    /// The session is over.
+    Ended(SessionEnd),
+}
+
+/// A command failed.
+#[derive(Debug)]
+pub(super) enum CommandError {
+    /// The client is told, and the session goes on.
+    Refused(ServerError),
+    /// The client is told, and the session ends.
+    Fatal(ServerError),
+    /// There is nobody to tell.
+    Connection(ConnectionError),
+}
+
+impl From<ServerError> for CommandError {
+    fn from(error: ServerError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<ConnectionError> for CommandError {
+    fn from(error: ConnectionError) -> Self {
+        Self::Connection(error)
+    }
+}
+
+impl From<TimelineError> for CommandError {
+    fn from(error: TimelineError) -> Self {
+        Self::Refused(ServerError::from(&error))
+    }
+}
+
+impl From<StoreError> for CommandError {
+    fn from(error: StoreError) -> Self {
+        Self::Refused(ServerError::error(SqlState::IO_ERROR, error.to_string()))
+    }
+}
+
+impl From<BlockingError> for CommandError {
+    fn from(error: BlockingError) -> Self {
+        Self::Refused(ServerError::error(SqlState::INTERNAL_ERROR, error.to_string()))
+    }
+}
+
+/// Carries out one query and writes its answer.
+pub(super) async fn answer<S: Stream>(
+    session: &mut Session<'_, S>,
+    query: &[u8],
+) -> Result<Answered, CommandError> {
+    let command = Command::parse(query).map_err(ServerError::from)?;
+    match command {
+        Command::IdentifySystem => identify::identify_system(session)?,
+        Command::Show(name) => identify::show(session, &name)?,
+        Command::TimelineHistory(timeline) => identify::timeline_history(session, timeline).await?,
+        Command::CreateReplicationSlot(create) => slots::create(session, create).await?,
+        Command::DropReplicationSlot { slot, when_active } => slots::drop(session, slot, when_active).await?,
+        Command::ReadReplicationSlot(slot) if session.server.is_at_least(15) => {
+            slots::read(session, &slot).await?;
+        }
+        Command::AlterReplicationSlot { slot, .. } if session.server.is_at_least(17) => {
+            return Err(slots::refuse_alter(session, &slot).into());
+        }
+        Command::StartReplication(start) if matches!(start.kind, StreamKind::Logical(_)) => {
+            return Err(no_logical_decoding().into());
+        }
+        Command::StartReplication(start) => return stream::start_replication(session, start).await,
+        Command::BaseBackup(_) => return Err(unsupported("BASE_BACKUP").into()),
+        Command::UploadManifest if session.server.is_at_least(17) => {
+            return Err(unsupported("UPLOAD_MANIFEST").into());
+        }
+        // What a version does not know begins with no keyword of its own: it is SQL.
+        Command::Sql(_)
+        | Command::ReadReplicationSlot(_)
+        | Command::AlterReplicationSlot { .. }
+        | Command::UploadManifest => {
+            let text = "cannot execute SQL commands in WAL sender for physical replication";
+            return Err(ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text).into());
+        }
+    }
+    Ok(Answered::Complete)
+}
+
+/// What only a server with data files can do.
+fn unsupported(command: &str) -> ServerError {
+    let text = format!("{command} is not supported by a WAL relay");
+    ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text)
+        .with_hint("Connect to the primary or to a standby for base backups.")
+}
+
+fn no_logical_decoding() -> ServerError {
+    let text = "logical decoding cannot be used while in recovery";
+    ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text)
+        .with_hint("Connect to the primary for logical replication.")
+}
+
+impl<S: Stream> Session<'_, S> {
+    /// Writes a result set of one row, and the command's tag.
+    fn put_row(&mut self, columns: &[Column], row: &[Option<&str>], tag: &'static str) {
+        self.connection.outgoing.encode(|out| {
+            encode_row_description(columns, out);
+            encode_text_row(row, out);
+        });
+        self.put_complete(tag);
+    }
+
+    fn put_complete(&mut self, tag: &'static str) {
+        let tag = self.server.command_tag(tag);
+        self.connection.outgoing.encode(|out| encode_command_complete(tag, out));
+    }
+}

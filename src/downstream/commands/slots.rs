@@ -1,0 +1,137 @@
+//! `CREATE_`, `DROP_`, `READ_` and `ALTER_REPLICATION_SLOT`.
+//!
+//! The slots themselves are the store's; here are the answers and PostgreSQL's words for what can go wrong.
+
+use std::time::Duration;
+
+use crate::{
+    downstream::{
+        blocking::run_blocking,
+        command::Session,
+        commands::{CommandError, no_logical_decoding},
+        connection::Stream,
+        timelines::timeline_of,
+    },
+    protocol::{
+        ServerError, SqlState,
+        backend::Column,
+        command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive, validate_slot_name},
+    },
+    store::{SlotError, SlotKind},
+};
+
+/// Creates a slot. With `RESERVE_WAL` everything that is held now is kept for it: a relay knows no checkpoint to keep WAL
+/// from, and a base backup taken elsewhere may need any of it.
+pub(super) async fn create<S: Stream>(
+    session: &mut Session<'_, S>,
+    create: CreateReplicationSlot,
+) -> Result<(), CommandError> {
+    let CreateReplicationSlot { slot, persistence, kind } = create;
+    let CreateSlotKind::Physical { reserve_wal } = kind else { return Err(no_logical_decoding().into()) };
+    validate_slot_name(&slot).map_err(ServerError::from)?;
+    let kind = match persistence {
+        Persistence::Permanent => SlotKind::Permanent,
+        Persistence::Temporary => SlotKind::Temporary { owner: session.registration.pid() },
+    };
+    let (store, name) = (session.context.store.clone(), slot.clone());
+    let created = run_blocking(move || {
+        let reserve = if reserve_wal { store.oldest() } else { None };
+        store.slots().create(&name, kind, reserve)
+    });
+    created.await?.map_err(|error| slot_error(session, error))?;
+    let columns = ["slot_name", "consistent_point", "snapshot_name", "output_plugin"].map(Column::text);
+    let nowhere = session.server.lsn_text(None);
+    session.put_row(&columns, &[Some(&slot), Some(&nowhere), None, None], "CREATE_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// Drops a slot; waits for its user to leave if the client wishes so.
+pub(super) async fn drop<S: Stream>(
+    session: &mut Session<'_, S>,
+    slot: String,
+    when_active: WhenActive,
+) -> Result<(), CommandError> {
+    loop {
+        let (store, name, pid) = (session.context.store.clone(), slot.clone(), session.registration.pid());
+        let dropped = run_blocking(move || store.slots().drop_slot(&name, pid)).await?;
+        match dropped {
+            Ok(()) => break,
+            Err(SlotError::Active { .. }) if when_active == WhenActive::Wait => wait(session).await?,
+            Err(error) => return Err(slot_error(session, error).into()),
+        }
+    }
+    session.put_complete("DROP_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// Waits a moment, unless the client leaves, cancels, or the relay stops. Cancel-safe branches only.
+async fn wait<S: Stream>(session: &mut Session<'_, S>) -> Result<(), CommandError> {
+    let retry = tokio::time::sleep(DROP_RETRY_INTERVAL);
+    tokio::pin!(retry);
+    loop {
+        tokio::select! {
+            () = &mut retry => return Ok(()),
+            filled = session.connection.fill_bounded() => filled?,
+            () = session.registration.canceled() => {
+                let text = "canceling statement due to user request";
+                return Err(ServerError::error(SqlState::QUERY_CANCELED, text).into());
+            }
+            () = session.stop.cancelled() => {
+                let text = "terminating connection due to administrator command";
+                return Err(CommandError::Fatal(ServerError::fatal(SqlState::ADMIN_SHUTDOWN, text)));
+            }
+        }
+    }
+}
+
+/// Tells a slot's position; a slot that does not exist is a row of nulls.
+pub(super) async fn read<S: Stream>(session: &mut Session<'_, S>, slot: &str) -> Result<(), CommandError> {
+    let info = session.context.store.slots().get(slot);
+    let restart_lsn = info.as_ref().and_then(|info| info.restart_lsn);
+    let timeline = match (restart_lsn, session.context.store.positions()) {
+        (Some(position), Some(positions)) => {
+            let store = session.context.store.clone();
+            let timeline = run_blocking(move || timeline_of(&store, position, positions.timeline)).await??;
+            Some(timeline.to_string())
+        }
+        _ => None,
+    };
+    let kind = info.is_some().then_some("physical");
+    let position = restart_lsn.map(|position| session.server.lsn_text(Some(position)));
+    let columns = [Column::text("slot_type"), Column::text("restart_lsn"), Column::int8("restart_tli")];
+    let row = [kind, position.as_deref(), timeline.as_deref()];
+    session.put_row(&columns, &row, "READ_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// Only logical slots can be altered, and there are none here.
+pub(super) fn refuse_alter<S: Stream>(session: &Session<'_, S>, slot: &str) -> ServerError {
+    match session.context.store.slots().get(slot) {
+        None => slot_error(session, SlotError::NotFound(slot.to_owned())),
+        Some(_) => ServerError::error(
+            SqlState::FEATURE_NOT_SUPPORTED,
+            "cannot use ALTER_REPLICATION_SLOT with a physical replication slot",
+        ),
+    }
+}
+
+/// A slot's error as PostgreSQL tells it.
+pub(super) fn slot_error<S: Stream>(session: &Session<'_, S>, error: SlotError) -> ServerError {
+    let text = error.to_string();
+    match error {
+        SlotError::AlreadyExists(_) => ServerError::error(SqlState::DUPLICATE_OBJECT, text),
+        SlotError::NotFound(_) => ServerError::error(SqlState::UNDEFINED_OBJECT, text),
+        SlotError::Active { .. } => ServerError::error(SqlState::OBJECT_IN_USE, text),
+        SlotError::InvalidName(_) => ServerError::error(SqlState::INVALID_NAME, text),
+        SlotError::Full => ServerError::error(SqlState::CONFIGURATION_LIMIT_EXCEEDED, text).with_hint(format!(
+            "Free one or increase {}.",
+            session.server.quoted_setting("max_replication_slots")
+        )),
+        SlotError::Store(source) => {
+            ServerError::error(SqlState::IO_ERROR, text).with_detail(format!("{source}."))
+        }
+    }
+}
+
+/// Time between two looks at a slot that is waited for.
+const DROP_RETRY_INTERVAL: Duration = Duration::from_millis(100);

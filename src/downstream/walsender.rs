@@ -1,0 +1,396 @@
+//! Drives the sending half of one stream: from the store to the socket, and replies back.
+//!
+//! Waits in one place and decides in none: what to send, when to ask and when to end is `session::Sender`'s business.
+//! Reading replies and sending WAL are both events, so neither blocks the other; a slow disk or a slow history file is
+//! waited for beside them, so that a client's questions are answered in time. WAL is never copied, unless a client has
+//! taken nothing for a while: then what waits for it is moved out of the store's memory.
+
+use std::{
+    pin::{Pin, pin},
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Sleep,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::{
+    downstream::{
+        DownstreamContext,
+        blocking::{BlockingError, run_blocking},
+        connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
+        registry::Registration,
+        timelines::{TimelineError, timeline_state},
+    },
+    protocol::{
+        DecodeError, STANDBY_MESSAGE_BYTES_MAX, ServerError, SqlState, backend, frontend,
+        replication::{Keepalive, StandbyMessage, WalDataHeader},
+    },
+    session::sender::{NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState},
+    store::{ColdRead, Positions, Read, ReadError, SlotGuard, WalReader},
+    wal::{PgTimestamp, TimelineId},
+};
+
+/// One stream.
+pub(super) struct WalSender<'a, S> {
+    pub(super) context: &'a DownstreamContext,
+    pub(super) connection: &'a mut Connection<S>,
+    pub(super) registration: &'a Registration,
+    pub(super) stop: &'a CancellationToken,
+    pub(super) slot: Option<SlotGuard>,
+    pub(super) timeline: TimelineId,
+    pub(super) sender: Sender,
+    pub(super) reader: WalReader,
+    pub(super) positions: watch::Receiver<Option<Positions>>,
+}
+
+/// How a stream ended, where that is no fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// As the sending half decided.
+    Stream(StreamEnd),
+    /// The client said farewell.
+    ClientLeft,
+}
+
+/// A stream failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StreamError {
+    /// The client is told, and the session goes on.
+    #[error("stream ended: {}", .0.message)]
+    Refused(ServerError),
+    /// The client is told, and the connection is closed.
+    #[error("stream ended: {}", .0.message)]
+    Fatal(ServerError),
+    /// WAL could not be read; the client is told, and the session goes on.
+    #[error("could not read WAL")]
+    Read(#[from] ReadError),
+    #[error("could not follow a timeline switch")]
+    Timeline(#[from] TimelineError),
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+}
+
+/// What happened.
+enum Event {
+    Exchanged(Exchanged),
+    Positions,
+    Background(Done),
+    Deadline,
+    Stop,
+}
+
+/// What was waited for beside the stream.
+enum Done {
+    Loaded,
+    Switched(TimelineState),
+}
+
+type Background = Pin<Box<dyn Future<Output = Result<Done, StreamError>> + Send>>;
+
+/// Everything of a running stream that is not its parts.
+struct Run {
+    background: Option<Background>,
+    /// The store follows another timeline than this stream's: where was this one left?
+    switch_due: Option<TimelineId>,
+    client_is_done: bool,
+    is_stopping: bool,
+    unsent_since: Option<Instant>,
+    is_detached: bool,
+}
+
+impl<S: Stream> WalSender<'_, S> {
+    /// Runs the stream to its end.
+    pub(super) async fn run(mut self) -> Result<Ended, StreamError> {
+        let mut run = Run {
+            background: None,
+            switch_due: None,
+            client_is_done: false,
+            is_stopping: false,
+            unsent_since: None,
+            is_detached: false,
+        };
+        let registration = self.registration;
+        let mut canceled = pin!(registration.canceled());
+        let mut sleep = pin!(tokio::time::sleep(Duration::ZERO));
+        self.follow_positions(&mut run);
+        loop {
+            if let Some(end) = self.fill_outgoing(&mut run)? {
+                return Ok(Ended::Stream(end));
+            }
+            self.start_background(&mut run);
+            if run.unsent_since.is_none() && !self.connection.outgoing.is_empty() {
+                run.unsent_since = Some(now());
+            }
+            self.set_deadline(&run, sleep.as_mut());
+            let event = tokio::select! {
+                event = self.next_event(&mut run, sleep.as_mut()) => event?,
+                () = canceled.as_mut() => return Err(StreamError::Refused(canceled_error())),
+            };
+            if let Some(ended) = self.handle(event, &mut run)? {
+                return Ok(ended);
+            }
+        }
+    }
+
+    /// Moves to the connection what may be sent, as far as it has room.
+    fn fill_outgoing(&mut self, run: &mut Run) -> Result<Option<StreamEnd>, StreamError> {
+        let mut has_moved = false;
+        loop {
+            if let Some(end) = self.sender.poll_end() {
+                return Ok(Some(end));
+            }
+            // After it was detached, nothing is added until the client takes something.
+            if !self.connection.outgoing.has_room() || run.is_detached {
+                break;
+            }
+            if let Some(output) = self.sender.poll_output() {
+                match self.put(output) {
+                    Some(end) => return Ok(Some(end)),
+                    None => continue,
+                }
+            }
+            if run.switch_due.is_some() || run.background.is_some() {
+                break;
+            }
+            let Some(next) = self.sender.next_wal() else { break };
+            match self.reader.read(next.range)? {
+                Read::Ready(wal) => self.put_wal(next, wal),
+                Read::Cold(cold) => {
+                    self.context.metrics.cold_bytes.increment(next.range.bytes());
+                    run.background = Some(Box::pin(load(self.context.cold_reads.semaphore(), cold)));
+                    break;
+                }
+            }
+            has_moved = true;
+        }
+        if has_moved {
+            self.publish();
+        }
+        Ok(None)
+    }
+
+    fn put(&mut self, output: Output) -> Option<StreamEnd> {
+        match output {
+            Output::Keepalive { wal_end, reply } => {
+                let reply_requested = reply == ReplyRequested::Yes;
+                let keepalive = Keepalive { wal_end, sent_at: timestamp(), reply_requested };
+                self.connection.outgoing.encode(|out| keepalive.encode(out));
+                None
+            }
+            Output::CopyDone => {
+                self.connection.outgoing.encode(backend::encode_copy_done);
+                None
+            }
+            Output::End(end) => Some(end),
+        }
+    }
+
+    fn put_wal(&mut self, next: NextWal, wal: Vec<bytes::Bytes>) {
+        let header =
+            WalDataHeader { start: next.range.start(), wal_end: Some(next.wal_end), sent_at: timestamp() };
+        // A range is cut to 128 KiB, far below what the length field holds.
+        let bytes = u32::try_from(next.range.bytes()).unwrap_or(u32::MAX);
+        self.connection.outgoing.push_wal(&header.encode(bytes), wal);
+        self.context.metrics.sent_bytes.increment(next.range.bytes());
+        self.sender.handle_sent(next.range.end());
+    }
+
+    /// The only wait. Every branch is cancel-safe: an exchange keeps its bytes, a background task its future.
+    async fn next_event(&mut self, run: &mut Run, sleep: Pin<&mut Sleep>) -> Result<Event, StreamError> {
+        let reading = if run.client_is_done { Reading::Off } else { Reading::On };
+        tokio::select! {
+            exchanged = self.connection.exchange(reading) => {
+                Ok(Event::Exchanged(exchanged.map_err(ConnectionError::Io)?))
+            }
+            // The sender of positions lives as long as the relay; without it only what is there can be sent.
+            Ok(()) = self.positions.changed() => Ok(Event::Positions),
+            done = poll_background(&mut run.background) => done.map(Event::Background),
+            () = self.stop.cancelled(), if !run.is_stopping => Ok(Event::Stop),
+            () = sleep => Ok(Event::Deadline),
+        }
+    }
+
+    fn handle(&mut self, event: Event, run: &mut Run) -> Result<Option<Ended>, StreamError> {
+        let now = now();
+        match event {
+            Event::Exchanged(Exchanged::Received) => return self.take_messages(run, now),
+            Event::Exchanged(Exchanged::Sent) => {
+                (run.unsent_since, run.is_detached) = (None, false);
+                self.sender.handle_drained();
+                self.publish();
+            }
+            Event::Exchanged(Exchanged::Closed) => return Err(ConnectionError::Closed.into()),
+            Event::Positions => self.follow_positions(run),
+            Event::Background(Done::Loaded) => {}
+            Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
+                run.switch_due = None;
+                self.sender.handle_switch(end, next, now);
+            }
+            Event::Background(Done::Switched(TimelineState::Current)) => {
+                run.switch_due = None;
+                self.follow_positions(run);
+            }
+            Event::Deadline => {
+                self.sender.handle_timeout(now);
+                self.detach_if_stalled(run, now);
+            }
+            Event::Stop => {
+                run.is_stopping = true;
+                self.sender.handle_stop(now);
+            }
+        }
+        Ok(None)
+    }
+
+    fn take_messages(&mut self, run: &mut Run, now: Instant) -> Result<Option<Ended>, StreamError> {
+        while !run.client_is_done {
+            let message = match self.connection.decode_message(STANDBY_MESSAGE_BYTES_MAX) {
+                Ok(Some(message)) => message,
+                Ok(None) => break,
+                Err(error) => return Err(StreamError::Fatal(ServerError::from(&error))),
+            };
+            match message {
+                frontend::Message::CopyData(body) => self.take_standby_message(body, now)?,
+                frontend::Message::CopyDone => {
+                    // What follows is the next command's.
+                    run.client_is_done = true;
+                    self.sender.handle_copy_done(now);
+                }
+                frontend::Message::Terminate => return Ok(Some(Ended::ClientLeft)),
+                other => return Err(StreamError::Fatal(invalid_message(&other))),
+            }
+        }
+        self.publish();
+        Ok(None)
+    }
+
+    fn take_standby_message(&mut self, body: bytes::Bytes, now: Instant) -> Result<(), StreamError> {
+        match StandbyMessage::decode(body) {
+            Ok(StandbyMessage::StatusUpdate(update)) => {
+                let before = self.sender.progress().flush;
+                let (write, flush, apply) = (update.write, update.flush, update.apply);
+                let reply = StandbyReply { write, flush, apply, reply_requested: update.reply_requested };
+                self.sender.handle_reply(reply, now);
+                let flush = self.sender.progress().flush;
+                if let (Some(slot), Some(flush)) = (&self.slot, flush)
+                    && before != Some(flush)
+                {
+                    slot.advance(flush);
+                }
+                self.registration.update(|live| live.reply_time = Some(update.sent_at));
+                Ok(())
+            }
+            // Nothing is held back upstream for a downstream's queries yet.
+            Ok(StandbyMessage::HotStandbyFeedback(_)) => {
+                self.sender.handle_heard(now);
+                Ok(())
+            }
+            // As walsender.c: the connection is closed without a word.
+            Err(error @ DecodeError::UnknownKind { .. }) => Err(ConnectionError::Protocol(error).into()),
+            Err(_) => {
+                let text = "insufficient data left in message";
+                Err(StreamError::Refused(ServerError::error(SqlState::PROTOCOL_VIOLATION, text)))
+            }
+        }
+    }
+
+    fn follow_positions(&mut self, run: &mut Run) {
+        let Some(positions) = *self.positions.borrow_and_update() else { return };
+        if positions.timeline == self.timeline {
+            self.sender.handle_servable(self.context.settings.send.servable(&positions), now());
+        } else if self.sender.timeline() == TimelineState::Current {
+            run.switch_due = Some(positions.timeline);
+        }
+    }
+
+    fn start_background(&mut self, run: &mut Run) {
+        if run.background.is_some() {
+            return;
+        }
+        if let Some(current) = run.switch_due {
+            let (store, timeline) = (self.context.store.clone(), self.timeline);
+            run.background = Some(Box::pin(async move {
+                let state = run_blocking(move || timeline_state(&store, timeline, current)).await??;
+                Ok(Done::Switched(state))
+            }));
+        }
+    }
+
+    /// The sleep is moved only when it would come too late: a deadline that moves with every reply costs nothing.
+    fn set_deadline(&mut self, run: &Run, mut sleep: Pin<&mut Sleep>) {
+        let detach = run.unsent_since.filter(|_| !run.is_detached).map(|since| since + DETACH_AFTER);
+        let deadline = self.sender.poll_timeout().into_iter().chain(detach).min();
+        let deadline = deadline.unwrap_or_else(|| now() + IDLE_WAKE_INTERVAL).into();
+        if sleep.is_elapsed() || deadline < sleep.deadline() {
+            sleep.as_mut().reset(deadline);
+        }
+    }
+
+    fn detach_if_stalled(&mut self, run: &mut Run, now: Instant) {
+        if !run.is_detached && run.unsent_since.is_some_and(|since| now >= since + DETACH_AFTER) {
+            self.connection.outgoing.detach();
+            run.is_detached = true;
+        }
+    }
+
+    fn publish(&self) {
+        let (state, progress) = (self.sender.state(), self.sender.progress());
+        self.registration.update(|live| (live.state, live.progress) = (state, progress));
+    }
+}
+
+/// Brings a cold range in, on a thread that may block; few do so at a time, because they compete for one disk.
+async fn load(permits: std::sync::Arc<Semaphore>, cold: ColdRead) -> Result<Done, StreamError> {
+    let permit = permits.acquire_owned().await.ok();
+    // The permit goes with the read, not with this session: a session that ends does not end the read.
+    run_blocking(move || {
+        let loaded = cold.load();
+        drop(permit);
+        loaded
+    })
+    .await??;
+    Ok(Done::Loaded)
+}
+
+/// Waits for the background task, forever when there is none. Cancel-safe: the future stays where it is.
+async fn poll_background(background: &mut Option<Background>) -> Result<Done, StreamError> {
+    match background {
+        None => std::future::pending().await,
+        Some(future) => {
+            let done = future.await;
+            *background = None;
+            done
+        }
+    }
+}
+
+fn invalid_message(message: &frontend::Message) -> ServerError {
+    let text = format!("invalid standby message type \"{}\"", char::from(tag_of(message)));
+    ServerError::fatal(SqlState::PROTOCOL_VIOLATION, text)
+}
+
+fn canceled_error() -> ServerError {
+    debug!("stream canceled by request");
+    ServerError::error(SqlState::QUERY_CANCELED, "canceling statement due to user request")
+}
+
+/// The time by tokio's clock, which tests can stop.
+pub(super) fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+fn timestamp() -> PgTimestamp {
+    PgTimestamp::from_system_time(SystemTime::now())
+}
+
+/// Time for which a client may take nothing before what waits for it is copied out of the store's memory.
+const DETACH_AFTER: Duration = Duration::from_secs(1);
+
+/// A stream without any deadline looks at itself this often.
+const IDLE_WAKE_INTERVAL: Duration = Duration::from_secs(3600);
