@@ -21,7 +21,9 @@ use crate::{
     },
     protocol::{
         QUERY_BYTES_MAX, ServerError, SqlState,
-        backend::{TransactionStatus, encode_backend_key_data, encode_error_response, encode_ready_for_query},
+        backend::{
+            TransactionStatus, encode_backend_key_data, encode_error_response, encode_ready_for_query,
+        },
         frontend::Message,
     },
 };
@@ -143,7 +145,10 @@ impl<'a, S: Stream> Session<'a, S> {
             }
             Message::Password(_) => {
                 let text = "invalid frontend message type 112";
-                return self.terminate(&ServerError::fatal(SqlState::PROTOCOL_VIOLATION, text)).await.map(Some);
+                return self
+                    .terminate(&ServerError::fatal(SqlState::PROTOCOL_VIOLATION, text))
+                    .await
+                    .map(Some);
             }
         }
         Ok(None)
@@ -161,7 +166,9 @@ impl<'a, S: Stream> Session<'a, S> {
                 info!(%error, "session ended");
                 return self.terminate(&error).await.map(Some);
             }
-            Err(CommandError::Connection(ConnectionError::Closed)) => return Ok(Some(SessionEnd::ClientLeft)),
+            Err(CommandError::Connection(ConnectionError::Closed)) => {
+                return Ok(Some(SessionEnd::ClientLeft));
+            }
             Err(CommandError::Connection(error)) => return Err(error),
         }
         self.registration.reset();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::{
     downstream::{
-        DownstreamContext,
+        Authentication, DownstreamContext,
         connection::{Connection, ConnectionError, Stream, tag_of},
         parameters::{clean_ascii, parse_timeout},
         registry::{Client, Registration, TooManySessions},
@@ -17,7 +17,7 @@ use crate::{
     net::Peer,
     protocol::{
         DecodeError, PASSWORD_BYTES_MAX, ServerError, SqlState,
-        backend::{self, Authentication, encode_authentication},
+        backend::{self, Authentication as Request, encode_authentication},
         frontend::{
             self, CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol,
         },
@@ -72,7 +72,7 @@ impl From<ServerError> for HandshakeError {
 pub(super) struct Handshake<'a, S> {
     pub(super) context: &'a DownstreamContext,
     pub(super) connection: &'a mut Connection<S>,
-    pub(super) peer: Peer,
+    pub(super) peer: &'a Peer,
 }
 
 impl<S: Stream> Handshake<'_, S> {
@@ -82,15 +82,13 @@ impl<S: Stream> Handshake<'_, S> {
         let negotiation = startup.negotiate(&[]).map_err(ServerError::from)?;
         let mode = startup.replication().map_err(ServerError::from)?;
         if let Some(answer) = negotiation.answer {
-            self.connection
-                .outgoing
-                .encode(|out| backend::encode_negotiate_protocol_version(&answer, out));
+            self.connection.outgoing.encode(|out| backend::encode_negotiate_protocol_version(&answer, out));
         }
         let user = startup.user().ok_or_else(|| {
             let text = "no PostgreSQL user name specified in startup packet";
             ServerError::fatal(SqlState::INVALID_AUTHORIZATION_SPECIFICATION, text)
         })?;
-        let identity = Identity { user, startup: &startup, mode, peer: &self.peer, encryption };
+        let identity = Identity { user, startup: &startup, mode, peer: self.peer, encryption };
         if mode == ReplicationMode::Off {
             return Err(identity.no_entry().with_detail(NO_SQL_DETAIL).into());
         }
@@ -112,7 +110,9 @@ impl<S: Stream> Handshake<'_, S> {
             version: negotiation.version,
             database: (mode == ReplicationMode::Database)
                 .then(|| startup.database().unwrap_or_default().to_owned()),
-            client_encoding: settings.get("client_encoding").map_or("UTF8".to_owned(), |text| clean_ascii(text)),
+            client_encoding: settings
+                .get("client_encoding")
+                .map_or("UTF8".to_owned(), |text| clean_ascii(text)),
             wal_sender_timeout: own_timeout.unwrap_or(self.context.settings.wal_sender_timeout),
         })
     }
@@ -175,14 +175,16 @@ impl<S: Stream> Handshake<'_, S> {
         Err(ServerError::fatal(SqlState::PROTOCOL_VIOLATION, stuffed).with_detail(STUFFED_DETAIL).into())
     }
 
-    /// Without a users file only this machine's own clients are let in, and only if that is wanted.
+    /// Without a users file only this machine's own clients are let in.
     async fn authenticate(&mut self, identity: &Identity<'_>) -> Result<(), HandshakeError> {
-        match &self.context.users {
-            Some(users) => self.authenticate_by_scram(users.credentials(identity.user), identity.user).await?,
-            None if self.context.settings.trust_local && self.peer.is_local() => {}
-            None => return Err(identity.no_entry().into()),
+        match &self.context.authentication {
+            Authentication::Scram(users) => {
+                self.authenticate_by_scram(users.credentials(identity.user), identity.user).await?;
+            }
+            Authentication::TrustLocal if self.peer.is_local() => {}
+            Authentication::TrustLocal => return Err(identity.no_entry().into()),
         }
-        self.connection.outgoing.encode(|out| encode_authentication(&Authentication::Ok, out));
+        self.connection.outgoing.encode(|out| encode_authentication(&Request::Ok, out));
         Ok(())
     }
 
@@ -194,25 +196,23 @@ impl<S: Stream> Handshake<'_, S> {
         let refuse = |error: ServerScramError| HandshakeError::Refused(error.to_server_error(user));
         let server = scram::Server::new(credentials, ChannelBinding::Unsupported);
         let mechanisms = server.mechanisms().iter().map(|&mechanism| mechanism.to_owned()).collect();
-        self.ask(&Authentication::Sasl(mechanisms)).await?;
+        self.ask(&Request::Sasl(mechanisms)).await?;
         let (mechanism, first) = self.password().await?.sasl_initial().map_err(malformed)?;
         let first = match first {
             Some(first) => first,
             None => {
-                self.ask(&Authentication::SaslContinue(bytes::Bytes::new())).await?;
+                self.ask(&Request::SaslContinue(bytes::Bytes::new())).await?;
                 self.password().await?.sasl().clone()
             }
         };
         let (state, reply) = server.handle(&mechanism, &first, random::<NONCE_BYTES>()?).map_err(refuse)?;
-        self.ask(&Authentication::SaslContinue(reply.into())).await?;
+        self.ask(&Request::SaslContinue(reply.into())).await?;
         let reply = state.handle(self.password().await?.sasl()).map_err(refuse)?;
-        self.connection
-            .outgoing
-            .encode(|out| encode_authentication(&Authentication::SaslFinal(reply.into()), out));
+        self.connection.outgoing.encode(|out| encode_authentication(&Request::SaslFinal(reply.into()), out));
         Ok(())
     }
 
-    async fn ask(&mut self, request: &Authentication) -> Result<(), ConnectionError> {
+    async fn ask(&mut self, request: &Request) -> Result<(), ConnectionError> {
         self.connection.outgoing.encode(|out| encode_authentication(request, out));
         Ok(self.connection.flush().await?)
     }

@@ -13,20 +13,19 @@ mod handshake;
 mod parameters;
 mod registry;
 mod server;
+mod settings;
+mod strangers;
 mod timelines;
 mod users;
 mod walsender;
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{Semaphore, watch},
     task::{JoinError, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
@@ -35,79 +34,20 @@ use tracing::{Instrument, debug, error, info, info_span, warn};
 use crate::{
     downstream::{
         command::Session,
-        connection::{Connection, ConnectionError},
+        connection::{Connection, ConnectionError, Stream},
         handshake::{Handshake, HandshakeError},
+        strangers::{Stranger, Strangers},
     },
     metrics::DownstreamMetrics,
-    net::{Listener, Peer, TcpOptions},
+    net::{Listener, Peer},
     protocol::{ServerError, SqlState, backend::encode_error_response},
     session::sender::STOPPING_TIME_MAX,
     store::{Positions, Store},
-    wal::Lsn,
 };
 
-pub use connection::Stream;
 pub use registry::Registry;
-pub use users::Users;
-
-/// What clients are held to.
-#[derive(Clone, Debug)]
-pub struct DownstreamSettings {
-    /// Most sessions at a time.
-    pub max_wal_senders: usize,
-    /// Most connections at a time that have not authenticated yet; they do not count as sessions.
-    pub unauthenticated_max: usize,
-    /// Time a client has from the connection to the end of its authentication.
-    pub authentication_timeout: Duration,
-    /// Silence after which a client is dropped, unless it sets its own; `None` never drops one.
-    pub wal_sender_timeout: Option<Duration>,
-    /// When WAL may be sent.
-    pub send: SendPolicy,
-    /// Whether clients on this machine are let in without a password while there is no users file.
-    pub trust_local: bool,
-    /// WAL kept for consumers without a slot, in bytes; for `SHOW`.
-    pub wal_keep_size: u64,
-    /// Most slots; for `SHOW`.
-    pub max_replication_slots: usize,
-    /// Options of accepted TCP connections.
-    pub tcp: TcpOptions,
-}
-
-impl Default for DownstreamSettings {
-    fn default() -> Self {
-        Self {
-            max_wal_senders: 64,
-            unauthenticated_max: 64,
-            authentication_timeout: Duration::from_secs(60),
-            wal_sender_timeout: Some(Duration::from_secs(60)),
-            send: SendPolicy::Received,
-            trust_local: true,
-            wal_keep_size: 1 << 30,
-            max_replication_slots: 64,
-            tcp: TcpOptions::default(),
-        }
-    }
-}
-
-/// When WAL may be sent to a downstream.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SendPolicy {
-    /// As soon as it is verified: the primary flushed it before it sent it.
-    #[default]
-    Received,
-    /// Only when it is durable here.
-    Flushed,
-}
-
-impl SendPolicy {
-    /// End of what may be sent now.
-    pub fn servable(self, positions: &Positions) -> Lsn {
-        match self {
-            Self::Received => positions.verified,
-            Self::Flushed => positions.flushed,
-        }
-    }
-}
+pub use settings::{DownstreamSettings, SendPolicy};
+pub use users::{Authentication, InvalidUser, Users};
 
 /// What every connection shares.
 pub struct DownstreamContext {
@@ -119,28 +59,21 @@ pub struct DownstreamContext {
     pub registry: Arc<Registry>,
     /// What clients are held to.
     pub settings: DownstreamSettings,
-    /// Who may log in; without it only local clients may, see [`DownstreamSettings::trust_local`].
-    pub users: Option<Users>,
+    /// How clients prove who they are.
+    pub authentication: Authentication,
     /// Whether the upstream that is streamed from now is writable.
     pub upstream_writable: Arc<AtomicBool>,
     /// What is counted.
     pub metrics: DownstreamMetrics,
     /// Reads from the disk.
     pub cold_reads: ColdReads,
-    /// Sessions that stream now.
-    pub streams: Streams,
 }
 
-/// The number of streams, kept for its gauge.
-#[derive(Debug, Default)]
-pub struct Streams(AtomicU64);
-
-/// One stream in the number; ends when dropped.
+/// One stream among those that are counted; ends when dropped.
 struct Streaming<'a>(&'a DownstreamContext);
 
 impl DownstreamContext {
     fn streaming(&self) -> Streaming<'_> {
-        self.streams.0.fetch_add(1, Ordering::Relaxed);
         self.metrics.streaming.increment(1.0);
         Streaming(self)
     }
@@ -148,7 +81,6 @@ impl DownstreamContext {
 
 impl Drop for Streaming<'_> {
     fn drop(&mut self) {
-        self.0.streams.0.fetch_sub(1, Ordering::Relaxed);
         self.0.metrics.streaming.decrement(1.0);
     }
 }
@@ -171,12 +103,13 @@ impl ColdReads {
 
 /// Serves clients until `shutdown`, and then until every connection has ended or its time is over.
 pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, shutdown: CancellationToken) {
-    let unauthenticated = Arc::new(Semaphore::new(context.settings.unauthenticated_max));
+    let DownstreamSettings { unauthenticated_max, unauthenticated_per_address_max, .. } = context.settings;
+    let strangers = Arc::new(Strangers::new(unauthenticated_max, unauthenticated_per_address_max));
     let mut loops = JoinSet::new();
     for listener in listeners {
         let acceptor = Acceptor {
             context: Arc::clone(&context),
-            unauthenticated: Arc::clone(&unauthenticated),
+            strangers: Arc::clone(&strangers),
             shutdown: shutdown.clone(),
         };
         loops.spawn(acceptor.run(listener));
@@ -189,7 +122,7 @@ pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, sh
 /// One listening socket's loop.
 struct Acceptor {
     context: Arc<DownstreamContext>,
-    unauthenticated: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
     shutdown: CancellationToken,
 }
 
@@ -223,14 +156,15 @@ impl Acceptor {
 
     fn admit<S: Stream>(&self, connections: &mut JoinSet<()>, socket: S, peer: Peer) {
         self.context.metrics.connections.increment(1);
-        let Ok(permit) = Arc::clone(&self.unauthenticated).try_acquire_owned() else {
+        let Some(stranger) = self.strangers.admit(&peer) else {
             self.context.metrics.refused.increment(1);
             debug!(%peer, "too many connections that are not authenticated");
             connections.spawn(refuse(socket));
             return;
         };
-        let span = info_span!("client", %peer, user = tracing::field::Empty, application = tracing::field::Empty);
-        let client = serve_client(Arc::clone(&self.context), socket, peer, permit, self.shutdown.clone());
+        let span =
+            info_span!("client", %peer, user = tracing::field::Empty, application = tracing::field::Empty);
+        let client = serve_client(Arc::clone(&self.context), socket, peer, stranger, self.shutdown.clone());
         connections.spawn(client.instrument(span));
     }
 }
@@ -254,20 +188,20 @@ async fn refuse<S: Stream>(socket: S) {
 }
 
 /// One client, from its first byte to its last.
-pub async fn serve_client<S: Stream>(
+async fn serve_client<S: Stream>(
     context: Arc<DownstreamContext>,
     socket: S,
     peer: Peer,
-    permit: OwnedSemaphorePermit,
+    stranger: Stranger,
     stop: CancellationToken,
 ) {
     let mut connection = Connection::new(socket);
-    let handshake = Handshake { context: &context, connection: &mut connection, peer };
+    let handshake = Handshake { context: &context, connection: &mut connection, peer: &peer };
     let outcome = tokio::select! {
         outcome = tokio::time::timeout(context.settings.authentication_timeout, handshake.run()) => outcome,
         () = stop.cancelled() => return,
     };
-    drop(permit);
+    drop(stranger);
     let established = match outcome {
         Ok(Ok(established)) => established,
         Ok(Err(error)) => return end_handshake(&context, connection, error).await,

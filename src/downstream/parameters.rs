@@ -47,7 +47,8 @@ impl Parameters<'_> {
     /// Appends ParameterStatus for every setting that this version reports.
     pub(super) fn encode(&self, writable: Writable, out: &mut BytesMut) {
         let (server, settings) = (self.server, &self.server.facts.settings);
-        let told = |name: &str, default: &str| settings.get(name).cloned().unwrap_or_else(|| default.to_owned());
+        let told =
+            |name: &str, default: &str| settings.get(name).cloned().unwrap_or_else(|| default.to_owned());
         let mut put = |name: &str, value: &str| encode_parameter_status(name, value, out);
         put("application_name", &self.client.application_name);
         put("client_encoding", self.client_encoding);
@@ -97,7 +98,8 @@ impl Parameters<'_> {
         let (server, writable) = (self.server, Writable::of(self.context));
         let told = |default: &str| {
             let mut known = server.facts.settings.iter();
-            let value = known.find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.clone());
+            let value =
+                known.find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.clone());
             Some(value.unwrap_or_else(|| default.to_owned()))
         };
         let value = match name {

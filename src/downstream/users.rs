@@ -7,7 +7,41 @@ use std::{collections::BTreeMap, fmt};
 
 use aws_lc_rs::digest;
 
-use crate::protocol::scram::{Credentials, ITERATIONS_DEFAULT, Verifier};
+use secrecy::ExposeSecret;
+
+use crate::{
+    config,
+    protocol::scram::{Credentials, ITERATIONS_DEFAULT, Verifier},
+};
+
+/// How clients prove who they are.
+#[derive(Clone, Debug)]
+pub enum Authentication {
+    /// Not at all, but only clients on this machine are let in.
+    TrustLocal,
+    /// By SCRAM-SHA-256, wherever they are.
+    Scram(Users),
+}
+
+/// A user's verifier cannot be read; it is not repeated, because it may be a password.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "invalid SCRAM secret of user \"{0}\": expected SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>"
+)]
+pub struct InvalidUser(pub String);
+
+impl TryFrom<&config::Authentication> for Authentication {
+    type Error = InvalidUser;
+
+    fn try_from(configured: &config::Authentication) -> Result<Self, Self::Error> {
+        let config::Authentication::Scram(users) = configured else { return Ok(Self::TrustLocal) };
+        let read = |(name, verifier): (&str, &secrecy::SecretString)| {
+            let verifier = verifier.expose_secret().parse().map_err(|_| InvalidUser(name.to_owned()))?;
+            Ok((name.to_owned(), verifier))
+        };
+        Ok(Self::Scram(Users::new(users.iter().map(read).collect::<Result<_, _>>()?)))
+    }
+}
 
 /// The users by name.
 #[derive(Clone)]

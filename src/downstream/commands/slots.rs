@@ -123,10 +123,9 @@ pub(super) fn slot_error<S: Stream>(session: &Session<'_, S>, error: SlotError) 
         SlotError::NotFound(_) => ServerError::error(SqlState::UNDEFINED_OBJECT, text),
         SlotError::Active { .. } => ServerError::error(SqlState::OBJECT_IN_USE, text),
         SlotError::InvalidName(_) => ServerError::error(SqlState::INVALID_NAME, text),
-        SlotError::Full => ServerError::error(SqlState::CONFIGURATION_LIMIT_EXCEEDED, text).with_hint(format!(
-            "Free one or increase {}.",
-            session.server.quoted_setting("max_replication_slots")
-        )),
+        SlotError::Full => ServerError::error(SqlState::CONFIGURATION_LIMIT_EXCEEDED, text).with_hint(
+            format!("Free one or increase {}.", session.server.quoted_setting("max_replication_slots")),
+        ),
         SlotError::Store(source) => {
             ServerError::error(SqlState::IO_ERROR, text).with_detail(format!("{source}."))
         }

@@ -47,9 +47,7 @@ pub(super) async fn start_replication<S: Stream>(
         && start >= end
     {
         // Nothing to stream: not even a copy is begun.
-        let state = request.state;
-        drop(request.slot);
-        finish(session, state);
+        finish(session, request.state);
         return Ok(Answered::Complete);
     }
     session.connection.outgoing.encode(|out| encode_copy_both_response(&CopyFormat::default(), out));
@@ -83,7 +81,7 @@ async fn check<S: Stream>(
         run_blocking(move || timeline_state(&store, timeline, positions.timeline)).await??
     };
     let servable = match state {
-        TimelineState::Current => session.context.settings.send.servable(&positions),
+        TimelineState::Current => session.context.settings.servable(&positions),
         TimelineState::Historic { end, .. } => end,
     };
     if let (TimelineState::Historic { end, .. }, Some(start)) = (state, start)
@@ -127,10 +125,7 @@ async fn stream<S: Stream>(
     }
 }
 
-async fn end_stream<S: Stream>(
-    session: &mut Session<'_, S>,
-    ended: Ended,
-) -> Result<Answered, CommandError> {
+async fn end_stream<S: Stream>(session: &mut Session<'_, S>, ended: Ended) -> Result<Answered, CommandError> {
     info!(?ended, "replication stream ended");
     match ended {
         Ended::Stream(StreamEnd::Finished(state)) => {
@@ -206,7 +201,8 @@ fn not_in_history<S: Stream>(
     end: Lsn,
 ) -> ServerError {
     let (start, end) = (session.server.lsn_text(Some(start)), session.server.lsn_text(Some(end)));
-    let text = format!("requested starting point {start} on timeline {timeline} is not in this server's history");
+    let text =
+        format!("requested starting point {start} on timeline {timeline} is not in this server's history");
     let detail = format!("This server's history forked from timeline {timeline} at {end}.");
     ServerError::error(SqlState::INTERNAL_ERROR, text).with_detail(detail)
 }

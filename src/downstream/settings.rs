@@ -1,0 +1,56 @@
+//! What clients are held to: limits, times and the send policy, as plain values.
+
+use std::time::Duration;
+
+use crate::{config::Config, net::TcpOptions, store::Positions, wal::Lsn};
+
+pub use crate::config::SendPolicy;
+
+/// What clients are held to.
+#[derive(Clone, Debug)]
+pub struct DownstreamSettings {
+    /// Most sessions at a time.
+    pub max_wal_senders: usize,
+    /// Most connections at a time that have not authenticated yet; they do not count as sessions.
+    pub unauthenticated_max: usize,
+    /// The same for one address.
+    pub unauthenticated_per_address_max: usize,
+    /// Time a client has from the connection to the end of its authentication.
+    pub authentication_timeout: Duration,
+    /// Silence after which a client is dropped, unless it sets its own; `None` never drops one.
+    pub wal_sender_timeout: Option<Duration>,
+    /// When WAL may be sent.
+    pub send: SendPolicy,
+    /// WAL kept for consumers without a slot, in bytes; for `SHOW`.
+    pub wal_keep_size: u64,
+    /// Most slots; for `SHOW`.
+    pub max_replication_slots: usize,
+    /// Options of accepted TCP connections.
+    pub tcp: TcpOptions,
+}
+
+impl DownstreamSettings {
+    /// As the configuration has it, with `tcp` for accepted connections.
+    pub fn of(config: &Config, tcp: TcpOptions) -> Self {
+        let Config { downstream, store, .. } = config;
+        Self {
+            max_wal_senders: downstream.max_wal_senders,
+            unauthenticated_max: downstream.unauthenticated_connections_max,
+            unauthenticated_per_address_max: downstream.unauthenticated_connections_per_address_max,
+            authentication_timeout: downstream.authentication_timeout,
+            wal_sender_timeout: downstream.wal_sender_timeout,
+            send: downstream.send,
+            wal_keep_size: store.wal_keep_size,
+            max_replication_slots: store.max_replication_slots,
+            tcp,
+        }
+    }
+
+    /// End of what may be sent now.
+    pub(super) fn servable(&self, positions: &Positions) -> Lsn {
+        match self.send {
+            SendPolicy::Received => positions.verified,
+            SendPolicy::Flushed => positions.flushed,
+        }
+    }
+}

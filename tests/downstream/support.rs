@@ -1,0 +1,410 @@
+//! A relay's sending side over a store with built WAL, and clients that follow a script.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::watch,
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+use walrelay::{
+    downstream::{
+        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Registry, SendPolicy, serve,
+    },
+    metrics::AllMetrics,
+    net::{ListenAddress, Listener, TcpOptions},
+    protocol::{
+        ServerError,
+        backend::{self, TransactionStatus},
+        frontend::{self, CancelKey, FirstPacket, Startup, encode_query},
+        replication::{PrimaryMessage, StandbyStatusUpdate},
+    },
+    store::{
+        self, BlockId, Condition, Identity, Observer, Positions, RealDisk, ServerFacts, Store, StoreSettings,
+        WalWriter,
+    },
+    wal::{Lsn, PgTimestamp, TimelineId, builder::WalBuilder},
+};
+
+/// Longest wait for anything in these tests.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+struct Watcher(watch::Sender<Option<Positions>>);
+
+impl Observer for Watcher {
+    fn positions_changed(&self, positions: Positions) {
+        self.0.send_replace(Some(positions));
+    }
+
+    fn condition_changed(&self, _condition: Condition) {}
+}
+
+/// What differs from test to test.
+pub(crate) struct Options {
+    pub(crate) version: (&'static str, u32),
+    pub(crate) settings: DownstreamSettings,
+    pub(crate) authentication: Authentication,
+    pub(crate) timeline: TimelineId,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            version: ("15.18 (Debian 15.18-1.pgdg120+1)", 150_018),
+            settings: settings(),
+            authentication: Authentication::TrustLocal,
+            timeline: TimelineId::FIRST,
+        }
+    }
+}
+
+pub(crate) fn settings() -> DownstreamSettings {
+    DownstreamSettings {
+        max_wal_senders: 10,
+        unauthenticated_max: 10,
+        unauthenticated_per_address_max: 10,
+        authentication_timeout: PATIENCE,
+        wal_sender_timeout: Some(Duration::from_secs(60)),
+        send: SendPolicy::Received,
+        wal_keep_size: 1 << 30,
+        max_replication_slots: 4,
+        tcp: TcpOptions::default(),
+    }
+}
+
+/// A running relay's downstream side.
+pub(crate) struct Relay {
+    pub(crate) address: SocketAddr,
+    pub(crate) store: Store,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) wal: WalBuilder,
+    pub(crate) positions: Arc<watch::Sender<Option<Positions>>>,
+    pub(crate) writable: Arc<AtomicBool>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) served: JoinHandle<()>,
+    writer: WalWriter,
+    fed: Lsn,
+    _directory: tempfile::TempDir,
+}
+
+impl Relay {
+    pub(crate) async fn start() -> Self {
+        Self::start_with(Options::default()).await
+    }
+
+    pub(crate) async fn start_with(options: Options) -> Self {
+        Self::build(options, true).await
+    }
+
+    /// Over an empty data directory.
+    pub(crate) async fn start_fresh() -> Self {
+        Self::build(Options::default(), false).await
+    }
+
+    async fn build(options: Options, is_initialized: bool) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (sender, receiver) = watch::channel(None);
+        let sender = Arc::new(sender);
+        let settings = StoreSettings {
+            data_dir: directory.path().to_path_buf(),
+            wal_keep_size: 1 << 30,
+            tail_bytes_max: 64 << 20,
+            unwritten_bytes_max: 16 << 20,
+            spare_segments: 1,
+            max_replication_slots: 4,
+        };
+        let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));
+        let (store, mut writer) = store::open(settings, Arc::new(RealDisk), observer).unwrap();
+        let small = WalBuilder::small();
+        let context = small.context();
+        let system_id = context.system_id.unwrap();
+        let segment_size = context.segment_size;
+        let start = small.start();
+        let wal = WalBuilder::new(context.format.unwrap(), system_id, segment_size, options.timeline, start);
+        if is_initialized {
+            writer.initialize(Identity { system_id, segment_size }, options.timeline, start).unwrap();
+            writer.begin(start).unwrap();
+            let (version, version_num) = options.version;
+            let facts = ServerFacts { version: version.to_owned(), version_num, settings: BTreeMap::new() };
+            store.remember_facts(facts).unwrap();
+        }
+
+        let listener = Listener::bind(&ListenAddress::Tcp(([127, 0, 0, 1], 0).into())).await.unwrap();
+        let address = listener.tcp_address().unwrap();
+        let registry = Arc::new(Registry::default());
+        let writable = Arc::new(AtomicBool::new(true));
+        let context = DownstreamContext {
+            store: store.clone(),
+            positions: receiver,
+            registry: Arc::clone(&registry),
+            settings: options.settings,
+            authentication: options.authentication,
+            upstream_writable: Arc::clone(&writable),
+            metrics: AllMetrics::default().downstream,
+            cold_reads: ColdReads::default(),
+        };
+        let shutdown = CancellationToken::new();
+        let served = tokio::spawn(serve(Arc::new(context), vec![listener], shutdown.clone()));
+        Self {
+            address,
+            store,
+            registry,
+            wal,
+            positions: sender,
+            writable,
+            shutdown,
+            served,
+            writer,
+            fed: start,
+            _directory: directory,
+        }
+    }
+
+    /// Adds records of about `bytes` bytes in all, and gives them to the store.
+    pub(crate) fn grow(&mut self, bytes: usize) -> Lsn {
+        let until = self.wal.end().advance(bytes as u64);
+        while self.wal.end() < until {
+            self.wal.noise(700);
+        }
+        let new = Bytes::copy_from_slice(self.wal.slice(self.fed, self.wal.end()));
+        self.writer.append(self.fed, new, BlockId(self.fed.get())).unwrap();
+        self.writer.submit();
+        self.fed = self.wal.end();
+        self.fed
+    }
+
+    pub(crate) fn start_lsn(&self) -> Lsn {
+        self.wal.start()
+    }
+
+    /// A client that has not said anything.
+    pub(crate) async fn stranger(&self) -> Client {
+        Client { socket: TcpStream::connect(self.address).await.unwrap(), incoming: BytesMut::new() }
+    }
+
+    /// A client for physical replication that is ready for commands.
+    pub(crate) async fn client(&self) -> Client {
+        let mut client = self.stranger().await;
+        client.log_in(&startup()).await;
+        client
+    }
+
+    pub(crate) fn set_writable(&self, writable: bool) {
+        self.writable.store(writable, Ordering::Relaxed);
+    }
+}
+
+pub(crate) fn startup() -> Startup {
+    Startup::new([
+        ("user", "replicator"),
+        ("database", "replication"),
+        ("replication", "true"),
+        ("application_name", "dc2_a"),
+    ])
+}
+
+/// What a client got before it was ready.
+pub(crate) struct Welcome {
+    pub(crate) parameters: Vec<(String, String)>,
+    pub(crate) pid: u32,
+    pub(crate) key: CancelKey,
+}
+
+/// The answer to one query.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    pub(crate) columns: Vec<(String, u32)>,
+    pub(crate) rows: Vec<Vec<Option<String>>>,
+    pub(crate) tags: Vec<String>,
+    pub(crate) error: Option<ServerError>,
+}
+
+impl Answer {
+    pub(crate) fn sqlstate(&self) -> &str {
+        self.error.as_ref().and_then(|error| error.sqlstate.as_ref()).map_or("", |state| state.as_str())
+    }
+
+    pub(crate) fn message(&self) -> &str {
+        self.error.as_ref().map_or("", |error| error.message.as_str())
+    }
+
+    pub(crate) fn value(&self, column: usize) -> Option<&str> {
+        self.rows[0][column].as_deref()
+    }
+}
+
+/// A client that follows a script.
+pub(crate) struct Client {
+    pub(crate) socket: TcpStream,
+    incoming: BytesMut,
+}
+
+impl Client {
+    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).await.unwrap();
+    }
+
+    pub(crate) async fn send_packet(&mut self, packet: &FirstPacket) {
+        let mut out = BytesMut::new();
+        packet.encode(&mut out);
+        self.send_bytes(&out).await;
+    }
+
+    pub(crate) async fn send(&mut self, message: &frontend::Message) {
+        let mut out = BytesMut::new();
+        message.encode(&mut out);
+        self.send_bytes(&out).await;
+    }
+
+    /// The next byte as it is, for answers that are no messages.
+    pub(crate) async fn byte(&mut self) -> Option<u8> {
+        let mut byte = [0];
+        let read = tokio::time::timeout(PATIENCE, self.socket.read(&mut byte)).await.unwrap().unwrap();
+        (read == 1).then_some(byte[0])
+    }
+
+    /// The next message; `None` when the connection was closed.
+    pub(crate) async fn receive(&mut self) -> Option<backend::Message> {
+        loop {
+            if let Some(message) = backend::Message::decode(&mut self.incoming).unwrap() {
+                return Some(message);
+            }
+            let read = self.socket.read_buf(&mut self.incoming);
+            match tokio::time::timeout(PATIENCE, read).await.expect("the relay says nothing") {
+                Ok(0) | Err(_) => {
+                    assert!(self.incoming.is_empty(), "closed within a message: {:?}", self.incoming);
+                    return None;
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// The error that ends the connection.
+    pub(crate) async fn refusal(&mut self) -> ServerError {
+        loop {
+            match self.receive().await {
+                Some(backend::Message::ErrorResponse(error)) => {
+                    assert!(self.receive().await.is_none(), "the connection stays open");
+                    return error;
+                }
+                Some(backend::Message::NegotiateProtocolVersion(_)) => {}
+                other => panic!("expected an error, got {other:?}"),
+            }
+        }
+    }
+
+    pub(crate) async fn log_in(&mut self, startup: &Startup) -> Welcome {
+        self.send_packet(&FirstPacket::Startup(startup.clone())).await;
+        self.welcome().await
+    }
+
+    pub(crate) async fn welcome(&mut self) -> Welcome {
+        let (mut parameters, mut known) = (Vec::new(), None);
+        loop {
+            match self.receive().await.expect("closed") {
+                backend::Message::Authentication(backend::Authentication::Ok) => {}
+                backend::Message::ParameterStatus { name, value } => parameters.push((name, value)),
+                backend::Message::BackendKeyData { process_id, key } => known = Some((process_id, key)),
+                backend::Message::ReadyForQuery(TransactionStatus::Idle) => {
+                    let (pid, key) = known.expect("no BackendKeyData");
+                    return Welcome { parameters, pid, key };
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Sends a query and collects everything up to ReadyForQuery.
+    pub(crate) async fn query(&mut self, text: &str) -> Answer {
+        let mut out = BytesMut::new();
+        encode_query(text, &mut out);
+        self.send_bytes(&out).await;
+        self.answer().await
+    }
+
+    /// Everything up to ReadyForQuery.
+    pub(crate) async fn answer(&mut self) -> Answer {
+        let mut answer = Answer::default();
+        loop {
+            match self.receive().await.expect("closed") {
+                backend::Message::RowDescription(columns) => {
+                    let columns = columns.into_iter();
+                    answer.columns = columns.map(|column| (column.name, column.column_type.oid)).collect();
+                }
+                backend::Message::DataRow(row) => answer.rows.push(
+                    row.values()
+                        .map(|value| value.map(|value| String::from_utf8(value.to_vec()).unwrap()))
+                        .collect(),
+                ),
+                backend::Message::CommandComplete(tag) => answer.tags.push(tag),
+                backend::Message::ErrorResponse(error) => answer.error = Some(error),
+                backend::Message::ReadyForQuery(_) => return answer,
+                backend::Message::ParameterStatus { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Starts a stream, which must begin.
+    pub(crate) async fn start_streaming(&mut self, command: &str) {
+        let mut out = BytesMut::new();
+        encode_query(command, &mut out);
+        self.send_bytes(&out).await;
+        match self.receive().await {
+            Some(backend::Message::CopyBothResponse(_)) => {}
+            other => panic!("{command}: {other:?}"),
+        }
+    }
+
+    /// The next message of the stream.
+    pub(crate) async fn streamed(&mut self) -> PrimaryMessage {
+        match self.receive().await.expect("closed") {
+            backend::Message::CopyData(body) => PrimaryMessage::decode(body).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Receives WAL from `start` up to `end`, checks that it is contiguous, and returns it with where each message ended.
+    pub(crate) async fn receive_wal(&mut self, start: Lsn, end: Lsn) -> (Vec<u8>, Vec<Lsn>) {
+        let (mut wal, mut ends) = (Vec::new(), Vec::new());
+        while start.advance(wal.len() as u64) < end {
+            if let PrimaryMessage::WalData(header, bytes) = self.streamed().await {
+                assert_eq!(header.start, start.advance(wal.len() as u64), "a gap or an overlap");
+                assert!(bytes.len() <= 131_072);
+                wal.extend_from_slice(&bytes);
+                ends.push(start.advance(wal.len() as u64));
+                assert!(header.wal_end >= ends.last().copied());
+            }
+        }
+        (wal, ends)
+    }
+
+    pub(crate) async fn reply(&mut self, write: Option<Lsn>, flush: Option<Lsn>, reply_requested: bool) {
+        let update =
+            StandbyStatusUpdate { write, flush, apply: None, sent_at: PgTimestamp(0), reply_requested };
+        let mut out = BytesMut::new();
+        update.encode(&mut out);
+        self.send_bytes(&out).await;
+    }
+}
+
+/// Waits until `condition` holds.
+pub(crate) async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(tokio::time::Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
