@@ -9,7 +9,7 @@ use crate::wal::{
     contents::{BLOCK_HAS_IMAGE, IMAGE_HAS_HOLE, MAIN_DATA_LONG, MAIN_DATA_SHORT},
     crc,
     format::{PAGE_BLOCKS_REMOVABLE, PAGE_FIRST_IS_CONTRECORD, PAGE_LONG_HEADER},
-    page::{LongPageHeader, PageHeader},
+    page::{LONG_HEADER_BYTES, LongPageHeader, PageHeader, SHORT_HEADER_BYTES},
     record::{
         RECORD_HEADER_BYTES, RECORD_HEADER_CHECKED_BYTES, RecordHeader, TRANSACTION_RESOURCE_MANAGER,
         XLOG_OVERWRITE_CONTRECORD, XLOG_RESOURCE_MANAGER, XLOG_SWITCH,
@@ -119,19 +119,20 @@ impl WalBuilder {
     /// Appends a record that ends exactly at `end`, which must be a multiple of 8, not within a page header, and far
     /// enough ahead for a record to fit.
     pub fn noise_up_to(&mut self, end: Lsn) -> LsnRange {
-        // Page headers in between are not known beforehand; the length only ever has to be corrected by them.
-        let mut bytes = usize::try_from(end.bytes_since(self.end())).unwrap_or(0);
-        loop {
-            let mut attempt = self.clone();
-            let range = attempt.noise(bytes);
-            if range.end() == end {
-                *self = attempt;
-                return range;
-            }
-            assert!(bytes > 0, "no record ends at {end}");
-            let excess = usize::try_from(range.end().bytes_since(end)).unwrap_or(0);
-            bytes = if excess > 0 { bytes.saturating_sub(excess.div_ceil(2).max(1)) } else { bytes + 1 };
+        let mut record_bytes = 0;
+        let mut position = self.end();
+        while position < end {
+            let header = if position.page_offset() == 0 { self.page_header_bytes(position) } else { 0 };
+            let page_left = PAGE_BYTES - position.page_offset();
+            let part = page_left.min(end.bytes_since(position));
+            record_bytes += part.saturating_sub(header);
+            position = position.advance(part);
         }
+        let header_bytes = RECORD_HEADER_BYTES + if record_bytes <= 24 + 2 + 255 { 2 } else { 5 };
+        let main_data_bytes = usize::try_from(record_bytes).unwrap_or(0).checked_sub(header_bytes);
+        let record = self.noise(main_data_bytes.unwrap_or(0));
+        assert!(record.end() == end, "no record ends at {end}");
+        record
     }
 
     /// Appends the record of a transaction that was committed at `at`.
@@ -300,6 +301,11 @@ impl WalBuilder {
         if self.end().page_offset() == 0 {
             self.begin_page(if is_new_record { 0 } else { PAGE_FIRST_IS_CONTRECORD }, remaining);
         }
+    }
+
+    fn page_header_bytes(&self, page: Lsn) -> u64 {
+        let is_first = self.segment_size.offset_of(page) == 0;
+        if is_first { LONG_HEADER_BYTES as u64 } else { SHORT_HEADER_BYTES as u64 }
     }
 
     fn begin_page(&mut self, flags: u16, remaining: u32) {

@@ -31,10 +31,12 @@ use crate::wal::{
 };
 
 mod error;
+mod fuzz;
 mod pages;
 mod partial;
 
 pub use error::{PageLocation, ScanError};
+pub use fuzz::fuzz_scan;
 use partial::Partial;
 
 /// What the WAL must belong to.
@@ -85,6 +87,7 @@ pub struct Scanner {
     within: Within,
     /// Set from a page with the overwrite flag to its first record.
     overwritten: Option<Overwritten>,
+    head_end: pages::HeadEnd,
     page_header: pages::PageHeaderBuffer,
     partial: Partial,
     failed: Option<ScanError>,
@@ -135,6 +138,7 @@ impl Scanner {
             page_timeline: from.page_timeline,
             within: if from.is_in_zero_tail { Within::ZeroTail } else { Within::Boundary },
             overwritten: None,
+            head_end: pages::HeadEnd::default(),
             page_header: pages::PageHeaderBuffer::EMPTY,
             partial: Partial::new(from.position),
             failed: None,
@@ -207,12 +211,9 @@ impl Scanner {
     /// bytes they have. If there is none, what is there is the beginning of a record, for the slow path.
     fn whole_records<V: RecordVisitor>(&mut self, bytes: &[u8], visitor: &mut V) -> Result<usize, ScanError> {
         let mut walk = Walk { start: self.position, previous: self.verified.previous_record, rest: bytes };
-        // The record after an overwritten one is looked at more closely, on the slow path.
-        let ended = if self.overwritten.is_none() {
-            walk.run(self.limits, visitor)
-        } else {
-            Ok(WalkEnd::NoWholeRecord)
-        };
+        // The first record after one that was not seen whole is looked at more closely, on the slow path.
+        let is_plain = self.overwritten.is_none() && !self.head_end.may_be_switch(self.position);
+        let ended = if is_plain { walk.run(self.limits, visitor) } else { Ok(WalkEnd::NoWholeRecord) };
         let taken = bytes.len() - walk.rest.len();
         if taken > 0 {
             self.position = walk.start;
@@ -232,7 +233,17 @@ impl Scanner {
 
     /// Takes more of a record that does not lie whole in one page and one piece of input.
     fn record_part<V: RecordVisitor>(&mut self, bytes: &[u8], visitor: &mut V) -> Result<usize, ScanError> {
-        let taken = self.partial.take(bytes, self.limits, self.verified.previous_record)?;
+        let taken = match self.partial.take(bytes, self.limits, self.verified.previous_record) {
+            Err(ScanError::EndOfWal { at }) if self.head_end.may_be_switch(at) && self.partial.is_zero() => {
+                // The head was the rest of an XLOG_SWITCH record.
+                let position = self.partial.position_in_first_page();
+                let zeros = position.bytes_since(self.position);
+                self.position = position;
+                self.within = Within::ZeroTail;
+                return Ok(usize::try_from(zeros).unwrap_or(bytes.len()));
+            }
+            taken => taken?,
+        };
         self.position = self.position.advance(taken as u64);
         if !self.partial.is_complete() {
             return Ok(taken);

@@ -7,6 +7,7 @@ use crate::wal::{
     Lsn, PAGE_BYTES, SystemId, TimelineId,
     format::{PAGE_FIRST_IS_CONTRECORD, PAGE_LONG_HEADER, WalFormat},
     page::{LONG_HEADER_BYTES, LongPageHeader, PageHeader, SHORT_HEADER_BYTES},
+    record::{RMGR_INFO_MASK, XLOG_RESOURCE_MANAGER, XLOG_SWITCH},
     scanner::{Limits, Overwritten, PageLocation, ScanContext, ScanError, Scanner, Within},
 };
 
@@ -25,6 +26,40 @@ impl PageHeaderBuffer {
         let short = short.first_chunk().unwrap_or(&[0; SHORT_HEADER_BYTES]);
         let long = long.first_chunk().unwrap_or(&[0; LONG_HEADER_BYTES - SHORT_HEADER_BYTES]);
         (PageHeader::decode(short), LongPageHeader::decode(long))
+    }
+}
+
+/// The last bytes of a record that began before the first page, and where it ended.
+///
+/// If that record was XLOG_SWITCH nothing but zeros follow, which otherwise are the end of the WAL. Its header lies on
+/// both pages then; what tells it is in the last 8 bytes, which are on the second.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct HeadEnd {
+    /// Bytes of the record on the first page.
+    head_bytes: u32,
+    bytes: [u8; 8],
+    after: Option<Lsn>,
+}
+
+impl HeadEnd {
+    /// Takes bytes of the head, of which `remaining` are left with these.
+    fn keep(&mut self, remaining: u32, bytes: &[u8]) {
+        let remaining = remaining as usize;
+        let skipped = remaining.saturating_sub(self.bytes.len());
+        let already = self.bytes.len().saturating_sub(remaining);
+        let to = self.bytes.iter_mut().skip(already);
+        to.zip(bytes.iter().skip(skipped)).for_each(|(to, from)| *to = *from);
+    }
+
+    /// Whether the head ended at `position` and may have been XLOG_SWITCH.
+    pub(super) fn may_be_switch(&self, position: Lsn) -> bool {
+        let [info, resource_manager, padding @ .., _, _, _, _] = self.bytes;
+        let is_short = matches!(self.head_bytes, 8 | 16);
+        self.after == Some(position)
+            && is_short
+            && resource_manager == XLOG_RESOURCE_MANAGER
+            && info & RMGR_INFO_MASK == XLOG_SWITCH
+            && padding == [0, 0]
     }
 }
 
@@ -138,6 +173,7 @@ impl Scanner {
                     return Err(ScanError::WrongContinuationLength { at: page, got, expected: 0 });
                 }
                 self.within = Within::Head { remaining: got };
+                self.head_end.head_bytes = got;
                 Ok(())
             }
             Within::Boundary if continues => Err(ScanError::UnexpectedContinuation { at: page }),
@@ -146,6 +182,11 @@ impl Scanner {
                 self.within = Within::Boundary;
                 self.overwritten = Some(Overwritten::BeforeScan);
                 Ok(())
+            }
+            // XLOG_OVERWRITE_CONTRECORD itself never leaves its page, so it cannot be lost in part.
+            Within::Record if overwrites && self.overwritten.is_some() => {
+                let at = self.partial.start();
+                Err(ScanError::WrongOverwrittenRecord { at, got: None, expected: None })
             }
             Within::Record if overwrites => {
                 self.within = Within::Boundary;
@@ -160,6 +201,7 @@ impl Scanner {
     /// Takes bytes of a record that began before the first page, and the padding after it.
     pub(super) fn skip_head(&mut self, remaining: u32, bytes: &[u8]) -> usize {
         let of_record = bytes.len().min(remaining as usize);
+        self.head_end.keep(remaining, bytes.get(..of_record).unwrap_or_default());
         let remaining = remaining - u32::try_from(of_record).unwrap_or(remaining);
         self.position = self.position.advance(of_record as u64);
         self.within = Within::Head { remaining };
@@ -169,6 +211,7 @@ impl Scanner {
         let padding = self.skip_padding(bytes.len() - of_record);
         if self.position == self.position.max_align() {
             self.within = Within::Boundary;
+            self.head_end.after = Some(self.position);
         }
         of_record + padding
     }

@@ -50,6 +50,16 @@ impl Partial {
         self.total.saturating_sub(self.taken)
     }
 
+    /// Whether all that was taken of the header is zero.
+    pub(super) fn is_zero(&self) -> bool {
+        self.header.iter().take(self.taken as usize).all(|byte| *byte == 0)
+    }
+
+    /// Position after the bytes taken, as long as they are all on one page.
+    pub(super) fn position_in_first_page(&self) -> Lsn {
+        self.start.advance(u64::from(self.taken))
+    }
+
     /// Whether all bytes were taken.
     pub(super) fn is_complete(&self) -> bool {
         self.total != 0 && self.taken == self.total

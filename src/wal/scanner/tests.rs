@@ -132,3 +132,37 @@ fn an_error_stays() {
     assert_eq!(scanner.feed(&[1], &mut ()), Err(error));
     assert_eq!(scanner.verified_end(), wal.start());
 }
+
+#[test]
+fn zeros_follow_a_switch_that_began_before_the_first_segment() {
+    for before_boundary in [8, 16] {
+        let mut wal = WalBuilder::small();
+        let boundary = wal.start().advance(1 << 20);
+        wal.noise_up_to(Lsn::new(boundary.get() - before_boundary).unwrap());
+        let switch = wal.switch();
+        assert!(switch.start() < boundary && switch.end() > boundary);
+        wal.noise(100);
+        assert_scans_whole(&wal);
+        for piece in [1, 13, usize::MAX] {
+            let mut scanner = Scanner::at_segment_start(wal.context(), boundary);
+            let mut starts = Starts::default();
+            for part in wal.slice(boundary, wal.end()).chunks(piece) {
+                scanner.feed(part, &mut starts).unwrap();
+            }
+            assert_eq!(scanner.verified_end(), wal.end());
+            assert_eq!(starts.0, [boundary.advance((1 << 20) + 40)]);
+        }
+    }
+}
+
+#[test]
+fn zeros_after_a_head_that_was_no_switch_are_the_end_of_wal() {
+    for head in [&[0x50, 0, 0, 0, 1, 2, 3, 4][..], &[0x40, 0, 0, 0, 1, 2, 3, 4, 0, 0, 0, 0][..]] {
+        let wal = WalBuilder::small().continuing(head);
+        let mut bytes = wal.bytes().to_vec();
+        bytes.resize(20_000, 0);
+        let (scanner, _, result) = scan(&wal, &bytes, 5);
+        assert_eq!(result, Err(ScanError::EndOfWal { at: wal.end() }));
+        assert_eq!(scanner.verified_end(), wal.start());
+    }
+}
