@@ -201,7 +201,7 @@ impl Coverage {
         for record in wal.records() {
             // More than a page header is (part of) a record that was never completed, or began before the start.
             let gap = record.start().bytes_since(before);
-            let header = if before.get() % (1 << 20) == 0 { 40 } else { 24 };
+            let header = if before.get().is_multiple_of(1 << 20) { 40 } else { 24 };
             if gap > 0 && (before.page_offset() != 0 || gap > header) {
                 unverified.push((before, record.start()));
             }
