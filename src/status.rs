@@ -20,84 +20,69 @@ pub struct Overview {
     pub server_version: Option<String>,
     /// The cluster whose WAL this is.
     pub system_identifier: Option<SystemId>,
+    /// The upstream connection.
+    pub upstream: UpstreamStatus,
     /// What is held.
-    pub wal: Option<WalStatus>,
-    /// State of the store: `healthy`, or what is wrong with it.
-    pub condition: String,
-    /// The upstream connection (`pg_stat_wal_receiver`).
-    pub wal_receiver: Option<WalReceiverStatus>,
+    pub store: StoreStatus,
     /// Downstream connections (`pg_stat_replication`).
-    pub replication: Vec<WalSenderStatus>,
+    pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
-    pub replication_slots: Vec<ReplicationSlotStatus>,
+    pub slots: Vec<ReplicationSlotStatus>,
 }
 
-/// Positions of the timeline that is being received.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct WalStatus {
+/// What is held of the timeline that is being received. Positions are absent before the first connection.
+#[derive(Clone, Debug, Serialize)]
+pub struct StoreStatus {
+    /// `healthy`, or what is wrong.
+    pub condition: String,
     /// The timeline.
-    pub timeline: TimelineId,
+    pub timeline: Option<TimelineId>,
     /// Start of the oldest segment held.
-    pub oldest_lsn: Option<Lsn>,
+    pub oldest: Option<Lsn>,
     /// End of the last record that was checked whole.
-    pub verified_lsn: Lsn,
+    pub verified: Option<Lsn>,
     /// Given to the operating system.
-    pub written_lsn: Lsn,
+    pub written: Option<Lsn>,
     /// On stable storage: what is reported upstream.
-    pub flushed_lsn: Lsn,
+    pub flushed: Option<Lsn>,
     /// End of the last complete, renamed segment.
-    pub sealed_lsn: Option<Lsn>,
+    pub sealed: Option<Lsn>,
 }
 
-/// State of the receiving side (`WalRcvState`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// State of the upstream connection, by the names of `pg_stat_wal_receiver`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WalReceiverState {
-    /// Not running.
-    Stopped,
-    /// Asked to run.
-    Starting,
-    /// Connecting, or identifying the server.
+    /// Connecting and checking.
+    #[default]
     Connecting,
-    /// Receiving.
+    /// WAL flows.
     Streaming,
-    /// At the end of a timeline, until told where to go on.
+    /// Waiting before the next attempt.
     Waiting,
-    /// Asked to go on.
-    Restarting,
-    /// Asked to end.
-    Stopping,
+    /// Ended.
+    Stopped,
 }
 
-/// The upstream connection, as `pg_stat_wal_receiver` shows it.
-#[derive(Clone, Debug, Serialize)]
-pub struct WalReceiverStatus {
-    /// What it does now.
-    pub status: WalReceiverState,
-    /// Where this connection's stream began.
-    pub receive_start_lsn: Option<Lsn>,
-    /// Timeline of the stream.
-    pub received_tli: Option<TimelineId>,
-    /// End of what was written.
-    pub written_lsn: Option<Lsn>,
-    /// End of what was synced.
-    pub flushed_lsn: Option<Lsn>,
-    /// When the last message was sent by the upstream, by its clock.
-    pub last_msg_send_time: Option<Timestamp>,
-    /// When the last message was received.
-    pub last_msg_receipt_time: Option<Timestamp>,
-    /// End of the upstream's WAL as last heard.
-    pub latest_end_lsn: Option<Lsn>,
-    /// When that was heard.
-    pub latest_end_time: Option<Timestamp>,
-    /// The upstream slot in use.
-    pub slot_name: Option<String>,
-    /// The host that answered.
-    pub sender_host: Option<String>,
-    /// Its port.
-    pub sender_port: Option<u16>,
-    /// Why the last connection ended, unless one is streaming now.
+/// What operators see of the upstream.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct UpstreamStatus {
+    /// State of the connection.
+    pub state: WalReceiverState,
+    /// The server connected to last.
+    pub host: Option<String>,
+    /// Timeline streamed.
+    pub timeline: Option<TimelineId>,
+    /// End of the bytes received, verified or not.
+    pub received: Option<Lsn>,
+    /// Whether the server accepts writes; false while there is no stream.
+    pub is_writable: bool,
+    /// Sessions that reached streaming.
+    pub sessions: u64,
+    /// Why the last attempt or session ended.
     pub last_error: Option<String>,
+    /// Whether a person must act before it can go on.
+    pub needs_attention: bool,
 }
 
 /// State of a sending side (`WalSndState`).

@@ -3,6 +3,8 @@
 //! Owns the choice between TCP and Unix sockets (and is the place where TLS joins them), socket options, and the receive
 //! buffers. Knows no message of the protocol and makes no decision about a peer.
 
+pub mod blocks;
 pub mod socket;
 
-pub use socket::{ListenAddress, Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf};
+pub use blocks::BlockReader;
+pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf};

@@ -18,6 +18,8 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix},
 };
 
+use crate::config::ListenAddress;
+
 /// A connected socket. TLS becomes a third variant.
 #[derive(Debug)]
 pub enum Socket {
@@ -219,15 +221,6 @@ delegate_read!(Socket);
 delegate_write!(Socket);
 delegate_read!(ReadHalf);
 delegate_write!(WriteHalf);
-
-/// Where to listen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ListenAddress {
-    /// A TCP address; port 0 lets the system choose.
-    Tcp(SocketAddr),
-    /// A socket file.
-    Unix(PathBuf),
-}
 
 /// A listening socket of either family.
 #[derive(Debug)]

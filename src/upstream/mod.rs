@@ -1,1 +1,261 @@
-//! stub
+//! Towards the primary, or the relay before us.
+//!
+//! Owns the one upstream connection: connects, checks, streams, reports, and connects again. Is the only user of the
+//! store's writer. Knows nothing of standbys.
+
+mod authenticate;
+mod backoff;
+mod connect;
+mod dialog;
+mod error;
+mod walreceiver;
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+pub use error::{Advice, UpstreamError};
+
+use crate::{
+    conninfo::Conninfo,
+    metrics::UpstreamMetrics,
+    session::receiver::ReceiverSettings,
+    status::{UpstreamStatus, WalReceiverState},
+    store::{AppendError, BlockId, Condition, Positions, Store, WalWriter},
+    upstream::{
+        backoff::Backoff,
+        walreceiver::{StreamContext, StreamEnd, WalReceiver},
+    },
+    wal::Lsn,
+};
+
+/// How the upstream is reached and treated.
+#[derive(Clone, Debug)]
+pub struct UpstreamSettings {
+    /// Where and as whom to connect.
+    pub conninfo: Conninfo,
+    /// Slot on the upstream.
+    pub slot: Option<String>,
+    /// Whether an absent slot is created.
+    pub create_slot: bool,
+    /// `wal_receiver_timeout`; `None` waits for ever.
+    pub receiver_timeout: Option<Duration>,
+    /// `wal_receiver_status_interval`; `None`: only when asked, or when a position moves.
+    pub status_interval: Option<Duration>,
+    /// Longest delay between attempts (`wal_retrieve_retry_interval`).
+    pub retry_interval: Duration,
+}
+
+/// What the upstream task works with.
+pub struct Upstream {
+    /// Settings.
+    pub settings: UpstreamSettings,
+    /// The store.
+    pub store: Store,
+    /// The store's writing end.
+    pub writer: WalWriter,
+    /// Positions of the store.
+    pub positions: watch::Receiver<Option<Positions>>,
+    /// Condition of the store.
+    pub condition: watch::Receiver<Condition>,
+    /// Where the status is published.
+    pub status: watch::Sender<UpstreamStatus>,
+    /// Metrics.
+    pub metrics: UpstreamMetrics,
+    /// Ends the task.
+    pub shutdown: CancellationToken,
+}
+
+impl Upstream {
+    /// Runs until shutdown. Errors end sessions, not this task.
+    pub async fn run(mut self) {
+        let mut course = Course::new(self.settings.retry_interval);
+        while !self.shutdown.is_cancelled() {
+            self.wait_for_room().await;
+            let started = Instant::now();
+            let outcome = self.session(&mut course).await;
+            self.metrics.streaming.set(0.0);
+            if started.elapsed() >= GOOD_SESSION_TIME_MIN {
+                course.backoff.reset();
+            }
+            let delay = self.judge(outcome, &mut course);
+            tokio::select! {
+                () = self.shutdown.cancelled() => {}
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+        self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
+    }
+
+    /// While the store can take nothing, a connection would only make the primary wait.
+    async fn wait_for_room(&mut self) {
+        while !self.writer.has_room() && !self.shutdown.is_cancelled() {
+            tokio::select! {
+                () = self.shutdown.cancelled() => {}
+                _ = self.positions.changed() => {}
+                _ = self.condition.changed() => {}
+                () = tokio::time::sleep(ROOM_CHECK_INTERVAL) => {}
+            }
+        }
+    }
+
+    /// One connection, from dialling to its end.
+    async fn session(&mut self, course: &mut Course) -> Result<StreamEnd, UpstreamError> {
+        self.status.send_modify(|status| status.state = WalReceiverState::Connecting);
+        let shutdown = self.shutdown.clone();
+        let opening = self.open(course);
+        let (streaming, receiver_settings) = tokio::select! {
+            () = shutdown.cancelled() => return Ok(StreamEnd::StopRequested),
+            opened = opening => opened?,
+        };
+        self.metrics.streaming.set(1.0);
+        self.metrics.sessions.increment(1);
+        let context = StreamContext {
+            writer: &mut self.writer,
+            positions: self.positions.clone(),
+            condition: self.condition.clone(),
+            status: &self.status,
+            metrics: &self.metrics,
+            shutdown: self.shutdown.clone(),
+        };
+        let (outcome, block) = WalReceiver::new(context, streaming, receiver_settings).run().await;
+        course.block = BlockId(block.0 + 1);
+        outcome
+    }
+
+    async fn open(
+        &mut self,
+        course: &mut Course,
+    ) -> Result<(connect::Streaming, ReceiverSettings), UpstreamError> {
+        let mut connected = connect::connect(&self.settings, random()).await?;
+        let plan =
+            connect::check_identity(&mut connected, &self.store, &mut self.writer, &self.settings).await?;
+        let use_fallback = course.start_at_boundary.take() == Some(plan.held_end);
+        let start = plan.fallback.filter(|_| use_fallback).unwrap_or(plan.start);
+        course.fallback_possible = plan.fallback.is_some() && !use_fallback;
+        course.held_end = Some(plan.held_end);
+        let (host, writable) = (connected.host.clone(), connected.is_writable);
+        let status_interval = status_interval(&self.settings, connected.sender_timeout);
+        let streaming =
+            connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
+        course.block = BlockId(course.block.0 + 1);
+        self.writer.begin(streaming.start)?;
+        tracing::info!(%host, start = %streaming.start, timeline = %plan.timeline, held_end = %plan.held_end, "started streaming WAL from upstream");
+        self.status.send_modify(|status| {
+            status.state = WalReceiverState::Streaming;
+            status.host = Some(host);
+            status.timeline = Some(plan.timeline);
+            status.is_writable = writable;
+            status.sessions += 1;
+            status.needs_attention = false;
+        });
+        let receiver_timeout = self.settings.receiver_timeout;
+        Ok((streaming, ReceiverSettings { receiver_timeout, status_interval }))
+    }
+
+    /// Logs how a session ended, and says how long to wait before the next.
+    fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
+        let error = match outcome {
+            Ok(StreamEnd::StopRequested) => return Duration::ZERO,
+            Ok(end) => {
+                tracing::info!(?end, "stream from upstream ended");
+                self.status.send_modify(|status| {
+                    status.state = WalReceiverState::Waiting;
+                    status.is_writable = false;
+                    status.last_error = Some(format!("stream ended: {end:?}"));
+                });
+                return course.backoff.next_delay(Advice::Retry, random());
+            }
+            Err(error) => error,
+        };
+        self.metrics.errors.increment(1);
+        if matches!(error, UpstreamError::Append(AppendError::Corrupt(_))) {
+            self.metrics.corrupt.increment(1);
+        }
+        if matches!(error, UpstreamError::WalRemoved { .. }) && course.fallback_possible {
+            course.start_at_boundary = course.held_end;
+            return Duration::ZERO;
+        }
+        let (advice, text) = (error.advice(), error.chain());
+        if course.is_news(&text) {
+            match advice {
+                Advice::TellAHuman => tracing::error!(error = %text, "cannot follow the upstream"),
+                Advice::Retry | Advice::RetryLater => {
+                    tracing::warn!(error = %text, "upstream session failed")
+                }
+            }
+        }
+        self.status.send_modify(|status| {
+            status.state = WalReceiverState::Waiting;
+            status.is_writable = false;
+            status.needs_attention = advice == Advice::TellAHuman;
+            status.last_error = Some(text);
+        });
+        course.backoff.next_delay(advice, random())
+    }
+}
+
+/// What is remembered from session to session.
+struct Course {
+    backoff: Backoff,
+    /// The next receive block's number.
+    block: BlockId,
+    held_end: Option<Lsn>,
+    /// The last plan named a segment boundary to start at when the WAL before it is gone.
+    fallback_possible: bool,
+    /// The next session starts at the boundary, if our end is still this.
+    start_at_boundary: Option<Lsn>,
+    last_logged: Option<(String, Instant)>,
+}
+
+impl Course {
+    fn new(retry_interval: Duration) -> Self {
+        Self {
+            backoff: Backoff::new(retry_interval),
+            block: BlockId(1),
+            held_end: None,
+            fallback_possible: false,
+            start_at_boundary: None,
+            last_logged: None,
+        }
+    }
+
+    /// Whether an error is to be logged: another one than last time, or a while has passed.
+    fn is_news(&mut self, text: &str) -> bool {
+        let repeated = self
+            .last_logged
+            .as_ref()
+            .is_some_and(|(last, at)| last == text && at.elapsed() < SAME_ERROR_LOG_INTERVAL);
+        if !repeated {
+            self.last_logged = Some((text.to_owned(), Instant::now()));
+        }
+        !repeated
+    }
+}
+
+/// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.
+fn status_interval(settings: &UpstreamSettings, sender_timeout: Option<Duration>) -> Duration {
+    let configured = settings.status_interval.unwrap_or(STATUS_INTERVAL_MAX);
+    sender_timeout.map_or(configured, |timeout| configured.min(timeout / 4))
+}
+
+/// Spreads attempts of several relays; not used where unpredictability matters.
+fn random() -> u64 {
+    RandomState::new().hash_one(0)
+}
+
+/// A session that lasted this long was a success: the next failure is treated as the first.
+const GOOD_SESSION_TIME_MIN: Duration = Duration::from_secs(10);
+
+/// Status updates where none are asked for; rare enough to count as none.
+const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// The same error is logged again after this time.
+const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often the store is asked whether it has room again, beside its own notices.
+const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(500);

@@ -1,0 +1,132 @@
+//! Startup and authentication towards the upstream.
+//!
+//! Owns the order of messages up to the first ReadyForQuery. Never sends a password to a method that `require_auth`
+//! excludes, and never keeps one.
+
+use aws_lc_rs::rand;
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::{
+    conninfo::{AuthRequest, RequireAuth},
+    protocol::{
+        backend::{Authentication, Message},
+        frontend::{self, FirstPacket, Password},
+        md5,
+        scram::{self, ChannelBinding, ChannelBindingPolicy},
+    },
+    upstream::{UpstreamError, dialog::Dialog},
+};
+
+/// Who we are to the upstream.
+pub(crate) struct Credentials<'a> {
+    pub(crate) user: &'a str,
+    pub(crate) password: Option<&'a SecretString>,
+    /// Methods that may be used.
+    pub(crate) require_auth: &'a RequireAuth,
+    /// Whether SCRAM has to be bound to TLS.
+    pub(crate) channel_binding: ChannelBindingPolicy,
+}
+
+/// Opens the session: from the startup packet to the first ReadyForQuery.
+pub(crate) async fn open_session(
+    dialog: &mut Dialog,
+    startup: &FirstPacket,
+    credentials: &Credentials<'_>,
+) -> Result<(), UpstreamError> {
+    dialog.send(|output| startup.encode(output)).await?;
+    authenticate(dialog, credentials).await?;
+    loop {
+        match dialog.receive().await? {
+            Message::BackendKeyData { .. } => {}
+            Message::ReadyForQuery(_) => return Ok(()),
+            Message::ErrorResponse(error) => return Err(UpstreamError::Server(Box::new(error))),
+            other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),
+        }
+    }
+}
+
+async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Result<(), UpstreamError> {
+    let mut proved = false;
+    loop {
+        let request = match dialog.receive().await? {
+            Message::Authentication(request) => request,
+            Message::ErrorResponse(error) => return Err(UpstreamError::Server(Box::new(error))),
+            other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),
+        };
+        if let Some(asked) = auth_request(&request, proved) {
+            credentials.require_auth.check(asked)?;
+        }
+        match request {
+            Authentication::Ok => return Ok(()),
+            Authentication::CleartextPassword => {
+                let password = password(credentials)?;
+                let answer = Password::of_text(password.expose_secret());
+                dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
+            }
+            Authentication::Md5Password(salt) => {
+                let password = password(credentials)?.expose_secret().as_bytes();
+                let answer = Password::of_text(md5::password_reply(credentials.user, password, salt));
+                dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
+            }
+            Authentication::Sasl(mechanisms) => sasl(dialog, credentials, &mechanisms).await?,
+            other => {
+                let text = format!("authentication method {} is not supported", other.method_name());
+                return Err(UpstreamError::Unsupported(text));
+            }
+        }
+        proved = true;
+    }
+}
+
+/// What `require_auth` has to say about; `None` for what is refused anyway.
+fn auth_request(request: &Authentication, proved: bool) -> Option<AuthRequest> {
+    match request {
+        Authentication::Ok => Some(AuthRequest::Ok { proved }),
+        Authentication::CleartextPassword => Some(AuthRequest::CleartextPassword),
+        Authentication::Md5Password(_) => Some(AuthRequest::Md5Password),
+        Authentication::Sasl(_) => Some(AuthRequest::ScramSha256),
+        Authentication::SaslContinue(_) | Authentication::SaslFinal(_) | Authentication::Other(_) => None,
+    }
+}
+
+fn password<'a>(credentials: &Credentials<'a>) -> Result<&'a SecretString, UpstreamError> {
+    credentials.password.ok_or(UpstreamError::NoPassword)
+}
+
+async fn sasl(
+    dialog: &mut Dialog,
+    credentials: &Credentials<'_>,
+    mechanisms: &[String],
+) -> Result<(), UpstreamError> {
+    let password = password(credentials)?.expose_secret().as_bytes();
+    let client = scram::Client::new(password, ChannelBinding::Unsupported, credentials.channel_binding);
+    let (first, exchange) = client.start(mechanisms, client_nonce()?)?;
+    let answer = Password::of_sasl_initial(first.mechanism, first.message.as_bytes());
+    dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
+    let challenge = match dialog.receive().await? {
+        Message::Authentication(Authentication::SaslContinue(data)) => data,
+        other => return Err(unexpected_or_server(other)),
+    };
+    // Deriving the key takes up to half a second with the most iterations that are accepted.
+    let proving = tokio::task::spawn_blocking(move || exchange.handle(&challenge));
+    let (exchange, last) = proving.await.map_err(|_| UpstreamError::Closed)??;
+    let answer = Password::of_sasl(last.into_bytes());
+    dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
+    match dialog.receive().await? {
+        Message::Authentication(Authentication::SaslFinal(data)) => Ok(exchange.handle(&data)?),
+        other => Err(unexpected_or_server(other)),
+    }
+}
+
+fn unexpected_or_server(message: Message) -> UpstreamError {
+    match message {
+        Message::ErrorResponse(error) => UpstreamError::Server(Box::new(error)),
+        other => UpstreamError::Unexpected(format!("{other:?}")),
+    }
+}
+
+fn client_nonce() -> Result<[u8; scram::NONCE_BYTES], UpstreamError> {
+    let mut nonce = [0; scram::NONCE_BYTES];
+    rand::fill(&mut nonce).map_err(|_| UpstreamError::NoRandomness)?;
+    Ok(nonce)
+}

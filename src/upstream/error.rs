@@ -1,0 +1,215 @@
+//! What can go wrong towards the upstream, and what follows from it.
+//!
+//! Owns the error type of this folder and the one question that the reconnect loop asks of it: [`UpstreamError::advice`].
+
+use std::{io, time::Duration};
+
+use crate::{
+    conninfo::ConninfoError,
+    protocol::{DecodeError, ServerError, SqlState, scram::ClientError},
+    store::{AppendError, StoreError},
+    wal::{Lsn, SegmentSize, SystemId, TimelineId},
+};
+
+/// An attempt to connect, or a stream, failed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    /// No connection to one address.
+    #[error("connection to server {host} failed")]
+    Connect {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A host name has no address.
+    #[error("could not translate host name \"{host}\" to address")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The connection string's `connect_timeout` passed.
+    #[error("connection to server {host} failed: timeout expired")]
+    ConnectTimeout {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+    },
+    /// A host name stands for no address.
+    #[error("no host to connect to")]
+    NoHost,
+    /// The connection string excludes what would have to be done.
+    #[error(transparent)]
+    Conninfo(#[from] ConninfoError),
+    /// The session is not of the kind that `target_session_attrs` asks for.
+    #[error("{0}")]
+    WrongSessionAttributes(&'static str),
+    /// The connection string asks for what this build cannot give.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The system gives no random numbers.
+    #[error("could not generate nonce")]
+    NoRandomness,
+    /// The server wants a password and there is none.
+    #[error("fe_sendauth: no password supplied")]
+    NoPassword,
+    /// The SCRAM exchange failed on our side.
+    #[error("SCRAM authentication failed")]
+    Scram(#[from] ClientError),
+    /// The server answered with an error.
+    #[error("{0}")]
+    Server(Box<ServerError>),
+    /// The server's bytes are not the protocol.
+    #[error("upstream broke the replication protocol")]
+    Protocol(#[from] DecodeError),
+    /// The server sent a message that has no place where it came.
+    #[error("unexpected response from the upstream: {0}")]
+    Unexpected(String),
+    /// A column of an answer does not hold what it should.
+    #[error("invalid {field} in the upstream's answer to {command}: \"{value}\"")]
+    InvalidAnswer {
+        /// The command.
+        command: &'static str,
+        /// The field.
+        field: &'static str,
+        /// What stood there.
+        value: String,
+    },
+    /// The socket failed.
+    #[error("could not communicate with the upstream")]
+    Io(#[from] io::Error),
+    /// The server closed the connection without a word.
+    #[error("server closed the connection unexpectedly")]
+    Closed,
+    /// Another cluster.
+    #[error("upstream has system identifier {got}, this relay holds WAL of {expected}")]
+    WrongSystem {
+        /// What is held.
+        expected: SystemId,
+        /// What was found.
+        got: SystemId,
+    },
+    /// Another segment size.
+    #[error("upstream has a WAL segment size of {got}, this relay holds segments of {expected}")]
+    WrongSegmentSize {
+        /// What is held.
+        expected: SegmentSize,
+        /// What was found.
+        got: SegmentSize,
+    },
+    /// The upstream's timeline is older than ours.
+    #[error("highest timeline {got} of the upstream is behind timeline {expected} of this relay")]
+    TimelineBehind {
+        /// What is held.
+        expected: TimelineId,
+        /// What was found.
+        got: TimelineId,
+    },
+    /// The upstream went to another timeline.
+    #[error("upstream is on timeline {got}, this relay holds timeline {expected}")]
+    TimelineAhead {
+        /// What is held.
+        expected: TimelineId,
+        /// What was found.
+        got: TimelineId,
+    },
+    /// The WAL that follows ours is gone from the upstream.
+    #[error("the upstream has removed WAL that follows {held_end}, the end of what this relay holds")]
+    WalRemoved {
+        /// Our end.
+        held_end: Lsn,
+        /// The server's words.
+        source: Box<ServerError>,
+    },
+    /// The upstream does not have WAL that we hold.
+    #[error(
+        "the WAL flush position of the upstream {flushed} is behind {held_end}, the end of what this relay holds on timeline {timeline}"
+    )]
+    BehindUs {
+        /// The upstream's end.
+        flushed: Lsn,
+        /// Our end.
+        held_end: Lsn,
+        /// The timeline.
+        timeline: TimelineId,
+        /// A primary has lost WAL then; a standby or relay may only be late.
+        upstream: BehindUpstream,
+    },
+    /// What came cannot follow, or contradicts, what is held.
+    #[error("could not take WAL from the upstream")]
+    Append(#[from] AppendError),
+    /// The store failed.
+    #[error("could not use the store")]
+    Store(#[from] StoreError),
+}
+
+/// What kind of server is behind us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BehindUpstream {
+    /// It accepts writes: it has lost WAL that it had sent.
+    Primary,
+    /// It receives WAL itself.
+    Standby,
+}
+
+/// What the reconnect loop does after an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Try again, soon at first.
+    Retry,
+    /// The server said no: try again, but not within [`REFUSED_DELAY_MIN`].
+    RetryLater,
+    /// Somebody must act; look again now and then, in case they did.
+    TellAHuman,
+}
+
+impl UpstreamError {
+    /// What to do about it.
+    pub fn advice(&self) -> Advice {
+        match self {
+            Self::Connect { .. }
+            | Self::Resolve { .. }
+            | Self::ConnectTimeout { .. }
+            | Self::NoHost
+            | Self::Io(_)
+            | Self::Closed
+            | Self::Protocol(_)
+            | Self::Unexpected(_)
+            | Self::InvalidAnswer { .. }
+            | Self::BehindUs { upstream: BehindUpstream::Standby, .. }
+            | Self::Append(AppendError::Gap { .. } | AppendError::Corrupt(_)) => Advice::Retry,
+            Self::Server(error) if error.is(SqlState::CANNOT_CONNECT_NOW) => Advice::Retry,
+            Self::Server(_)
+            | Self::Scram(_)
+            | Self::NoPassword
+            | Self::NoRandomness
+            | Self::Conninfo(_)
+            | Self::WrongSessionAttributes(_) => Advice::RetryLater,
+            Self::Unsupported(_)
+            | Self::WrongSystem { .. }
+            | Self::WrongSegmentSize { .. }
+            | Self::TimelineBehind { .. }
+            | Self::TimelineAhead { .. }
+            | Self::WalRemoved { .. }
+            | Self::BehindUs { upstream: BehindUpstream::Primary, .. }
+            | Self::Append(AppendError::Diverged { .. } | AppendError::Store(_))
+            | Self::Store(_) => Advice::TellAHuman,
+        }
+    }
+
+    /// The error and its causes in one line.
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        text
+    }
+}
+
+/// Least time between attempts at a server that said no.
+pub(super) const REFUSED_DELAY_MIN: Duration = Duration::from_secs(1);

@@ -1,0 +1,327 @@
+//! The stream from the upstream into the store.
+//!
+//! Drives `session::Receiver`: waits in one place for bytes, progress of the store, time and the end of the relay, and lets
+//! the session decide what is said upstream. Takes WAL off the socket without copying it. Never reports a position of its
+//! own making, and never waits for the disk.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    metrics::{UpstreamMetrics, position_value},
+    net::{BlockReader, ReadHalf, WriteHalf},
+    protocol::{
+        CopyStream, StreamItem, backend, frontend,
+        replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
+    },
+    session::{
+        Receiver,
+        receiver::{Output, Progress, Reading, ReceiverSettings, Report, SyncAbility},
+    },
+    status::UpstreamStatus,
+    store::{BlockId, Condition, Positions, WalWriter},
+    upstream::{UpstreamError, connect::Streaming},
+    wal::{Lsn, PgTimestamp},
+};
+
+/// Why a stream ended although nothing failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum StreamEnd {
+    /// The relay stops.
+    StopRequested,
+    /// Nothing was heard for `wal_receiver_timeout`.
+    UpstreamSilent,
+    /// The upstream shut down.
+    UpstreamStopped,
+    /// The upstream's timeline ended.
+    TimelineEnded,
+    /// The store could not take more for [`NO_ROOM_TIME_MAX`]; a primary that wants to stop must not wait for it.
+    StoreStalled,
+}
+
+/// What a stream needs from outside.
+pub(crate) struct StreamContext<'a> {
+    pub(crate) writer: &'a mut WalWriter,
+    pub(crate) positions: watch::Receiver<Option<Positions>>,
+    pub(crate) condition: watch::Receiver<Condition>,
+    pub(crate) status: &'a watch::Sender<UpstreamStatus>,
+    pub(crate) metrics: &'a UpstreamMetrics,
+    pub(crate) shutdown: CancellationToken,
+}
+
+/// One stream.
+pub(crate) struct WalReceiver<'a> {
+    context: StreamContext<'a>,
+    session: Receiver,
+    read: ReadHalf,
+    write: WriteHalf,
+    blocks: BlockReader,
+    stream: CopyStream,
+    /// Status updates that the socket has not taken yet.
+    unsent: BytesMut,
+    held_end: Lsn,
+    no_room_since: Option<Instant>,
+}
+
+enum Event {
+    Received(Bytes, BlockId),
+    Closed,
+    Sent,
+    Progressed,
+    TimePassed,
+    StopRequested,
+}
+
+impl<'a> WalReceiver<'a> {
+    /// A stream that was just started at `streaming.start`.
+    pub(crate) fn new(context: StreamContext<'a>, streaming: Streaming, settings: ReceiverSettings) -> Self {
+        let progress = progress(&context).unwrap_or(Progress {
+            received: streaming.start,
+            written: streaming.start,
+            flushed: streaming.start,
+        });
+        let (read, write) = streaming.socket.into_split();
+        let mut stream = CopyStream::new();
+        stream.push(streaming.already_read, streaming.block.0);
+        Self {
+            session: Receiver::new(settings, progress, Instant::now()),
+            context,
+            read,
+            write,
+            blocks: BlockReader::new(streaming.block),
+            stream,
+            unsent: BytesMut::new(),
+            held_end: progress.written,
+            no_room_since: None,
+        }
+    }
+
+    /// Streams until an end or an error; then the last block used is told, so that no number is used twice.
+    pub(crate) async fn run(mut self) -> (Result<StreamEnd, UpstreamError>, BlockId) {
+        let result = self.stream().await;
+        self.context.writer.submit();
+        if matches!(result, Ok(StreamEnd::StopRequested)) {
+            self.say_goodbye().await;
+        }
+        (result, self.blocks.current())
+    }
+
+    async fn stream(&mut self) -> Result<StreamEnd, UpstreamError> {
+        if let Some(end) = self.handle_items()? {
+            return Ok(end);
+        }
+        let mut timer = Box::pin(tokio::time::sleep(Duration::ZERO));
+        loop {
+            while let Some(output) = self.session.poll_output(Instant::now()) {
+                match output {
+                    Output::Send(report) => self.queue_report(report),
+                    Output::GiveUpSilent => return Ok(StreamEnd::UpstreamSilent),
+                }
+            }
+            self.set_timer(timer.as_mut());
+            match self.next_event(timer.as_mut()).await? {
+                Event::Received(bytes, block) => {
+                    self.session.handle_heard(Instant::now());
+                    self.stream.push(bytes, block.0);
+                    if let Some(end) = self.handle_items()? {
+                        return Ok(end);
+                    }
+                }
+                Event::Closed => return Err(UpstreamError::Closed),
+                Event::Sent => {}
+                Event::Progressed => self.handle_progress(),
+                Event::TimePassed if self.has_stalled() => return Ok(StreamEnd::StoreStalled),
+                Event::TimePassed => {}
+                Event::StopRequested => return Ok(StreamEnd::StopRequested),
+            }
+            self.watch_room();
+        }
+    }
+
+    /// The only wait. Every branch is cancel-safe: reads and writes keep what they have done in `self`.
+    async fn next_event(&mut self, timer: std::pin::Pin<&mut Sleep>) -> Result<Event, UpstreamError> {
+        let has_room = self.no_room_since.is_none();
+        tokio::select! {
+            biased;
+            () = self.context.shutdown.cancelled() => Ok(Event::StopRequested),
+            _ = self.context.positions.changed() => Ok(Event::Progressed),
+            _ = self.context.condition.changed() => Ok(Event::Progressed),
+            sent = self.write.write_buf(&mut self.unsent), if !self.unsent.is_empty() => {
+                sent?;
+                Ok(Event::Sent)
+            }
+            received = self.blocks.read(&mut self.read), if has_room => {
+                Ok(received?.map_or(Event::Closed, |(bytes, block)| Event::Received(bytes, block)))
+            }
+            () = timer => Ok(Event::TimePassed),
+        }
+    }
+
+    fn set_timer(&self, timer: std::pin::Pin<&mut Sleep>) {
+        let stall = self.no_room_since.map(|since| since + NO_ROOM_TIME_MAX);
+        let next = [self.session.poll_timeout(), stall].into_iter().flatten().min();
+        let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
+        if timer.deadline() != deadline {
+            timer.reset(deadline);
+        }
+    }
+
+    /// Works through everything that has arrived, then hands it over as one batch.
+    fn handle_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
+        let outcome = self.take_items();
+        self.context.writer.submit();
+        if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
+            self.session.handle_overlap_proven();
+        }
+        self.handle_progress();
+        outcome
+    }
+
+    fn take_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
+        while let Some(item) = self.stream.poll()? {
+            match item {
+                StreamItem::WalStart(header, _) => {
+                    if let Some(wal_end) = header.wal_end {
+                        self.context.metrics.wal_end.set(position_value(wal_end));
+                    }
+                }
+                StreamItem::WalBytes { at, bytes, block } => self.take_wal(at, bytes, BlockId(block))?,
+                StreamItem::WalEnd => {}
+                StreamItem::Keepalive(keepalive) => self.handle_keepalive(keepalive),
+                StreamItem::CopyDone => return Ok(Some(StreamEnd::TimelineEnded)),
+                StreamItem::Other(message) => {
+                    if let Some(end) = handle_other(message, self.held_end)? {
+                        return Ok(Some(end));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
+        let len = bytes.len() as u64;
+        self.context.metrics.received_bytes.increment(len);
+        self.context.metrics.overlap_bytes.increment(self.held_end.bytes_since(at).min(len));
+        Ok(self.context.writer.append(at, bytes, block)?)
+    }
+
+    fn handle_keepalive(&mut self, keepalive: Keepalive) {
+        if let Some(wal_end) = keepalive.wal_end {
+            self.context.metrics.wal_end.set(position_value(wal_end));
+        }
+        self.session.handle_keepalive(Instant::now(), keepalive.wal_end, keepalive.reply_requested);
+    }
+
+    fn handle_progress(&mut self) {
+        let ability = match *self.context.condition.borrow_and_update() {
+            Condition::Healthy => SyncAbility::Able,
+            Condition::NoSpace { .. } | Condition::Failed { .. } => SyncAbility::Unable,
+        };
+        self.session.handle_sync_ability(ability);
+        if let Some(progress) = progress(&self.context) {
+            self.session.handle_progress(progress);
+            self.context.status.send_if_modified(|status| {
+                let changed = status.received != Some(progress.received);
+                status.received = Some(progress.received);
+                changed
+            });
+        }
+        self.context.positions.mark_unchanged();
+    }
+
+    fn queue_report(&mut self, report: Report) {
+        let update = StandbyStatusUpdate {
+            write: report.write,
+            flush: report.flush,
+            apply: None,
+            sent_at: PgTimestamp::from_system_time(SystemTime::now()),
+            reply_requested: report.ask_for_reply,
+        };
+        if self.unsent.len() + update_frame_bytes() <= UNSENT_BYTES_MAX {
+            update.encode(&mut self.unsent);
+            self.context.metrics.status_updates.increment(1);
+        }
+    }
+
+    /// Pauses reading while the store has no room, and remembers since when.
+    fn watch_room(&mut self) {
+        let now = Instant::now();
+        if self.context.writer.has_room() {
+            self.no_room_since = None;
+            self.session.handle_reading(now, Reading::Open);
+        } else if self.no_room_since.is_none() {
+            self.no_room_since = Some(now);
+            self.session.handle_reading(now, Reading::Paused);
+        }
+    }
+
+    fn has_stalled(&self) -> bool {
+        self.no_room_since.is_some_and(|since| since.elapsed() >= NO_ROOM_TIME_MAX)
+    }
+
+    /// Waits a bounded time until everything received is flushed, tells the upstream, and ends the copy.
+    async fn say_goodbye(&mut self) {
+        let everything_flushed = |positions: &Option<Positions>| {
+            positions.is_none_or(|positions| positions.flushed >= positions.verified)
+        };
+        // Whether the wait succeeded does not matter: what is reported is true either way.
+        let _ = tokio::time::timeout(LAST_SYNC_TIME_MAX, self.context.positions.wait_for(everything_flushed))
+            .await;
+        self.handle_progress();
+        while let Some(Output::Send(report)) = self.session.poll_output(Instant::now()) {
+            self.queue_report(report);
+        }
+        frontend::Message::CopyDone.encode(&mut self.unsent);
+        frontend::Message::Terminate.encode(&mut self.unsent);
+        // The upstream may be gone already.
+        let _ = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+    }
+}
+
+fn progress(context: &StreamContext<'_>) -> Option<Progress> {
+    let positions = (*context.positions.borrow())?;
+    Some(Progress {
+        received: context.writer.received(),
+        written: positions.written,
+        flushed: positions.flushed,
+    })
+}
+
+/// A message of the server between WAL messages.
+fn handle_other(message: backend::Message, held_end: Lsn) -> Result<Option<StreamEnd>, UpstreamError> {
+    match message {
+        backend::Message::NoticeResponse(_) | backend::Message::ParameterStatus { .. } => Ok(None),
+        backend::Message::ErrorResponse(error) => {
+            Err(crate::upstream::connect::stream_refused(error, held_end))
+        }
+        backend::Message::CommandComplete(_) => Ok(Some(StreamEnd::UpstreamStopped)),
+        other => Err(UpstreamError::Unexpected(format!("{other:?}"))),
+    }
+}
+
+const fn update_frame_bytes() -> usize {
+    // tag, length, kind, three positions, time, reply byte
+    5 + 1 + 3 * 8 + 8 + 1
+}
+
+/// Status updates that may wait for the socket; further ones are dropped, for the next one says more.
+const UNSENT_BYTES_MAX: usize = 4096;
+
+/// Longest time that reading is paused because the store takes nothing. Then the connection is closed: a primary that
+/// shuts down waits for receivers that are alive, and must not wait for our disk.
+pub(crate) const NO_ROOM_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// The loop looks around at least so often.
+const IDLE_WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Time for the last sync when the relay stops.
+const LAST_SYNC_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// Time for the last message when the relay stops.
+const LAST_SEND_TIME_MAX: Duration = Duration::from_secs(1);
+
+const _: () = assert!(update_frame_bytes() * 8 < UNSENT_BYTES_MAX && WAL_DATA_HEADER_BYTES > 0);
