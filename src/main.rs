@@ -1,1 +1,7 @@
-fn main() {}
+//! The `walrelay` program: hands over to [`walrelay::cli`] and turns its answer into an exit status.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    walrelay::cli::main()
+}

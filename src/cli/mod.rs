@@ -1,3 +1,47 @@
-//! The command line.
+//! Commands: arguments in, exit status out.
+//!
+//! Owns the command line, logging set-up and the words printed to a person. Does no work of the relay itself.
 
 pub mod demo;
+pub mod logging;
+pub mod scram;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// WAL streaming proxy and standby receiver for PostgreSQL.
+#[derive(Debug, Parser)]
+#[command(name = "walrelay", version, about, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show a throwaway primary, relays and a standby on this machine, with load.
+    Demo(demo::Options),
+    /// Make a SCRAM-SHA-256 verifier for the users file from a password read from standard input.
+    Scram(scram::Options),
+}
+
+/// Runs the command that was asked for.
+pub fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Demo(options) => demo::run(options),
+        Command::Scram(options) => scram::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+            // Standard error may be closed; there is nobody left to tell then.
+            let _ = std::io::Write::write_fmt(
+                &mut std::io::stderr(),
+                format_args!("walrelay: error: {}\n", causes.join(": ")),
+            );
+            ExitCode::FAILURE
+        }
+    }
+}
