@@ -9,23 +9,19 @@ use std::{future::pending, time::Duration};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
-use crate::{
-    downstream::{
-        DownstreamContext,
-        commands::{self, Answered, CommandError},
-        connection::{Connection, ConnectionError, Stream},
-        handshake::Established,
-        parameters::{Parameters, Writable},
-        registry::Registration,
-        server::Server,
-    },
-    protocol::{
-        QUERY_BYTES_MAX, ServerError, SqlState,
-        backend::{
-            TransactionStatus, encode_backend_key_data, encode_error_response, encode_ready_for_query,
-        },
-        frontend::Message,
-    },
+use crate::downstream::{
+    DownstreamContext,
+    commands::{self, Answered, CommandError},
+    connection::{Connection, ConnectionError, Stream},
+    handshake::Established,
+    parameters::{Parameters, Writable},
+    registry::Registration,
+    server::Server,
+};
+use crate::protocol::{
+    QUERY_BYTES_MAX, ServerError, SqlState,
+    backend::{TransactionStatus, encode_backend_key_data, encode_error_response, encode_ready_for_query},
+    frontend::Message,
 };
 
 /// A session.

@@ -6,23 +6,21 @@
 
 use std::time::Duration;
 
-use crate::{
-    downstream::{
-        Authentication, DownstreamContext,
-        connection::{Connection, ConnectionError, Stream, tag_of},
-        parameters::{clean_ascii, parse_timeout},
-        registry::{Client, Registration, TooManySessions},
-        server::Server,
+use crate::downstream::{
+    Authentication, DownstreamContext,
+    connection::{Connection, ConnectionError, Stream, tag_of},
+    parameters::{clean_ascii, parse_timeout},
+    registry::{Client, Registration, TooManySessions},
+    server::Server,
+};
+use crate::net::Peer;
+use crate::protocol::{
+    DecodeError, PASSWORD_BYTES_MAX, ServerError, SqlState,
+    backend::{self, Authentication as Request, encode_authentication},
+    frontend::{
+        self, CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol,
     },
-    net::Peer,
-    protocol::{
-        DecodeError, PASSWORD_BYTES_MAX, ServerError, SqlState,
-        backend::{self, Authentication as Request, encode_authentication},
-        frontend::{
-            self, CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol,
-        },
-        scram::{self, ChannelBinding, NONCE_BYTES, ServerScramError},
-    },
+    scram::{self, ChannelBinding, NONCE_BYTES, ServerScramError},
 };
 
 /// How the bytes of a connection are protected. TLS becomes another variant.

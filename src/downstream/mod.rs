@@ -31,19 +31,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};
 
-use crate::{
-    downstream::{
-        command::Session,
-        connection::{Connection, ConnectionError, Stream},
-        handshake::{Handshake, HandshakeError},
-        strangers::{Stranger, Strangers},
-    },
-    metrics::DownstreamMetrics,
-    net::{Listener, Peer},
-    protocol::{ServerError, SqlState, backend::encode_error_response},
-    session::sender::STOPPING_TIME_MAX,
-    store::{Positions, Store},
+use crate::downstream::{
+    command::Session,
+    connection::{Connection, ConnectionError, Stream},
+    handshake::{Handshake, HandshakeError},
+    strangers::{Stranger, Strangers},
 };
+use crate::metrics::DownstreamMetrics;
+use crate::net::{Listener, Peer};
+use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
+use crate::session::sender::STOPPING_TIME_MAX;
+use crate::store::{Positions, Store};
 
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicy};

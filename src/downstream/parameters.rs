@@ -6,10 +6,8 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::BytesMut;
 
-use crate::{
-    downstream::{DownstreamContext, registry::Client, server::Server},
-    protocol::backend::encode_parameter_status,
-};
+use crate::downstream::{DownstreamContext, registry::Client, server::Server};
+use crate::protocol::backend::encode_parameter_status;
 
 /// What a session shows of itself.
 pub(super) struct Parameters<'a> {

@@ -13,13 +13,11 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::{
-    net::Peer,
-    protocol::frontend::{CancelKey, CancelRequest},
-    session::sender::Progress,
-    status::{Seconds, Timestamp, WalSenderState, WalSenderStatus},
-    wal::{PgTimestamp, TimelineId},
-};
+use crate::net::Peer;
+use crate::protocol::frontend::{CancelKey, CancelRequest};
+use crate::session::sender::Progress;
+use crate::status::{Seconds, Timestamp, WalSenderState, WalSenderStatus};
+use crate::wal::{PgTimestamp, TimelineId};
 
 /// The sessions of all listeners.
 #[derive(Debug, Default)]

@@ -2,12 +2,10 @@
 //!
 //! Owns every place where answers differ between major versions of PostgreSQL.
 
-use crate::{
-    downstream::DownstreamContext,
-    protocol::backend::Column,
-    store::{Identity, ServerFacts},
-    wal::Lsn,
-};
+use crate::downstream::DownstreamContext;
+use crate::protocol::backend::Column;
+use crate::store::{Identity, ServerFacts};
+use crate::wal::Lsn;
 
 /// The server's identity and version, as a session saw them at its start.
 #[derive(Clone, Debug)]

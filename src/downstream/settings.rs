@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::{config::Config, net::TcpOptions, store::Positions, wal::Lsn};
+use crate::config::Config;
+use crate::net::TcpOptions;
+use crate::store::Positions;
+use crate::wal::Lsn;
 
 pub use crate::config::SendPolicy;
 

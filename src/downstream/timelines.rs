@@ -1,11 +1,9 @@
 //! Where a timeline was left, by the history of the one that is received now.
 
-use crate::{
-    protocol::{ServerError, SqlState},
-    session::sender::TimelineState,
-    store::{Store, StoreError},
-    wal::{Lsn, TimelineHistory, TimelineId, timeline::HistoryError},
-};
+use crate::protocol::{ServerError, SqlState};
+use crate::session::sender::TimelineState;
+use crate::store::{Store, StoreError};
+use crate::wal::{Lsn, TimelineHistory, TimelineId, timeline::HistoryError};
 
 /// A timeline's place in the history could not be found.
 #[derive(Debug, thiserror::Error)]

@@ -9,10 +9,8 @@ use aws_lc_rs::digest;
 
 use secrecy::ExposeSecret;
 
-use crate::{
-    config,
-    protocol::scram::{Credentials, ITERATIONS_DEFAULT, Verifier},
-};
+use crate::config;
+use crate::protocol::scram::{Credentials, ITERATIONS_DEFAULT, Verifier};
 
 /// How clients prove who they are.
 #[derive(Clone, Debug)]

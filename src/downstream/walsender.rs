@@ -17,22 +17,22 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::{
-    downstream::{
-        DownstreamContext,
-        blocking::{BlockingError, run_blocking},
-        connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
-        registry::Registration,
-        timelines::{TimelineError, timeline_state},
-    },
-    protocol::{
-        DecodeError, STANDBY_MESSAGE_BYTES_MAX, ServerError, SqlState, backend, frontend,
-        replication::{Keepalive, StandbyMessage, WalDataHeader},
-    },
-    session::sender::{NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState},
-    store::{ColdRead, Positions, Read, ReadError, SlotGuard, WalReader},
-    wal::{PgTimestamp, TimelineId},
+use crate::downstream::{
+    DownstreamContext,
+    blocking::{BlockingError, run_blocking},
+    connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
+    registry::Registration,
+    timelines::{TimelineError, timeline_state},
 };
+use crate::protocol::{
+    DecodeError, STANDBY_MESSAGE_BYTES_MAX, ServerError, SqlState, backend, frontend,
+    replication::{Keepalive, StandbyMessage, WalDataHeader},
+};
+use crate::session::sender::{
+    NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
+};
+use crate::store::{ColdRead, Positions, Read, ReadError, SlotGuard, WalReader};
+use crate::wal::{PgTimestamp, TimelineId};
 
 /// One stream.
 pub(super) struct WalSender<'a, S> {

@@ -17,14 +17,12 @@
 
 use std::time::{Duration, Instant};
 
-use crate::{
-    session::{
-        cut::{WAL_DATA_BYTES_MAX, message_end},
-        lag::{LagKind, LagTracker},
-    },
-    status::WalSenderState,
-    wal::{Lsn, LsnRange, SegmentSize, TimelineId},
+use crate::session::{
+    cut::{WAL_DATA_BYTES_MAX, message_end},
+    lag::{LagKind, LagTracker},
 };
+use crate::status::WalSenderState;
+use crate::wal::{Lsn, LsnRange, SegmentSize, TimelineId};
 
 /// What a stream is judged by.
 #[derive(Clone, Copy, Debug)]

@@ -6,16 +6,14 @@
 use aws_lc_rs::rand;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::{
-    conninfo::{AuthRequest, RequireAuth},
-    protocol::{
-        backend::{Authentication, Message},
-        frontend::{self, FirstPacket, Password},
-        md5,
-        scram::{self, ChannelBinding, ChannelBindingPolicy},
-    },
-    upstream::{UpstreamError, dialog::Dialog},
+use crate::conninfo::{AuthRequest, RequireAuth};
+use crate::protocol::{
+    backend::{Authentication, Message},
+    frontend::{self, FirstPacket, Password},
+    md5,
+    scram::{self, ChannelBinding, ChannelBindingPolicy},
 };
+use crate::upstream::{UpstreamError, dialog::Dialog};
 
 /// Who we are to the upstream.
 pub(crate) struct Credentials<'a> {

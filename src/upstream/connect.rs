@@ -8,24 +8,22 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 use bytes::Bytes;
 use tokio::{task::block_in_place, time::timeout};
 
-use crate::{
-    conninfo::{ChannelBinding, Conninfo, Host, HostAddress, ProcessSurroundings, TargetSessionAttrs},
-    net::{Socket, TcpOptions},
-    protocol::{
-        Command, ServerError, SqlState,
-        command::{CreateReplicationSlot, CreateSlotKind, Persistence, StartReplication, StreamKind},
-        frontend::{FirstPacket, Startup},
-        scram::ChannelBindingPolicy,
-    },
-    store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter},
-    upstream::{
-        UpstreamError, UpstreamSettings,
-        authenticate::{Credentials, open_session},
-        dialog::{Dialog, StartCopyError},
-        error::BehindUpstream,
-    },
-    wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId},
+use crate::conninfo::{ChannelBinding, Conninfo, Host, HostAddress, ProcessSurroundings, TargetSessionAttrs};
+use crate::net::{Socket, TcpOptions};
+use crate::protocol::{
+    Command, ServerError, SqlState,
+    command::{CreateReplicationSlot, CreateSlotKind, Persistence, StartReplication, StreamKind},
+    frontend::{FirstPacket, Startup},
+    scram::ChannelBindingPolicy,
 };
+use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
+use crate::upstream::{
+    UpstreamError, UpstreamSettings,
+    authenticate::{Credentials, open_session},
+    dialog::{Dialog, StartCopyError},
+    error::BehindUpstream,
+};
+use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
 
 /// A server that answers, and what it says of itself.
 pub(crate) struct Connected {

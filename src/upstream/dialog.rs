@@ -11,15 +11,13 @@ use tokio::{
     time::timeout,
 };
 
-use crate::{
-    net::Socket,
-    protocol::{
-        Command,
-        backend::{self, DataRow, Message},
-        frontend::encode_query,
-    },
-    upstream::UpstreamError,
+use crate::net::Socket;
+use crate::protocol::{
+    Command,
+    backend::{self, DataRow, Message},
+    frontend::encode_query,
 };
+use crate::upstream::UpstreamError;
 
 /// A connection on which commands are answered.
 pub(crate) struct Dialog {

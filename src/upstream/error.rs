@@ -4,12 +4,10 @@
 
 use std::{io, time::Duration};
 
-use crate::{
-    conninfo::ConninfoError,
-    protocol::{DecodeError, ServerError, SqlState, scram::ClientError},
-    store::{AppendError, StoreError},
-    wal::{Lsn, SegmentSize, SystemId, TimelineId},
-};
+use crate::conninfo::ConninfoError;
+use crate::protocol::{DecodeError, ServerError, SqlState, scram::ClientError};
+use crate::store::{AppendError, StoreError};
+use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
 
 /// An attempt to connect, or a stream, failed.
 #[derive(Debug, thiserror::Error)]

@@ -20,18 +20,16 @@ use tokio_util::sync::CancellationToken;
 
 pub use error::{Advice, UpstreamError};
 
-use crate::{
-    conninfo::Conninfo,
-    metrics::UpstreamMetrics,
-    session::receiver::ReceiverSettings,
-    status::{UpstreamStatus, WalReceiverState},
-    store::{AppendError, BlockId, Condition, Positions, Store, WalWriter},
-    upstream::{
-        backoff::Backoff,
-        walreceiver::{StreamContext, StreamEnd, WalReceiver},
-    },
-    wal::Lsn,
+use crate::conninfo::Conninfo;
+use crate::metrics::UpstreamMetrics;
+use crate::session::receiver::ReceiverSettings;
+use crate::status::{UpstreamStatus, WalReceiverState};
+use crate::store::{AppendError, BlockId, Condition, Positions, Store, WalWriter};
+use crate::upstream::{
+    backoff::Backoff,
+    walreceiver::{StreamContext, StreamEnd, WalReceiver},
 };
+use crate::wal::Lsn;
 
 /// How the upstream is reached and treated.
 #[derive(Clone, Debug)]

@@ -10,22 +10,20 @@ use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    metrics::{UpstreamMetrics, position_value},
-    net::{BlockReader, ReadHalf, WriteHalf},
-    protocol::{
-        CopyStream, StreamItem, backend, frontend,
-        replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
-    },
-    session::{
-        Receiver,
-        receiver::{Output, Progress, Reading, ReceiverSettings, Report, SyncAbility},
-    },
-    status::UpstreamStatus,
-    store::{BlockId, Condition, Positions, WalWriter},
-    upstream::{UpstreamError, connect::Streaming},
-    wal::{Lsn, PgTimestamp},
+use crate::metrics::{UpstreamMetrics, position_value};
+use crate::net::{BlockReader, ReadHalf, WriteHalf};
+use crate::protocol::{
+    CopyStream, StreamItem, backend, frontend,
+    replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
 };
+use crate::session::{
+    Receiver,
+    receiver::{Output, Progress, Reading, ReceiverSettings, Report, SyncAbility},
+};
+use crate::status::UpstreamStatus;
+use crate::store::{BlockId, Condition, Positions, WalWriter};
+use crate::upstream::{UpstreamError, connect::Streaming};
+use crate::wal::{Lsn, PgTimestamp};
 
 /// Why a stream ended although nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

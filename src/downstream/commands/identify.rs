@@ -1,13 +1,13 @@
 //! `IDENTIFY_SYSTEM`, `SHOW`, `TIMELINE_HISTORY`: what a client asks before it streams.
 
-use crate::{
-    downstream::{blocking::run_blocking, command::Session, commands::CommandError, connection::Stream},
-    protocol::{
-        ServerError, SqlState,
-        backend::{Column, encode_data_row, encode_row_description},
-    },
-    wal::TimelineId,
+use crate::downstream::{
+    blocking::run_blocking, command::Session, commands::CommandError, connection::Stream,
 };
+use crate::protocol::{
+    ServerError, SqlState,
+    backend::{Column, encode_data_row, encode_row_description},
+};
+use crate::wal::TimelineId;
 
 /// Names the system, the timeline that is received, and how far it can be served from here.
 pub(super) fn identify_system<S: Stream>(session: &mut Session<'_, S>) -> Result<(), CommandError> {

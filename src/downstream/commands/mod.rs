@@ -7,20 +7,18 @@ mod identify;
 mod slots;
 mod stream;
 
-use crate::{
-    downstream::{
-        blocking::BlockingError,
-        command::{Session, SessionEnd},
-        connection::{ConnectionError, Stream},
-        timelines::TimelineError,
-    },
-    protocol::{
-        Command, ServerError, SqlState,
-        backend::{Column, encode_command_complete, encode_row_description, encode_text_row},
-        command::StreamKind,
-    },
-    store::StoreError,
+use crate::downstream::{
+    blocking::BlockingError,
+    command::{Session, SessionEnd},
+    connection::{ConnectionError, Stream},
+    timelines::TimelineError,
 };
+use crate::protocol::{
+    Command, ServerError, SqlState,
+    backend::{Column, encode_command_complete, encode_row_description, encode_text_row},
+    command::StreamKind,
+};
+use crate::store::StoreError;
 
 /// What became of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,21 +4,19 @@
 
 use std::time::Duration;
 
-use crate::{
-    downstream::{
-        blocking::run_blocking,
-        command::Session,
-        commands::{CommandError, no_logical_decoding},
-        connection::Stream,
-        timelines::timeline_of,
-    },
-    protocol::{
-        ServerError, SqlState,
-        backend::Column,
-        command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive, validate_slot_name},
-    },
-    store::{SlotError, SlotKind},
+use crate::downstream::{
+    blocking::run_blocking,
+    command::Session,
+    commands::{CommandError, no_logical_decoding},
+    connection::Stream,
+    timelines::timeline_of,
 };
+use crate::protocol::{
+    ServerError, SqlState,
+    backend::Column,
+    command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive, validate_slot_name},
+};
+use crate::store::{SlotError, SlotKind};
 
 /// Creates a slot. With `RESERVE_WAL` everything that is held now is kept for it: a relay knows no checkpoint to keep WAL
 /// from, and a base backup taken elsewhere may need any of it.

@@ -2,27 +2,25 @@
 
 use tracing::{info, warn};
 
-use crate::{
-    downstream::{
-        blocking::run_blocking,
-        command::{Session, SessionEnd},
-        commands::{Answered, CommandError, slots::slot_error},
-        connection::Stream,
-        timelines::timeline_state,
-        walsender::{Ended, StreamError, WalSender, now},
-    },
-    protocol::{
-        ServerError, SqlState,
-        backend::{
-            Column, CopyFormat, encode_command_complete, encode_copy_both_response, encode_row_description,
-            encode_text_row,
-        },
-        command::{StartReplication, StreamKind},
-    },
-    session::sender::{STOPPING_TIME_MAX, Sender, SenderSettings, StreamEnd, TimelineState},
-    store::{ReadError, SlotGuard},
-    wal::{Lsn, SegmentName, SegmentNo, TimelineId},
+use crate::downstream::{
+    blocking::run_blocking,
+    command::{Session, SessionEnd},
+    commands::{Answered, CommandError, slots::slot_error},
+    connection::Stream,
+    timelines::timeline_state,
+    walsender::{Ended, StreamError, WalSender, now},
 };
+use crate::protocol::{
+    ServerError, SqlState,
+    backend::{
+        Column, CopyFormat, encode_command_complete, encode_copy_both_response, encode_row_description,
+        encode_text_row,
+    },
+    command::{StartReplication, StreamKind},
+};
+use crate::session::sender::{STOPPING_TIME_MAX, Sender, SenderSettings, StreamEnd, TimelineState};
+use crate::store::{ReadError, SlotGuard};
+use crate::wal::{Lsn, SegmentName, SegmentNo, TimelineId};
 
 /// A request that passed the checks made before the stream.
 struct Request {
