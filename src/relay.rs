@@ -1,1 +1,377 @@
-//! stub
+//! Builds the relay, connects its parts, starts and stops them in order.
+//!
+//! The only place that sees everything. The parts meet here through values: the store's handles, a watch of its positions
+//! and of its condition, a watch of the upstream's state, and one token that ends them all. Decides nothing about WAL.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::admin::{Admin, Pages};
+use crate::config::{self, Config};
+use crate::downstream::{
+    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
+};
+use crate::metrics::{AllMetrics, Metrics, StoreMetrics, UPKEEP_INTERVAL, position_value};
+use crate::net::{Listener, TcpOptions};
+use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus, WalReceiverState};
+use crate::store::{
+    self, Condition, Observer, Positions, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings,
+    WalWriter,
+};
+use crate::upstream::{Upstream, UpstreamSettings};
+
+/// The relay could not start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// The store could not be opened.
+    #[error("could not open the data directory \"{directory}\"")]
+    OpenStore {
+        /// The directory.
+        directory: String,
+        /// Why.
+        source: StoreError,
+    },
+    /// A line of the users file cannot be read.
+    #[error(transparent)]
+    User(#[from] InvalidUser),
+    /// An address could not be listened on.
+    #[error("could not listen on \"{address}\"")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Signals cannot be received.
+    #[error("could not install signal handlers")]
+    Signals(#[source] std::io::Error),
+    /// The store failed; nothing may be acknowledged any more.
+    #[error("the store has failed: {0}")]
+    StoreFailed(String),
+    /// A part ended that must not.
+    #[error("the {0} task ended unexpectedly")]
+    TaskEnded(&'static str),
+    /// Not everything stopped in time.
+    #[error("could not stop within {} seconds", STOP_TIME_MAX.as_secs())]
+    StopTimedOut,
+}
+
+/// A relay whose parts are built and whose listeners are bound.
+pub struct Relay {
+    config: Config,
+    metrics: AllMetrics,
+    store: Store,
+    writer: WalWriter,
+    notices: Notices,
+    listeners: Vec<Listener>,
+    admin: Option<Admin>,
+    downstream: Arc<DownstreamContext>,
+    status: watch::Sender<UpstreamStatus>,
+}
+
+/// Watches that the store's threads feed.
+#[derive(Clone)]
+struct Notices {
+    positions: watch::Receiver<Option<Positions>>,
+    condition: watch::Receiver<Condition>,
+}
+
+impl Relay {
+    /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
+    pub async fn build(config: Config) -> Result<Self, RelayError> {
+        let metrics = AllMetrics::default();
+        let (observer, notices) = store_observer(metrics.store.clone());
+        let settings = store_settings(&config);
+        let directory = settings.data_dir.display().to_string();
+        let opening = tokio::task::spawn_blocking(move || {
+            store::open(settings, Arc::new(RealDisk), Arc::new(observer))
+        });
+        let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
+        let (store, writer) = opened.map_err(|source| RelayError::OpenStore { directory, source })?;
+
+        let mut listeners = Vec::new();
+        for address in &config.downstream.listen {
+            let bound = Listener::bind(address).await;
+            listeners
+                .push(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?);
+        }
+        let status = watch::Sender::new(UpstreamStatus::default());
+        let upstream_writable = Arc::new(AtomicBool::new(false));
+        let downstream = Arc::new(DownstreamContext {
+            store: store.clone(),
+            positions: notices.positions.clone(),
+            registry: Arc::new(Registry::default()),
+            settings: DownstreamSettings::of(&config, CLIENT_TCP_OPTIONS),
+            authentication: Authentication::try_from(&config.downstream.authentication)?,
+            upstream_writable: Arc::clone(&upstream_writable),
+            metrics: metrics.downstream.clone(),
+            cold_reads: ColdReads::default(),
+        });
+        tokio::spawn(mirror_writable(status.subscribe(), upstream_writable));
+        let pages = Arc::new(RelayPages {
+            name: config.relay.name.clone(),
+            store: store.clone(),
+            status: status.subscribe(),
+            downstream: Arc::clone(&downstream),
+            registry: Arc::clone(&metrics.registry),
+        });
+        let admin = match config.admin.listen {
+            Some(address) => {
+                let bound = Admin::bind(address, config.admin.token.clone(), pages).await;
+                Some(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?)
+            }
+            None => None,
+        };
+        Ok(Self { config, metrics, store, writer, notices, listeners, admin, downstream, status })
+    }
+
+    /// Runs until a signal asks to stop, or the relay must not go on.
+    pub async fn run(self) -> Result<(), RelayError> {
+        let mut signals = StopSignals::install().map_err(RelayError::Signals)?;
+        let shutdown = CancellationToken::new();
+        let mut condition = self.notices.condition.clone();
+        let mut upstream = tokio::spawn(
+            Upstream {
+                settings: upstream_settings(&self.config.upstream),
+                store: self.store.clone(),
+                writer: self.writer,
+                positions: self.notices.positions.clone(),
+                condition: self.notices.condition.clone(),
+                status: self.status,
+                metrics: self.metrics.upstream.clone(),
+                shutdown: shutdown.clone(),
+            }
+            .run(),
+        );
+        let mut downstream =
+            tokio::spawn(downstream::serve(self.downstream, self.listeners, shutdown.clone()));
+        let admin_shutdown = CancellationToken::new();
+        if let Some(admin) = self.admin {
+            tokio::spawn(admin.run(admin_shutdown.clone()));
+        }
+        spawn_upkeep(Arc::clone(&self.metrics.registry), shutdown.clone());
+        tracing::info!(name = %self.config.relay.name, "walrelay is running");
+
+        let outcome = tokio::select! {
+            () = signals.received() => Ok(()),
+            failed = condition.wait_for(|condition| matches!(condition, Condition::Failed { .. })) => {
+                Err(RelayError::StoreFailed(failed.map(|condition| condition_text(&condition)).unwrap_or_default()))
+            }
+            _ = &mut upstream => Err(RelayError::TaskEnded("upstream")),
+            _ = &mut downstream => Err(RelayError::TaskEnded("downstream")),
+        };
+        shutdown.cancel();
+        outcome?;
+        tracing::info!("stopping");
+        let stopped = tokio::time::timeout(STOP_TIME_MAX, stop(upstream, downstream, self.store)).await;
+        admin_shutdown.cancel();
+        stopped.map_err(|_| RelayError::StopTimedOut)
+    }
+}
+
+fn store_settings(config: &Config) -> StoreSettings {
+    let store = &config.store;
+    StoreSettings {
+        data_dir: config.relay.data_dir.clone(),
+        wal_keep_size: store.wal_keep_size,
+        tail_bytes_max: store.tail_size,
+        unwritten_bytes_max: store.unwritten_size,
+        spare_segments: store.spare_segments,
+        max_replication_slots: store.max_replication_slots,
+    }
+}
+
+fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
+    UpstreamSettings {
+        conninfo: upstream.conninfo.clone(),
+        slot: upstream.slot.clone(),
+        create_slot: upstream.create_slot,
+        receiver_timeout: upstream.wal_receiver_timeout,
+        status_interval: upstream.wal_receiver_status_interval,
+        retry_interval: upstream.wal_retrieve_retry_interval,
+    }
+}
+
+/// Waits for both directions to end, then for the last sync.
+async fn stop(upstream: JoinHandle<()>, downstream: JoinHandle<()>, store: Store) {
+    // A task that panicked has been told of by the panic itself.
+    let _ = tokio::join!(upstream, downstream);
+    let _ = tokio::task::spawn_blocking(move || store.shutdown()).await;
+}
+
+/// Keeps the flag that clients' `in_hot_standby` comes from as the upstream is.
+async fn mirror_writable(mut status: watch::Receiver<UpstreamStatus>, flag: Arc<AtomicBool>) {
+    while status.changed().await.is_ok() {
+        let is_writable = status.borrow_and_update().is_writable;
+        flag.store(is_writable, Ordering::Release);
+    }
+}
+
+fn spawn_upkeep(registry: Arc<Metrics>, shutdown: CancellationToken) {
+    tokio::spawn(async move {
+        let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = interval.tick() => registry.run_upkeep(),
+            }
+        }
+    });
+}
+
+struct StopSignals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl StopSignals {
+    fn install() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Turns the store's notices into watches and metrics. Called from the store's threads: must not block.
+struct StoreObserver {
+    positions: watch::Sender<Option<Positions>>,
+    condition: watch::Sender<Condition>,
+    metrics: StoreMetrics,
+}
+
+fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) {
+    let (positions, positions_watch) = watch::channel(None);
+    let (condition, condition_watch) = watch::channel(Condition::Healthy);
+    let notices = Notices { positions: positions_watch, condition: condition_watch };
+    (StoreObserver { positions, condition, metrics }, notices)
+}
+
+impl Observer for StoreObserver {
+    fn positions_changed(&self, positions: Positions) {
+        self.metrics.verified.set(position_value(positions.verified));
+        self.metrics.written.set(position_value(positions.written));
+        self.metrics.flushed.set(position_value(positions.flushed));
+        if let Some(sealed) = positions.sealed {
+            self.metrics.sealed.set(position_value(sealed));
+        }
+        self.positions.send_replace(Some(positions));
+    }
+
+    fn condition_changed(&self, condition: Condition) {
+        let as_gauge = |is: bool| if is { 1.0 } else { 0.0 };
+        self.metrics.no_space.set(as_gauge(matches!(condition, Condition::NoSpace { .. })));
+        self.metrics.failed.set(as_gauge(matches!(condition, Condition::Failed { .. })));
+        match &condition {
+            Condition::Healthy => tracing::info!("the store is healthy again"),
+            Condition::NoSpace { .. } => {
+                tracing::error!(condition = %condition_text(&condition), "WAL is not acknowledged until space returns");
+            }
+            Condition::Failed { .. } => {
+                tracing::error!(condition = %condition_text(&condition), "the store has failed")
+            }
+        }
+        self.condition.send_replace(condition);
+    }
+
+    fn synced(&self, bytes: u64, took: Duration) {
+        self.metrics.synced_bytes.increment(bytes);
+        self.metrics.sync_seconds.record(took);
+    }
+}
+
+/// What the HTTP pages show.
+struct RelayPages {
+    name: String,
+    store: Store,
+    status: watch::Receiver<UpstreamStatus>,
+    downstream: Arc<DownstreamContext>,
+    registry: Arc<Metrics>,
+}
+
+impl Pages for RelayPages {
+    fn readiness(&self) -> Result<(), String> {
+        if let Condition::Failed { .. } = self.store.condition() {
+            return Err(condition_text(&self.store.condition()));
+        }
+        let status = self.status.borrow();
+        let has_streamed = status.sessions > 0 || status.state == WalReceiverState::Streaming;
+        if has_streamed { Ok(()) } else { Err("no WAL has been streamed from the upstream yet".to_owned()) }
+    }
+
+    fn metrics(&self) -> String {
+        self.registry.render()
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let positions = self.store.positions();
+        let overview = Overview {
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            server_version: self.store.facts().map(|facts| facts.version),
+            system_identifier: self.store.identity().map(|identity| identity.system_id),
+            upstream: self.status.borrow().clone(),
+            store: StoreStatus {
+                condition: condition_text(&self.store.condition()),
+                timeline: positions.map(|positions| positions.timeline),
+                oldest: self.store.oldest(),
+                verified: positions.map(|positions| positions.verified),
+                written: positions.map(|positions| positions.written),
+                flushed: positions.map(|positions| positions.flushed),
+                sealed: positions.and_then(|positions| positions.sealed),
+            },
+            downstream: self.downstream.registry.statuses(),
+            slots: self.store.slots().list().into_iter().map(slot_status).collect(),
+        };
+        serde_json::to_value(overview).unwrap_or_default()
+    }
+}
+
+fn condition_text(condition: &Condition) -> String {
+    match condition {
+        Condition::Healthy => "healthy".to_owned(),
+        Condition::NoSpace { file, reason } => format!("no space for \"{file}\": {reason}"),
+        Condition::Failed { operation, file, reason } => {
+            format!("could not {operation} \"{file}\": {reason}")
+        }
+    }
+}
+
+fn slot_status(slot: SlotInfo) -> ReplicationSlotStatus {
+    ReplicationSlotStatus {
+        slot_name: slot.name,
+        slot_type: "physical",
+        temporary: matches!(slot.kind, SlotKind::Temporary { .. }),
+        active: slot.active_pid.is_some(),
+        active_pid: slot.active_pid,
+        restart_lsn: slot.restart_lsn,
+    }
+}
+
+/// A client whose machine vanished is noticed within a few minutes even when it is not sent anything.
+const CLIENT_TCP_OPTIONS: TcpOptions = TcpOptions {
+    keepalives: true,
+    keepalives_idle: Some(Duration::from_secs(60)),
+    keepalives_interval: Some(Duration::from_secs(10)),
+    keepalives_count: Some(6),
+    tcp_user_timeout: None,
+};
+
+/// Time in which everything stops after a signal.
+const STOP_TIME_MAX: Duration = Duration::from_secs(8);

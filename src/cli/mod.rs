@@ -4,9 +4,10 @@
 
 pub mod demo;
 pub mod logging;
+pub mod run;
 pub mod scram;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -20,15 +21,36 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the relay.
+    Run {
+        /// Configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Work with configuration files.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Show a throwaway primary, relays and a standby on this machine, with load.
     Demo(demo::Options),
     /// Make a SCRAM-SHA-256 verifier for the users file from a password read from standard input.
     Scram(scram::Options),
 }
 
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check a configuration file and say what is wrong with it.
+    Check {
+        /// Configuration file.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+}
+
 /// Runs the command that was asked for.
 pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Run { config } => run::run(&config),
+        Command::Config(ConfigCommand::Check { config }) => run::check(&config),
         Command::Demo(options) => demo::run(options),
         Command::Scram(options) => scram::run(&options),
     };

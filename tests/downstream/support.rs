@@ -19,11 +19,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use walrelay::{
+    config::ListenAddress,
     downstream::{
         Authentication, ColdReads, DownstreamContext, DownstreamSettings, Registry, SendPolicy, serve,
     },
     metrics::AllMetrics,
-    net::{ListenAddress, Listener, TcpOptions},
+    net::{Listener, TcpOptions},
     protocol::{
         ServerError,
         backend::{self, TransactionStatus},
