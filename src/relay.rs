@@ -325,7 +325,7 @@ impl Pages for RelayPages {
             name: self.name.clone(),
             version: env!("CARGO_PKG_VERSION"),
             server_version: self.store.facts().map(|facts| facts.version),
-            system_identifier: self.store.identity().map(|identity| identity.system_id),
+            system_identifier: self.store.identity().map(|identity| identity.system_id.to_string()),
             upstream: self.status.borrow().clone(),
             store: StoreStatus {
                 condition: condition_text(&self.store.condition()),

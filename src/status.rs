@@ -7,7 +7,7 @@ use std::{net::IpAddr, time::Duration};
 
 use serde::Serialize;
 
-use crate::wal::{Lsn, PgTimestamp, SystemId, TimelineId};
+use crate::wal::{Lsn, PgTimestamp, TimelineId};
 
 /// Everything `/status` tells.
 #[derive(Clone, Debug, Serialize)]
@@ -19,7 +19,7 @@ pub struct Overview {
     /// `server_version` of the upstream, as last heard.
     pub server_version: Option<String>,
     /// The cluster whose WAL this is.
-    pub system_identifier: Option<SystemId>,
+    pub system_identifier: Option<String>,
     /// The upstream connection.
     pub upstream: UpstreamStatus,
     /// What is held.

@@ -163,10 +163,10 @@ fn status_and_metrics_tell_the_same_truth() {
     });
     let status = relay.status();
     assert_eq!(status["name"], "relay");
-    let position = |name: &str| lsn(status["wal"][name].as_str().unwrap());
+    let position = |name: &str| lsn(status["store"][name].as_str().unwrap());
     assert!(
-        position("flushed_lsn") <= position("written_lsn")
-            && position("written_lsn") <= position("verified_lsn")
+        position("flushed") <= position("written")
+            && position("written") <= position("verified")
     );
     assert_eq!(
         status["system_identifier"].as_str().map(str::to_owned),

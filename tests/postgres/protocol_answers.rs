@@ -147,14 +147,14 @@ fn a_permanent_slot_survives_a_crash_and_a_temporary_one_its_session_not() {
     client.read_wal(relay.oldest(), upto);
     client.send_status(upto, upto, 0).unwrap();
     let restart_lsn =
-        |relay: &Relay| relay.status()["replication_slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
+        |relay: &Relay| relay.status()["slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
     wait_until("the slot to advance", || restart_lsn(&relay) >= upto);
     drop(client);
     wait_until("the temporary slot to go", || {
-        relay.status()["replication_slots"].as_array().is_some_and(|slots| slots.len() == 1)
+        relay.status()["slots"].as_array().is_some_and(|slots| slots.len() == 1)
     });
     relay.restart_after_kill();
-    let slots = relay.status()["replication_slots"].clone();
+    let slots = relay.status()["slots"].clone();
     assert_eq!(slots.as_array().map(Vec::len), Some(1));
     assert_eq!(slots[0]["slot_name"], "kept");
 }
@@ -383,7 +383,7 @@ fn a_status_beyond_what_was_sent_moves_nothing_there() {
         primary.reported_flush("relay") <= primary.insert_position(),
         "a stranger's position went upstream"
     );
-    let restart_lsn = relay.status()["replication_slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
+    let restart_lsn = relay.status()["slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
     assert!(restart_lsn <= primary.flushed(), "a slot moved to where nothing was sent");
 }
 

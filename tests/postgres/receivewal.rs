@@ -26,11 +26,11 @@ fn with_a_slot_that_it_creates() {
     let relay = Relay::streaming_from("relay", primary.port);
     create_slot(&installation, relay.port, "drain");
     drain(&primary, &relay, &["--slot=drain"]);
-    let slots = relay.status()["replication_slots"].clone();
+    let slots = relay.status()["slots"].clone();
     assert_eq!(slots[0]["slot_name"], "drain");
     drop_slot(&installation, relay.port, "drain");
     wait_until("the slot to be gone", || {
-        relay.status()["replication_slots"].as_array().is_some_and(Vec::is_empty)
+        relay.status()["slots"].as_array().is_some_and(Vec::is_empty)
     });
 }
 

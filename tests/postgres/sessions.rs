@@ -33,10 +33,10 @@ fn a_slot_passes_from_session_to_session_a_hundred_times() {
         });
         client.read_wal(from, from + 8192);
     }
-    let slots = relay.status()["replication_slots"].clone();
+    let slots = relay.status()["slots"].clone();
     assert_eq!(slots[0]["active"], true, "the last session has it: {slots}");
     drop(client);
-    wait_until("the slot to be free", || relay.status()["replication_slots"][0]["active"] == false);
+    wait_until("the slot to be free", || relay.status()["slots"][0]["active"] == false);
 }
 
 #[test]

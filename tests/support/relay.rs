@@ -200,23 +200,23 @@ impl Relay {
         answer.and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or(Value::Null)
     }
 
-    /// A position of /status, as `/wal/flushed_lsn`; 0 when it is not told.
+    /// A position of /status, as `/store/flushed`; 0 when it is not told.
     pub(crate) fn position(&self, pointer: &str) -> u64 {
         self.status().pointer(pointer).and_then(Value::as_str).map_or(0, lsn)
     }
 
     pub(crate) fn flushed(&self) -> u64 {
-        self.position("/wal/flushed_lsn")
+        self.position("/store/flushed")
     }
 
     /// `healthy`, or what is wrong with the store.
     pub(crate) fn condition(&self) -> String {
-        self.status()["condition"].as_str().unwrap_or_default().to_owned()
+        self.status()["store"]["condition"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Start of the first segment held.
     pub(crate) fn oldest(&self) -> u64 {
-        self.position("/wal/oldest_lsn")
+        self.position("/store/oldest")
     }
 
     pub(crate) fn wait_flushed(&self, position: u64) {
@@ -227,7 +227,7 @@ impl Relay {
     /// The sessions that /status shows for this application_name.
     pub(crate) fn downstream(&self, application_name: &str) -> Vec<Value> {
         let status = self.status();
-        let sessions = status["replication"].as_array().cloned().unwrap_or_default();
+        let sessions = status["downstream"].as_array().cloned().unwrap_or_default();
         sessions.into_iter().filter(|session| session["application_name"] == application_name).collect()
     }
 
