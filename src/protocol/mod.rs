@@ -108,7 +108,7 @@ pub enum DecodeError {
         value: u64,
     },
     /// The message's tag or kind is not known.
-    #[error("unknown {message} of type {kind:#04x}")]
+    #[error("invalid {message} type {kind}")]
     UnknownKind {
         /// What kind of message was looked for.
         message: &'static str,

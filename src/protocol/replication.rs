@@ -333,7 +333,7 @@ mod tests {
             assert_eq!(error, DecodeError::UnknownKind { message: "standby message", kind: u32::from(kind) });
         }
         let error = PrimaryMessage::decode(Bytes::from_static(b"s")).unwrap_err();
-        assert_eq!(error.to_string(), "unknown streaming message of type 0x73");
+        assert_eq!(error.to_string(), "invalid streaming message type 115");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Owns the fields that are shown or acted on; the others (source file and line, object names) are skipped. A server may
 //! leave out any field, also the SQLSTATE.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -112,18 +112,30 @@ impl ServerError {
 }
 
 impl fmt::Display for ServerError {
+    /// One line, for a log: a peer's line ends and control characters are shown as escapes.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.severity, self.message)?;
+        write!(f, "{}: {}", self.severity, OneLine(&self.message))?;
         if let Some(sqlstate) = self.sqlstate {
             write!(f, " (SQLSTATE {sqlstate})")?;
         }
         if let Some(detail) = &self.detail {
-            write!(f, "; detail: {detail}")?;
+            write!(f, "; detail: {}", OneLine(detail))?;
         }
         if let Some(hint) = &self.hint {
-            write!(f, "; hint: {hint}")?;
+            write!(f, "; hint: {}", OneLine(hint))?;
         }
         Ok(())
+    }
+}
+
+struct OneLine<'a>(&'a str);
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().try_for_each(|character| match character.is_control() {
+            true => write!(f, "{}", character.escape_default()),
+            false => f.write_char(character),
+        })
     }
 }
 
@@ -195,6 +207,8 @@ mod tests {
         let bare = ServerError::decode("ErrorResponse", Bytes::from_static(b"Mgone wrong\0\0")).unwrap();
         assert_eq!((bare.sqlstate, bare.severity), (None, Severity::Error));
         assert_eq!(bare.to_string(), "ERROR: gone wrong");
+        let forged = ServerError::error(SqlState::INTERNAL_ERROR, "a\nERROR: b\x1b[0m");
+        assert_eq!(forged.to_string(), "ERROR: a\\nERROR: b\\u{1b}[0m (SQLSTATE XX000)");
         let german = b"SFEHLER\0VFATAL\0C57P01\0Mm\xfc\0Fpostgres.c\0\0";
         let german = ServerError::decode("ErrorResponse", Bytes::from_static(german)).unwrap();
         assert!(german.is(SqlState::ADMIN_SHUTDOWN));

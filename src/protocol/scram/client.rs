@@ -92,8 +92,8 @@ pub struct ExpectServerFirst {
 }
 
 impl ExpectServerFirst {
-    /// Takes the server's first message and gives the proof. Takes as long as the iterations take: half a second at
-    /// [`ITERATIONS_MAX`].
+    /// Takes the server's first message and gives the proof. Takes as long as the iterations take, with
+    /// [`ITERATIONS_MAX`] of them a good part of a second: not for a thread that others wait for.
     pub fn handle(self, message: &[u8]) -> Result<(ExpectServerFinal, String), ClientError> {
         let message = as_text(message)?;
         let mut rest = message;
