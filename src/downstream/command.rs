@@ -155,11 +155,11 @@ impl<'a, S: Stream> Session<'a, S> {
             Ok(Answered::Complete) => {}
             Ok(Answered::Ended(end)) => return Ok(Some(end)),
             Err(CommandError::Refused(error)) => {
-                debug!(%error, "command refused");
+                debug!(error = ?error.message, "command refused");
                 self.fail(&error);
             }
             Err(CommandError::Fatal(error)) => {
-                info!(%error, "session ended");
+                info!(error = ?error.message, "session ended by an error");
                 return self.terminate(&error).await.map(Some);
             }
             Err(CommandError::Connection(ConnectionError::Closed)) => {

@@ -41,7 +41,8 @@ use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
 use crate::session::sender::STOPPING_TIME_MAX;
-use crate::store::{Positions, Store};
+use crate::status::{ReplicationSlotStatus, WalSenderStatus};
+use crate::store::{Positions, SlotInfo, SlotKind, Store};
 
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicy};
@@ -71,6 +72,24 @@ pub struct DownstreamContext {
 struct Streaming<'a>(&'a DownstreamContext);
 
 impl DownstreamContext {
+    /// The sessions, as `pg_stat_replication` shows them.
+    pub fn replication(&self) -> Vec<WalSenderStatus> {
+        self.registry.statuses()
+    }
+
+    /// The slots, as `pg_replication_slots` shows them.
+    pub fn replication_slots(&self) -> Vec<ReplicationSlotStatus> {
+        let status = |slot: SlotInfo| ReplicationSlotStatus {
+            slot_name: slot.name,
+            slot_type: "physical",
+            temporary: slot.kind != SlotKind::Permanent,
+            active: slot.active_pid.is_some(),
+            active_pid: slot.active_pid,
+            restart_lsn: slot.restart_lsn,
+        };
+        self.store.slots().list().into_iter().map(status).collect()
+    }
+
     fn streaming(&self) -> Streaming<'_> {
         self.metrics.streaming.increment(1.0);
         Streaming(self)
@@ -232,7 +251,8 @@ async fn end_handshake<S: Stream>(
         }
         HandshakeError::Refused(told) => {
             context.metrics.refused.increment(1);
-            warn!(error = %told, "client refused");
+            // The text may repeat what the client sent: shown escaped.
+            warn!(error = ?told.message, "client refused");
             connection.outgoing.encode(|out| encode_error_response(told, out));
             // The client may be gone, and is not waited for.
             let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;

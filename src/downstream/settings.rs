@@ -57,3 +57,38 @@ impl DownstreamSettings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::TimelineId;
+
+    #[test]
+    fn the_policy_decides_between_verified_and_durable() {
+        let at = |raw| Lsn::new(raw).unwrap();
+        let positions = Positions {
+            timeline: TimelineId::FIRST,
+            verified: at(300),
+            written: at(200),
+            flushed: at(100),
+            sealed: None,
+        };
+        let servable = |send| {
+            let tcp = TcpOptions::default();
+            let settings = DownstreamSettings {
+                max_wal_senders: 1,
+                unauthenticated_max: 1,
+                unauthenticated_per_address_max: 1,
+                authentication_timeout: Duration::ZERO,
+                wal_sender_timeout: None,
+                send,
+                wal_keep_size: 0,
+                max_replication_slots: 0,
+                tcp,
+            };
+            settings.servable(&positions)
+        };
+        assert_eq!(servable(SendPolicy::Received), at(300));
+        assert_eq!(servable(SendPolicy::Flushed), at(100));
+    }
+}

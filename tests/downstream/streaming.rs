@@ -48,6 +48,22 @@ async fn a_stream_may_begin_at_any_byte() {
     assert!(wal == relay.wal.slice(start, end));
 }
 
+#[tokio::test]
+async fn wal_that_left_memory_is_read_from_the_files() {
+    let mut relay = Relay::start_with(Options { tail_bytes_max: 1 << 20, ..Options::default() }).await;
+    let start = relay.start_lsn();
+    let mut end = start;
+    for _ in 0..12 {
+        end = relay.grow(1 << 20);
+        let store = &relay.store;
+        eventually("written", || store.positions().unwrap().flushed == end).await;
+    }
+    let mut client = relay.client().await;
+    client.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
+    let (wal, _) = client.receive_wal(start, end).await;
+    assert!(wal == relay.wal.bytes());
+}
+
 async fn assert_two_tags_and_ready(client: &mut Client) {
     assert_eq!(client.answer().await.tags, ["START_STREAMING", "START_REPLICATION"]);
     assert!(client.query("IDENTIFY_SYSTEM").await.error.is_none(), "the session goes on");

@@ -57,6 +57,7 @@ pub(crate) struct Options {
     pub(crate) settings: DownstreamSettings,
     pub(crate) authentication: Authentication,
     pub(crate) timeline: TimelineId,
+    pub(crate) tail_bytes_max: u64,
 }
 
 impl Default for Options {
@@ -66,6 +67,7 @@ impl Default for Options {
             settings: settings(),
             authentication: Authentication::TrustLocal,
             timeline: TimelineId::FIRST,
+            tail_bytes_max: 64 << 20,
         }
     }
 }
@@ -120,7 +122,7 @@ impl Relay {
         let settings = StoreSettings {
             data_dir: directory.path().to_path_buf(),
             wal_keep_size: 1 << 30,
-            tail_bytes_max: 64 << 20,
+            tail_bytes_max: options.tail_bytes_max,
             unwritten_bytes_max: 16 << 20,
             spare_segments: 1,
             max_replication_slots: 4,

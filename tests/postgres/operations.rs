@@ -164,10 +164,7 @@ fn status_and_metrics_tell_the_same_truth() {
     let status = relay.status();
     assert_eq!(status["name"], "relay");
     let position = |name: &str| lsn(status["store"][name].as_str().unwrap());
-    assert!(
-        position("flushed") <= position("written")
-            && position("written") <= position("verified")
-    );
+    assert!(position("flushed") <= position("written") && position("written") <= position("verified"));
     assert_eq!(
         status["system_identifier"].as_str().map(str::to_owned),
         Some(primary.sql("select system_identifier from pg_control_system()"))

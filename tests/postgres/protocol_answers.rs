@@ -146,8 +146,7 @@ fn a_permanent_slot_survives_a_crash_and_a_temporary_one_its_session_not() {
     client.start_replication(Some("kept"), relay.oldest(), 1).unwrap();
     client.read_wal(relay.oldest(), upto);
     client.send_status(upto, upto, 0).unwrap();
-    let restart_lsn =
-        |relay: &Relay| relay.status()["slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
+    let restart_lsn = |relay: &Relay| relay.status()["slots"][0]["restart_lsn"].as_str().map_or(0, lsn);
     wait_until("the slot to advance", || restart_lsn(&relay) >= upto);
     drop(client);
     wait_until("the temporary slot to go", || {

@@ -29,9 +29,7 @@ fn with_a_slot_that_it_creates() {
     let slots = relay.status()["slots"].clone();
     assert_eq!(slots[0]["slot_name"], "drain");
     drop_slot(&installation, relay.port, "drain");
-    wait_until("the slot to be gone", || {
-        relay.status()["slots"].as_array().is_some_and(Vec::is_empty)
-    });
+    wait_until("the slot to be gone", || relay.status()["slots"].as_array().is_some_and(Vec::is_empty));
 }
 
 #[test]

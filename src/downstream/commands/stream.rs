@@ -169,9 +169,16 @@ fn finish<S: Stream>(session: &mut Session<'_, S>, state: TimelineState) {
 
 fn stream_error<S: Stream>(session: &Session<'_, S>, error: StreamError) -> CommandError {
     match error {
-        StreamError::Refused(error) => CommandError::Refused(error),
+        StreamError::Refused(error) => {
+            info!(error = ?error.message, "replication stream ended by an error");
+            CommandError::Refused(error)
+        }
         StreamError::Fatal(error) => CommandError::Fatal(error),
-        StreamError::Read(ReadError::Removed(name)) => removed(session, name).into(),
+        StreamError::Read(ReadError::Removed(name)) => {
+            let error = removed(session, name);
+            warn!(error = %error.message, "client asked for WAL that is not held");
+            error.into()
+        }
         StreamError::Read(error) => {
             warn!(error = &error as &dyn std::error::Error, "could not read WAL for a client");
             let sqlstate = match &error {
@@ -180,7 +187,10 @@ fn stream_error<S: Stream>(session: &Session<'_, S>, error: StreamError) -> Comm
             };
             CommandError::Refused(ServerError::error(sqlstate, error.to_string()))
         }
-        StreamError::Timeline(error) => error.into(),
+        StreamError::Timeline(error) => {
+            warn!(error = &error as &dyn std::error::Error, "replication stream cannot follow its timeline");
+            error.into()
+        }
         StreamError::Blocking(error) => error.into(),
         StreamError::Connection(error) => CommandError::Connection(error),
     }
