@@ -107,6 +107,8 @@ pub struct Host {
     pub address: HostAddress,
     /// Its port; part of the path for a socket.
     pub port: u16,
+    /// As given, for messages.
+    address_text: String,
     /// As given, which is what the password file is compared with.
     port_text: String,
     password: Option<SecretString>,
@@ -274,8 +276,9 @@ impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.address {
             HostAddress::UnixSocket(path) => write!(f, "on socket \"{}\"", path.display()),
-            HostAddress::Ip(address) => write!(f, "at \"{address}\", port {}", self.port),
-            HostAddress::Name(name) => write!(f, "at \"{name}\", port {}", self.port),
+            HostAddress::Ip(_) | HostAddress::Name(_) => {
+                write!(f, "at \"{}\", port {}", self.address_text, self.port_text)
+            }
         }
     }
 }

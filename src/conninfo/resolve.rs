@@ -143,6 +143,7 @@ fn locate(texts: HostTexts) -> Result<Host, ConninfoError> {
     if port_text.is_empty() {
         port_text = DEFAULT_PORT.to_string();
     }
+    let mut address_text = address.clone();
     let (name, address) = if address.is_empty() {
         let name = if name.is_empty() { DEFAULT_SOCKET_DIRECTORY.to_owned() } else { name };
         let address = if is_socket_directory(&name) {
@@ -150,12 +151,13 @@ fn locate(texts: HostTexts) -> Result<Host, ConninfoError> {
         } else {
             HostAddress::Name(name.clone())
         };
+        address_text.clone_from(&name);
         (name, address)
     } else {
         let parsed = numeric_address(&address)?;
         (if name.is_empty() { address } else { name }, parsed)
     };
-    Ok(Host { name, address, port, port_text, password: None })
+    Ok(Host { name, address, port, address_text, port_text, password: None })
 }
 
 fn port(text: &str) -> Result<u16, ConninfoError> {
@@ -182,7 +184,7 @@ fn socket_path(directory: &str, port: u16) -> Result<PathBuf, ConninfoError> {
 
 /// An address that needs no look-up.
 fn numeric_address(text: &str) -> Result<HostAddress, ConninfoError> {
-    if let Ok(address) = text.parse::<IpAddr>() {
+    if let Some(address) = text.parse::<IpAddr>().ok().or_else(|| old_address(text)) {
         return Ok(HostAddress::Ip(address));
     }
     // With a zone: only the operating system can turn its name into a number, and it does so without a look-up.
@@ -193,6 +195,27 @@ fn numeric_address(text: &str) -> Result<HostAddress, ConninfoError> {
         return Ok(HostAddress::Name(text.to_owned()));
     }
     Err(ConninfoError::InvalidAddress(text.to_owned()))
+}
+
+/// IPv4 as `inet_aton` reads it: one to four numbers, decimal, octal or hexadecimal, the last for all bytes that are left.
+fn old_address(text: &str) -> Option<IpAddr> {
+    let number = |text: &str| match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None if text.len() > 1 && text.starts_with('0') => u32::from_str_radix(text, 8).ok(),
+        None => text.parse().ok(),
+    };
+    let is_digits = text.chars().all(|c| c.is_ascii_hexdigit() || matches!(c, 'x' | 'X' | '.'));
+    let parts = text.split('.').map(number).collect::<Option<Vec<u32>>>().filter(|_| is_digits)?;
+    let (last, first) = parts.split_last()?;
+    let bits_left = 32_u32.checked_sub(8 * u32::try_from(first.len()).ok()?).filter(|bits| *bits > 0)?;
+    if u64::from(*last) >= 1 << bits_left {
+        return None;
+    }
+    let mut address = *last;
+    for (index, byte) in (1_u32..).zip(first) {
+        address |= u32::from(u8::try_from(*byte).ok()?) << (32 - 8 * index);
+    }
+    Some(IpAddr::V4(address.into()))
 }
 
 fn ssl_settings(settings: &Settings) -> Result<SslSettings, ConninfoError> {

@@ -112,6 +112,15 @@ fn hosts_addresses_and_ports_are_matched() {
     );
     assert_eq!(parse("hostaddr=fe80::1%eth0").hosts[0].address, HostAddress::Name("fe80::1%eth0".to_owned()));
     assert_eq!(parse("host=n hostaddr=1.2.3.4").hosts[0].name, "n");
+    for (text, address) in
+        [("7", "0.0.0.7"), ("127.1", "127.0.0.1"), ("0x7f.0.0.010", "127.0.0.8"), ("1.2.772", "1.2.3.4")]
+    {
+        let expected = HostAddress::Ip(address.parse().unwrap());
+        assert_eq!(parse(&format!("hostaddr={text}")).hosts[0].address, expected, "{text}");
+    }
+    for text in ["256.1", "1.2.3.256", "1.2.3.4.5", "4294967296", "0x", "08", "1.", ".1", "+1", "1..2"] {
+        assert!(error(&format!("hostaddr={text}")).starts_with("could not parse network address"), "{text}");
+    }
     assert_eq!(parse("port=' 12 '").hosts[0].port, 12);
 }
 

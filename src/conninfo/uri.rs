@@ -23,8 +23,37 @@ pub(crate) fn parse(uri: &str, rest: &str) -> Result<Settings, ConninfoError> {
             let decoded = decode(password).map_err(without_text)?;
             settings.store("password", &decoded)?;
         }
+    } else if is_password_cut_short(rest) {
+        refuse_ports(uri, rest)?;
+        return parse_places(settings, uri, rest, REDACTED).map_err(without_text);
     }
-    let (hosts, ports, rest) = split_hosts(uri, &shown_uri, rest)?;
+    parse_places(settings, uri, rest, &shown_uri)
+}
+
+/// Whether this looks like `user:pass/word@host`, where libpq sees a host, a port and a database, and would tell them.
+fn is_password_cut_short(rest: &str) -> bool {
+    let (authority, path) = cut(rest, &['/']);
+    authority.contains(':') && path.contains('@')
+}
+
+/// A port that is half a password is not shown; a number is taken for what it is, as libpq takes it.
+fn refuse_ports(uri: &str, rest: &str) -> Result<(), ConninfoError> {
+    let (_, ports, _) = split_hosts(uri, REDACTED, rest)?;
+    let ports = decode(&ports).map_err(without_text)?;
+    match ports.split(',').find(|port| !port.is_empty() && port.trim().parse::<u16>().is_err()) {
+        Some(_) => Err(ConninfoError::InvalidInteger { keyword: "port", value: REDACTED.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// Everything after the credentials.
+fn parse_places(
+    mut settings: Settings,
+    uri: &str,
+    rest: &str,
+    shown_uri: &str,
+) -> Result<Settings, ConninfoError> {
+    let (hosts, ports, rest) = split_hosts(uri, shown_uri, rest)?;
     store_decoded(&mut settings, "host", &hosts)?;
     store_decoded(&mut settings, "port", &ports)?;
     let (dbname, query) = match rest.strip_prefix('/') {
@@ -179,6 +208,9 @@ fn without_text(error: ConninfoError) -> ConninfoError {
         ConninfoError::ForbiddenZero(_) => ConninfoError::ForbiddenZero(hidden),
         ConninfoError::NotUtf8(_) => ConninfoError::NotUtf8(hidden),
         ConninfoError::UnexpectedSpaces(_) => ConninfoError::UnexpectedSpaces(hidden),
+        ConninfoError::MissingSeparator(_) => ConninfoError::MissingSeparator(hidden),
+        ConninfoError::ExtraSeparator(_) => ConninfoError::ExtraSeparator(hidden),
+        ConninfoError::InvalidQueryParameter(_) => ConninfoError::InvalidQueryParameter(hidden),
         other => other,
     }
 }
@@ -286,6 +318,10 @@ mod tests {
             "postgresql://u:hush%ff@h",
             "postgresql://u:hu sh@h",
             "postgresql://h?password=hush%zz",
+            "postgresql://u:hush/hush@h/d",
+            "postgresql://u:hush?hush/hush@h/d",
+            "postgresql://u:1?hush/hush@h/d",
+            "postgresql://u:1?hush=%zz/hush@h/d",
         ] {
             let error = Settings::parse(uri).unwrap_err().to_string();
             assert!(!error.contains("hu") && error.contains(REDACTED), "{uri}: {error}");
