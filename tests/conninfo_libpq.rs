@@ -33,7 +33,10 @@ fn resolve(psql: &Psql, text: &str) -> Result<Conninfo, ConninfoError> {
 
 #[test]
 fn wrong_strings_are_refused_in_libpqs_words() {
-    let Some(psql) = Psql::find() else { return };
+    Psql::all().into_iter().for_each(ask_wrong_strings);
+}
+
+fn ask_wrong_strings(psql: Psql) {
     let mut asked = 0;
     for (since, text) in cases::WRONG {
         if *since > psql.major {
@@ -52,7 +55,10 @@ fn wrong_strings_are_refused_in_libpqs_words() {
 
 #[test]
 fn servers_are_tried_in_libpqs_order() {
-    let Some(psql) = Psql::find() else { return };
+    Psql::all().into_iter().for_each(ask_places);
+}
+
+fn ask_places(psql: Psql) {
     for (since, text) in cases::PLACES.iter().filter(|(since, _)| *since <= psql.major) {
         let text = psql.fill_in(text);
         let conninfo = resolve(&psql, &text).unwrap_or_else(|error| panic!("{text}: {error}"));
@@ -63,11 +69,14 @@ fn servers_are_tried_in_libpqs_order() {
 
 #[test]
 fn random_strings_are_understood_or_refused_as_libpq_does() {
-    let Some(mut psql) = Psql::find() else { return };
+    Psql::all().into_iter().for_each(ask_random_strings);
+}
+
+fn ask_random_strings(mut psql: Psql) {
     psql.variables.insert("PGPORT".to_owned(), "1".to_owned());
     let mut random = cases::Random::seeded();
     let (mut good, mut wrong) = (0, 0);
-    for _ in 0..400 {
+    for _ in 0..300 {
         let text = random.connection_string(psql.major);
         if Settings::parse(&text).is_ok_and(|settings| !has_only_local_hosts(&settings)) {
             continue;
@@ -113,7 +122,10 @@ fn has_only_local_hosts(settings: &Settings) -> bool {
 
 #[test]
 fn a_server_is_sent_what_libpq_sends() {
-    let Some(mut psql) = Psql::find() else { return };
+    Psql::all().into_iter().for_each(ask_what_is_sent);
+}
+
+fn ask_what_is_sent(mut psql: Psql) {
     for case in cases::SENT.iter().filter(|case| case.since <= psql.major) {
         let server = server::Server::start(&psql.directory);
         psql.port = server.port;
@@ -141,7 +153,10 @@ fn a_server_is_sent_what_libpq_sends() {
 
 #[test]
 fn a_password_file_that_others_can_read_is_passed_over_with_libpqs_warning() {
-    let Some(psql) = Psql::find() else { return };
+    Psql::all().into_iter().for_each(ask_about_open_password_file);
+}
+
+fn ask_about_open_password_file(psql: Psql) {
     psql.write_file(".pgpass", "*:*:*:*:hush\n", 0o640);
     let text = "host=127.0.0.1 port=1 user=u dbname=d";
     let conninfo = resolve(&psql, text).unwrap();

@@ -47,9 +47,9 @@ pub(crate) const WRONG: &[(u32, &str)] = &[
     (13, "postgresql://u%00@h"),
     (13, "postgresql://h:%zz/"),
     (13, "postgresql://h?user=%00"),
-    (17, "postgresql://h/a b"),
-    (17, "postgresql://a b/c"),
-    (17, "postgresql://h?user=x y"),
+    (18, "postgresql://h/a b"),
+    (18, "postgresql://a b/c"),
+    (18, "postgresql://h?user=x y"),
     // Lists.
     (14, "host=a,b hostaddr=1.1.1.1"),
     (14, "host=a hostaddr=1.1.1.1,2.2.2.2"),
@@ -203,7 +203,7 @@ pub(crate) const PLACES: &[(u32, &str)] = &[
         18,
         "host=127.0.0.1 port=1 min_protocol_version=3.0 max_protocol_version=latest oauth_scope=x sslkeylogfile=y",
     ),
-    (17, "postgres:// 127.0.0.1 :1/"),
+    (18, "postgres:// 127.0.0.1 :1/"),
 ];
 
 /// A string, what surrounds it, and the version that first understands it.
@@ -375,8 +375,8 @@ impl Random {
             "127.0.0.1,127.0.0.2:",
         ]));
         for _ in 0..self.below(6) {
-            // Before 17 spaces were taken as they are.
-            let space = if major >= 17 { " " } else { "" };
+            // Before 18 spaces were taken as they are.
+            let space = if major >= 18 { " " } else { "" };
             let pieces = [
                 ":",
                 "@",

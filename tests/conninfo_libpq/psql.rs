@@ -25,21 +25,32 @@ pub(crate) struct Psql {
 }
 
 impl Psql {
-    /// The newest one installed. The wrapper that Debian calls `psql` sets variables of its own, so it comes last.
-    pub(crate) fn find() -> Option<Self> {
-        let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    /// One of every major version that the lab (`tests/install.sh`) or the system has.
+    pub(crate) fn all() -> Vec<Self> {
+        let default_lab = || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/lab");
+        let lab = std::env::var_os("WALRELAY_LAB").map_or_else(default_lab, PathBuf::from);
+        let directories = [lab.join("pg"), PathBuf::from("/usr/lib/postgresql")];
+        let versions = directories.iter().flat_map(fs::read_dir).flatten().flatten();
         let mut programs: Vec<PathBuf> = versions.map(|entry| entry.path().join("bin/psql")).collect();
-        programs.sort();
-        programs.insert(0, PathBuf::from("psql"));
-        let found = programs.into_iter().rev().find_map(|program| Some((major_version(&program)?, program)));
-        let Some((major, program)) = found else {
+        // The wrapper that Debian calls psql sets variables of its own, so it comes last.
+        programs.push(PathBuf::from("psql"));
+        let mut found = BTreeMap::new();
+        for program in programs {
+            if let Some(major) = major_version(&program) {
+                found.entry(major).or_insert(program);
+            }
+        }
+        if found.is_empty() {
             assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "psql is not installed");
             eprintln!("skipped: psql is not installed, so libpq cannot be asked");
-            return None;
-        };
+        }
+        found.into_iter().map(|(major, program)| Self::new(major, program)).collect()
+    }
+
+    fn new(major: u32, program: PathBuf) -> Self {
         let temporary = tempfile::tempdir().unwrap();
         let directory = temporary.path().to_owned();
-        Some(Self { program, major, directory, port: 1, variables: BTreeMap::new(), _directory: temporary })
+        Self { program, major, directory, port: 1, variables: BTreeMap::new(), _directory: temporary }
     }
 
     /// Replaces `{dir}` and `{port}`.
