@@ -67,6 +67,8 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         "conninfo = \"host=10.1.0.10,10.1.0.11 user=replicator target_session_attrs=read-write\"",
     )?;
     let conninfo = Conninfo::parse_for_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
+    // Said at start, not at every attempt to connect.
+    conninfo.check_without_tls().map_err(Problem::Conninfo)?;
     if let Some(slot) = &raw.slot {
         check_slot_name(slot)?;
     }

@@ -5,10 +5,10 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
 use secrecy::SecretString;
 
 use crate::config::{document::Document, error::Problem};
+use crate::protocol::scram::Verifier;
 
 /// User names and their SCRAM-SHA-256 verifiers; never empty.
 #[derive(Clone)]
@@ -37,7 +37,8 @@ impl Users {
         if verifiers.is_empty() {
             return Err((Problem::NoUsers, None));
         }
-        if let Some((name, _)) = verifiers.iter().find(|(_, verifier)| !has_verifiers_shape(verifier)) {
+        if let Some((name, _)) = verifiers.iter().find(|(_, verifier)| verifier.parse::<Verifier>().is_err())
+        {
             return Err(with_line(Problem::InvalidVerifier(name.clone())));
         }
         Ok(Self(verifiers.into_iter().map(|(name, verifier)| (name, SecretString::from(verifier))).collect()))
@@ -57,19 +58,3 @@ fn without_value(problem: Problem) -> Problem {
         other => other,
     }
 }
-
-/// `SCRAM-SHA-256$iterations:salt$stored key:server key`, the keys of the right length (`parse_scram_secret`).
-fn has_verifiers_shape(text: &str) -> bool {
-    let key = |text: &str| BASE64_STANDARD.decode(text).is_ok_and(|key| key.len() == SHA256_BYTES);
-    let parts = || {
-        let (iterations, rest) = text.strip_prefix("SCRAM-SHA-256$")?.split_once(':')?;
-        let (salt, keys) = rest.split_once('$')?;
-        let (stored, server) = keys.split_once(':')?;
-        let iterations: u32 = iterations.parse().ok()?;
-        let salt = BASE64_STANDARD.decode(salt).ok()?;
-        Some(iterations > 0 && !salt.is_empty() && key(stored) && key(server))
-    };
-    parts().unwrap_or(false)
-}
-
-const SHA256_BYTES: usize = 32;
