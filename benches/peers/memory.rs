@@ -24,8 +24,8 @@ const CATCH_UP_WAIT: Duration = Duration::from_secs(120);
 const SAMPLES: u64 = 8;
 /// WAL per question, 8 kB a record.
 const ROWS_PER_STEP: u64 = 2000;
-/// The relay's memory may grow by its named limits, which are far below this, and not with the lag.
-const GROWTH_MAX_MEGABYTES: f64 = 256.0;
+/// The relay's memory may grow by its limits (`tail_size` and `unwritten_size`, 64 MiB each), and not with the lag.
+const GROWTH_MAX_MEGABYTES: f64 = 160.0;
 const COPIED_METRIC: &str = "walrelay_upstream_copied_bytes_total";
 const RECEIVED_METRIC: &str = "walrelay_upstream_received_bytes_total";
 const COPIED_PER_BYTE_MAX: f64 = 0.05;

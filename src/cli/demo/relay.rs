@@ -258,6 +258,20 @@ mod tests {
     }
 
     #[test]
+    fn the_configuration_is_one_that_a_relay_takes() {
+        let scratch = Scratch::create("walrelay-test").unwrap();
+        let upstream = "host=127.0.0.1 port=5432 user=replicator password=secret";
+        let settings = RelaySettings::new("relay_1", upstream).store("wal_keep_size", "64GB");
+        let [listen, admin] = free_addresses::<2>().unwrap();
+        let file = scratch.path().join("walrelay.toml");
+        fs::write(&file, settings.to_toml(&scratch.path().join("data"), listen, admin)).unwrap();
+        let config = crate::config::Config::load(&file).unwrap();
+        assert_eq!(config.relay.name, "relay_1");
+        assert_eq!(config.upstream.slot.as_deref(), Some("relay_1"));
+        assert_eq!(config.store.wal_keep_size, 64 << 30);
+    }
+
+    #[test]
     fn only_a_complete_answer_with_status_200_has_a_body() {
         assert_eq!(body_of("HTTP/1.1 200 OK\r\nA: b\r\n\r\nyes").unwrap(), "yes");
         let refusal = body_of("HTTP/1.1 503 Service Unavailable\r\n\r\nnot streaming\n").unwrap_err();
