@@ -87,7 +87,7 @@ pub fn run(options: Options) -> Result<()> {
         bail!("interrupted before the comparison");
     }
     println!("load stopped; waiting until everybody has everything");
-    let relays: Vec<&Relay> = chain.relays.iter().collect();
+    let relays: Vec<&Relay> = chain.relays.iter().rev().collect();
     let report =
         verify::compare(&mut chain.watch.primary, &mut chain.watch.standby, &relays, &chain.primary)?;
     report.print();
@@ -101,6 +101,7 @@ pub fn run(options: Options) -> Result<()> {
 struct Chain {
     watch: Watch,
     standby: Server,
+    /// The one that feeds the standby first.
     relays: Vec<Relay>,
     primary: Server,
     started: Instant,
@@ -124,7 +125,7 @@ impl Chain {
         for number in 1..=relays {
             bail_if_stopped(stop)?;
             let name = format!("relay_{number}");
-            let upstream = running.last().map_or_else(|| primary.conninfo(), Relay::conninfo);
+            let upstream = running.first().map_or_else(|| primary.conninfo(), Relay::conninfo);
             let relay = Relay::start(scratch, &RelaySettings::new(&name, &upstream))?;
             println!(
                 "{:>6}  {name}   port {}, http://{}/status",
@@ -132,10 +133,10 @@ impl Chain {
                 relay.port(),
                 relay.admin()
             );
-            running.push(relay);
+            running.insert(0, relay);
         }
         bail_if_stopped(stop)?;
-        let upstream = running.last().map_or_else(|| primary.conninfo(), Relay::conninfo);
+        let upstream = running.first().map_or_else(|| primary.conninfo(), Relay::conninfo);
         server::create_slot(installation, &upstream, primary.password(), STANDBY_SLOT)?;
         let settings = ServerSettings::new("standby").following(&upstream, STANDBY_SLOT);
         let standby = primary.clone_standby(scratch, &settings)?;
@@ -199,7 +200,7 @@ impl Chain {
     /// Where everybody is now, in the order of the stream.
     fn nodes(&mut self) -> Result<Vec<Node>> {
         let mut nodes = Vec::with_capacity(self.relays.len() + 1);
-        for relay in &mut self.relays {
+        for relay in self.relays.iter_mut().rev() {
             relay.expect_running()?;
             let positions = relay.positions().unwrap_or_default();
             nodes.push(Node {

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{BufReader, Read},
+    io::Read,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -23,6 +23,7 @@ const CATCH_UP_WAIT: Duration = Duration::from_secs(120);
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// WAL lies at most this deep below a relay's data directory.
 const FOLDER_DEPTH_MAX: u32 = 3;
+const CHUNK_BYTES: usize = 1 << 20;
 /// What `initdb` makes without being told otherwise.
 const SEGMENT_SIZE: SegmentSize = SegmentSize::DEFAULT;
 
@@ -184,14 +185,33 @@ fn first_difference(expected: &Path, got: &Path) -> Result<Option<String>> {
     if left != right {
         return Ok(Some(format!("{right} bytes instead of {left}")));
     }
-    let open =
-        |path| Ok::<_, std::io::Error>(BufReader::with_capacity(1 << 16, fs::File::open(path)?).bytes());
-    for (offset, (left, right)) in open(expected)?.zip(open(got)?).enumerate() {
-        if left? != right? {
-            return Ok(Some(format!("differs from the primary's at byte {offset}")));
+    let (mut left, mut right) = (fs::File::open(expected)?, fs::File::open(got)?);
+    let (mut here, mut there) = (vec![0; CHUNK_BYTES], vec![0; CHUNK_BYTES]);
+    let mut offset = 0;
+    loop {
+        let (read, same) = (fill(&mut left, &mut here)?, fill(&mut right, &mut there)?);
+        let (here, there) = (here.get(..read).unwrap_or_default(), there.get(..same).unwrap_or_default());
+        if here != there {
+            let at = offset + here.iter().zip(there).take_while(|(left, right)| left == right).count();
+            return Ok(Some(format!("differs from the primary's at byte {at}")));
+        }
+        if read == 0 {
+            return Ok(None);
+        }
+        offset += read;
+    }
+}
+
+/// Reads until the buffer is full or the file has ended.
+fn fill(file: &mut fs::File, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while let Some(free) = buffer.get_mut(filled..).filter(|free| !free.is_empty()) {
+        match file.read(free)? {
+            0 => break,
+            bytes => filled += bytes,
         }
     }
-    Ok(None)
+    Ok(filled)
 }
 
 #[cfg(test)]
