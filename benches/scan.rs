@@ -37,6 +37,7 @@ struct Sample {
 fn scan(criterion: &mut Criterion) {
     let samples = Server::start().map_or_else(|| vec![built()], |server| server.samples());
     let mut group = criterion.benchmark_group("scan");
+    group.sample_size(30);
     for sample in &samples {
         let insight = scanned(sample, WalInsight::default());
         let records = insight.total().records;

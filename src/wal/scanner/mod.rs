@@ -24,10 +24,7 @@
 use crate::wal::{
     Lsn, PAGE_BYTES, SegmentSize, SystemId, TimelineId, crc,
     format::WalFormat,
-    record::{
-        RECORD_HEADER_BYTES, RECORD_HEADER_CHECKED_BYTES, RECORD_PREFIX_BYTES_MAX, Record, RecordHeader,
-        RecordVisitor,
-    },
+    record::{RECORD_HEADER_BYTES, RECORD_PREFIX_BYTES_MAX, Record, RecordHeader, RecordVisitor},
 };
 
 mod error;
@@ -341,7 +338,8 @@ impl Walk<'_> {
             };
             limits.check_header(&header, self.start, self.previous)?;
             let body = whole.get(RECORD_HEADER_BYTES..total).unwrap_or_default();
-            if checksum(header_bytes, crc::extend(0, body)) != header.crc {
+            let [checked @ .., _, _, _, _] = header_bytes;
+            if crc::of_record(checked, body) != header.crc {
                 return Err(ScanError::WrongChecksum { at: self.start });
             }
             let end = self.start.advance(whole.len() as u64);
@@ -407,13 +405,6 @@ impl Limits {
             _ => Ok(()),
         }
     }
-}
-
-/// The checksum of a record, from that of what follows its header.
-#[inline]
-fn checksum(header: &[u8; RECORD_HEADER_BYTES], of_body: u32) -> u32 {
-    let checked = header.first_chunk::<RECORD_HEADER_CHECKED_BYTES>();
-    checked.map_or(of_body, |checked| crc::extend(of_body, checked))
 }
 
 /// Number of zero bytes at the beginning.

@@ -8,7 +8,7 @@ use crate::wal::{
     contents::Contents,
     crc,
     record::{RECORD_HEADER_BYTES, RECORD_PREFIX_BYTES_MAX, Record, RecordHeader},
-    scanner::{Limits, Overwritten, ScanError, checksum},
+    scanner::{Limits, Overwritten, ScanError},
 };
 
 /// See the module.
@@ -103,7 +103,8 @@ impl Partial {
     /// The complete record, if its checksum is right.
     pub(super) fn verified(&self, end: Lsn, limits: Limits) -> Result<Record<'_>, ScanError> {
         let header = RecordHeader::decode(&self.header);
-        if checksum(&self.header, self.crc) != header.crc {
+        let [checked @ .., _, _, _, _] = &self.header;
+        if crc::extend(self.crc, checked) != header.crc {
             return Err(ScanError::WrongChecksum { at: self.start });
         }
         let body_bytes = (self.total as usize).saturating_sub(RECORD_HEADER_BYTES);
