@@ -8,7 +8,7 @@ use crate::wal::{
 };
 
 /// Scans arbitrary bytes, whole and in pieces whose size the first byte picks: both must end alike, at a place where a
-/// stream may be cut. Run by the fuzz target `scan`, and over its corpus by the tests.
+/// stream may be cut. Also run by `tests/scan_properties.rs`.
 pub fn fuzz_scan(bytes: &[u8]) {
     let Some((split, bytes)) = bytes.split_first() else { return };
     let segment_size = SegmentSize::DEFAULT;

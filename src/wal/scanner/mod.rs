@@ -18,8 +18,10 @@
 //!
 //! What nothing covers, and is therefore not proved: the bytes of a record that began before the first page scanned;
 //! the padding after a record (up to 7 bytes) and of page headers (4 bytes); `xlp_rem_len` of a page that continues
-//! nothing; the flag XLP_BKP_REMOVABLE; the timeline of a page between that of the page before and the stream's; and
-//! what the context leaves to be learnt.
+//! nothing; the flag XLP_BKP_REMOVABLE; the timeline of a page between that of the page before and the stream's; what
+//! the context leaves to be learnt; and the first record's link to the one before it where that one is not known: then
+//! a whole old record, in a recycled file, may pass as the first. A scan for the end of torn WAL should therefore
+//! start where the record before is known.
 
 use crate::wal::{
     Lsn, PAGE_BYTES, SegmentSize, SystemId, TimelineId, crc,
