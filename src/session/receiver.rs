@@ -78,6 +78,8 @@ pub enum SyncAbility {
 #[derive(Debug)]
 pub struct Receiver {
     settings: ReceiverSettings,
+    /// Where this session's stream begins.
+    start: Lsn,
     progress: Progress,
     stage: Stage,
     reading: Reading,
@@ -109,10 +111,11 @@ struct Pressed {
 }
 
 impl Receiver {
-    /// A session that begins now. Nothing is reported before [`Self::handle_overlap_proven`].
+    /// A session that begins now, with nothing received but what `progress` says. Nothing is reported before [`Self::handle_overlap_proven`].
     pub fn new(settings: ReceiverSettings, progress: Progress, now: Instant) -> Self {
         Self {
             settings,
+            start: progress.received,
             progress,
             stage: Stage::Comparing,
             reading: Reading::Open,
@@ -235,6 +238,7 @@ impl Receiver {
 
     fn report(&self, ask_for_reply: bool) -> Report {
         let (write, flush) = match self.stage {
+            Stage::Comparing if self.progress.received == self.start => (None, None),
             Stage::Comparing | Stage::VouchingForNothing { .. } => (Some(self.progress.received), None),
             Stage::Reporting { .. } => (Some(self.progress.written), Some(self.progress.flushed)),
         };
@@ -313,10 +317,11 @@ mod tests {
     fn nothing_is_vouched_for_before_the_overlap_was_compared() {
         let now = Instant::now();
         let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
-        assert_eq!(receiver.poll_output(now), sent(100, 0));
+        assert_eq!(receiver.poll_output(now), sent(0, 0));
+        receiver.handle_progress(progress(110, 100, 100));
         receiver.handle_keepalive(now, Some(lsn(500)), true);
         let later = now + UNCHANGED_REPLY_INTERVAL;
-        assert_eq!(receiver.poll_output(later), sent(100, 0));
+        assert_eq!(receiver.poll_output(later), sent(110, 0));
         receiver.handle_overlap_proven();
         assert_eq!(receiver.poll_output(later), sent(100, 100));
         assert_eq!(receiver.poll_output(later), None);

@@ -53,6 +53,8 @@ pub(crate) struct Streaming {
     /// A number for the block that `already_read` is in.
     pub(crate) block: BlockId,
     pub(crate) start: Lsn,
+    /// End of what is held already; up to here the stream is compared.
+    pub(crate) held_end: Lsn,
 }
 
 /// Tries the hosts in order until one has the session attributes that are asked for. `random` orders them where the
@@ -364,7 +366,10 @@ pub(crate) async fn start_streaming(
         kind: StreamKind::Physical { timeline: Some(plan.timeline) },
     });
     match connected.dialog.start_copy(&command).await {
-        Ok((socket, already_read)) => Ok(Streaming { socket, already_read, block, start }),
+        Ok((socket, already_read)) => {
+            let held_end = plan.held_end;
+            Ok(Streaming { socket, already_read, block, start, held_end })
+        }
         Err(StartCopyError::Refused(dialog, error)) => {
             dialog.terminate().await;
             Err(stream_refused(*error, plan.held_end))

@@ -92,7 +92,7 @@ impl<'a> WalReceiver<'a> {
             blocks: BlockReader::new(streaming.block),
             stream,
             unsent: BytesMut::new(),
-            held_end: progress.written,
+            held_end: streaming.held_end,
             no_room_since: None,
         }
     }

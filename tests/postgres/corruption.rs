@@ -171,7 +171,9 @@ fn a_spoiled_zero_tail_after_a_switch_is_noticed() {
 fn a_bit_that_rots_on_disk_is_not_served() {
     let Some(installation) = Installation::any() else { return };
     let primary = Settings::new().segment_size_mb(1).start(&installation);
-    let mut relay = Relay::new("relay", primary.port).with("store.tail_size", "\"4MB\"");
+    let mut relay = Relay::new("relay", primary.port)
+        .with("store.tail_size", "\"4MB\"")
+        .with("store.unwritten_size", "\"4MB\"");
     relay.start();
     write_wal(&primary, 20 * MB);
     let upto = primary.flushed();

@@ -17,7 +17,9 @@ fn filled() -> Option<(Postgres, Proxy, Relay)> {
     let installation = Installation::any()?;
     let primary = Settings::new().segment_size_mb(1).start(&installation);
     let proxy = Proxy::to(primary.port);
-    let mut relay = Relay::new("relay", proxy.port).with("store.tail_size", "\"4MB\"");
+    let mut relay = Relay::new("relay", proxy.port)
+        .with("store.tail_size", "\"4MB\"")
+        .with("store.unwritten_size", "\"4MB\"");
     relay.start();
     write_wal(&primary, 20 * MB);
     relay.wait_flushed(primary.flushed());

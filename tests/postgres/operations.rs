@@ -93,6 +93,7 @@ fn within_a_memory_limit_it_is_never_killed() {
         relay
             .with("store.tail_size", "\"32MB\"")
             .with("store.unwritten_size", "\"32MB\"")
+            .with("store.unwritten_size", "\"32MB\"")
             .with("store.wal_keep_size", "\"1GB\"")
     }) else {
         return;

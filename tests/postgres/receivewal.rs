@@ -65,6 +65,7 @@ fn one_that_comes_late_gets_everything_from_its_slot_on() {
     let primary = Settings::new().segment_size_mb(1).start(&installation);
     let mut relay = Relay::new("relay", primary.port)
         .with("store.tail_size", "\"4MB\"")
+        .with("store.unwritten_size", "\"4MB\"")
         .with("store.wal_keep_size", "\"2MB\"");
     relay.start();
     let mut client = crate::support::raw::RawClient::replication(relay.port).unwrap();

@@ -20,6 +20,7 @@ fn a_slot_passes_from_session_to_session_a_hundred_times() {
     client.rows("CREATE_REPLICATION_SLOT relayed PHYSICAL RESERVE_WAL").unwrap();
     let from = relay.oldest();
     for _ in 0..100 {
+        drop(client);
         client = wait_for("the slot", || {
             let mut client = RawClient::replication(relay.port).ok()?;
             let answer = client.start_replication(Some("relayed"), from, 1).ok()?;

@@ -109,7 +109,9 @@ fn a_synchronous_commit_returns_when_the_relay_has_it_and_not_before() {
 fn a_late_standby_is_served_from_the_files_and_a_live_one_from_memory() {
     let Some(installation) = Installation::any() else { return };
     let primary = Settings::new().segment_size_mb(1).start(&installation);
-    let relay = Relay::new("relay", primary.port).with("store.tail_size", "\"4MB\"");
+    let relay = Relay::new("relay", primary.port)
+        .with("store.tail_size", "\"4MB\"")
+        .with("store.unwritten_size", "\"4MB\"");
     let mut relay = relay;
     relay.start();
     let late = {

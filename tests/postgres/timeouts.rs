@@ -153,9 +153,12 @@ fn a_clients_request_for_a_reply_is_answered() {
 
 #[test]
 fn clients_that_never_read_cost_disk_and_no_memory_and_disturb_nobody() {
-    let Some((primary, _proxy, mut relay)) =
-        chain(|relay| relay.with("store.tail_size", "\"16MB\"").with("store.wal_keep_size", "\"4GB\""))
-    else {
+    let Some((primary, _proxy, mut relay)) = chain(|relay| {
+        relay
+            .with("store.tail_size", "\"16MB\"")
+            .with("store.unwritten_size", "\"16MB\"")
+            .with("store.wal_keep_size", "\"4GB\"")
+    }) else {
         return;
     };
     let standby = primary.standby("standby", relay.port, "");
