@@ -240,9 +240,16 @@ impl Receiver {
         let (write, flush) = match self.stage {
             Stage::Comparing if self.progress.received == self.start => (None, None),
             Stage::Comparing | Stage::VouchingForNothing { .. } => (Some(self.progress.received), None),
-            Stage::Reporting { .. } => (Some(self.progress.written), Some(self.progress.flushed)),
+            Stage::Reporting { .. } => {
+                (self.delivered(self.progress.written), self.delivered(self.progress.flushed))
+            }
         };
         Report { write, flush, ask_for_reply }
+    }
+
+    /// A position that this session has delivered something of; at its very start there is nothing to vouch for.
+    fn delivered(&self, position: Lsn) -> Option<Lsn> {
+        (position > self.start).then_some(position)
     }
 
     fn changes(&self, report: Report) -> bool {
@@ -302,8 +309,10 @@ mod tests {
         Progress { received: lsn(received), written: lsn(written), flushed: lsn(flushed) }
     }
 
+    /// A session that began at 50, and has compared what is held up to 100.
     fn reporting(now: Instant) -> Receiver {
-        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        let mut receiver = Receiver::new(SETTINGS, progress(50, 100, 100), now);
+        receiver.handle_progress(progress(100, 100, 100));
         receiver.handle_overlap_proven();
         while receiver.poll_output(now).is_some() {}
         receiver
@@ -316,7 +325,7 @@ mod tests {
     #[test]
     fn nothing_is_vouched_for_before_the_overlap_was_compared() {
         let now = Instant::now();
-        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        let mut receiver = Receiver::new(SETTINGS, progress(50, 100, 100), now);
         assert_eq!(receiver.poll_output(now), sent(0, 0));
         receiver.handle_progress(progress(110, 100, 100));
         receiver.handle_keepalive(now, Some(lsn(500)), true);
@@ -325,6 +334,18 @@ mod tests {
         receiver.handle_overlap_proven();
         assert_eq!(receiver.poll_output(later), sent(100, 100));
         assert_eq!(receiver.poll_output(later), None);
+    }
+
+    #[test]
+    fn a_store_that_holds_nothing_yet_vouches_for_nothing() {
+        let now = Instant::now();
+        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        receiver.handle_overlap_proven();
+        assert_eq!(receiver.poll_output(now), sent(0, 0));
+        receiver.handle_progress(progress(130, 120, 100));
+        assert_eq!(receiver.poll_output(now), sent(120, 0));
+        receiver.handle_progress(progress(130, 120, 120));
+        assert_eq!(receiver.poll_output(now), sent(120, 120));
     }
 
     #[test]
