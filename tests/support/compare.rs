@@ -38,36 +38,59 @@ pub(crate) fn same_wal(
     segment_bytes: u64,
     upto: u64,
 ) -> Result<u64, String> {
+    // A relay that runs may seal (rename) a segment, or remove the oldest, between our look at the names and the read.
+    for _ in 1..LOOKS_MAX {
+        if let Some(outcome) = compare_as_listed(folder, primary_wal, segment_bytes, upto) {
+            return outcome;
+        }
+    }
+    Err(format!("the names in {} change faster than they can be read", folder.display()))
+}
+
+/// `None` when a file that was listed has gone.
+fn compare_as_listed(
+    folder: &Path,
+    primary_wal: &Path,
+    segment_bytes: u64,
+    upto: u64,
+) -> Option<Result<u64, String>> {
     let held = wal_files(folder, segment_bytes, 1);
     let original = wal_files(primary_wal, segment_bytes, 1);
-    let Some(&first) = held.keys().next() else { return Err(format!("{} holds no WAL", folder.display())) };
+    let Some(&first) = held.keys().next() else {
+        return Some(Err(format!("{} holds no WAL", folder.display())));
+    };
     let mut start = first;
     while start < upto {
-        let file =
-            held.get(&start).ok_or_else(|| format!("the segment at {} is missing", lsn_text(start)))?;
+        let Some(file) = held.get(&start) else {
+            return Some(Err(format!("the segment at {} is missing", lsn_text(start))));
+        };
         let reference =
             original.get(&start).unwrap_or_else(|| panic!("the primary no longer has {}", lsn_text(start)));
         let wanted = usize::try_from(segment_bytes.min(upto - start)).unwrap();
-        let (ours, theirs) = (std::fs::read(file).unwrap(), std::fs::read(reference).unwrap());
+        let ours = match std::fs::read(file) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            content => content.unwrap(),
+        };
+        let theirs = std::fs::read(reference).unwrap();
         if ours.len() < wanted {
-            return Err(format!(
+            return Some(Err(format!(
                 "{} ends at {}, acknowledged was {}",
                 file.display(),
                 lsn_text(start + ours.len() as u64),
                 lsn_text(upto)
-            ));
+            )));
         }
         if let Some(at) = ours[..wanted].iter().zip(&theirs[..wanted]).position(|(a, b)| a != b) {
-            return Err(format!(
+            return Some(Err(format!(
                 "{} differs at {} (wanted up to {})",
                 file.display(),
                 lsn_text(start + at as u64),
                 lsn_text(upto)
-            ));
+            )));
         }
         start += segment_bytes;
     }
-    Ok(first)
+    Some(Ok(first))
 }
 
 /// As `same_wal`, and panics.
@@ -141,3 +164,6 @@ pub(crate) fn waldump(server: &Postgres, folder: &Path, from: u64, upto: u64) ->
         .args(["-p", folder.to_str().unwrap(), "-s", &lsn_text(from), "-e", &lsn_text(upto)])
         .run()
 }
+
+/// Looks at a folder whose names change.
+const LOOKS_MAX: u32 = 10;
