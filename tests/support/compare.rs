@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use super::lsn_text;
 use super::postgres::Postgres;
 use super::process::Program;
+use super::wait::wait_at_most;
 
 /// The WAL files of a folder, by start of the segment. Complete files win over partial ones of the same segment.
 pub(crate) fn wal_files(folder: &Path, segment_bytes: u64, timeline: u32) -> BTreeMap<u64, PathBuf> {
@@ -39,12 +40,9 @@ pub(crate) fn same_wal(
     upto: u64,
 ) -> Result<u64, String> {
     // A relay that runs may seal (rename) a segment, or remove the oldest, between our look at the names and the read.
-    for _ in 1..LOOKS_MAX {
-        if let Some(outcome) = compare_as_listed(folder, primary_wal, segment_bytes, upto) {
-            return outcome;
-        }
-    }
-    Err(format!("the names in {} change faster than they can be read", folder.display()))
+    let patience = std::time::Duration::from_secs(10);
+    wait_at_most(patience, || compare_as_listed(folder, primary_wal, segment_bytes, upto))
+        .unwrap_or_else(|| Err(format!("files in {} are named but not there", folder.display())))
 }
 
 /// `None` when a file that was listed has gone.
@@ -164,6 +162,3 @@ pub(crate) fn waldump(server: &Postgres, folder: &Path, from: u64, upto: u64) ->
         .args(["-p", folder.to_str().unwrap(), "-s", &lsn_text(from), "-e", &lsn_text(upto)])
         .run()
 }
-
-/// Looks at a folder whose names change.
-const LOOKS_MAX: u32 = 10;
