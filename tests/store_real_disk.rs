@@ -341,3 +341,78 @@ fn histories_and_facts_are_durable_and_a_history_never_changes() {
     assert_eq!(again.store.history(two).unwrap().unwrap(), b"1\t0/100\treason\n");
     assert_eq!(again.store.facts(), Some(facts));
 }
+
+#[test]
+fn bytes_in_the_hands_of_a_reader_do_not_change_when_their_segment_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = some_wal(14 << 20);
+    let mut opened = open_with(StoreSettings { wal_keep_size: 1 << 20, ..settings(dir.path()) }).unwrap();
+    opened.writer.initialize(identity(&wal), TimelineId::FIRST, wal.start()).unwrap();
+    opened.store.slots().create("reader", SlotKind::Permanent, Some(wal.start())).unwrap();
+    deliver(&mut opened, &wal);
+    opened.watch.wait_until("all", |now| now.flushed == wal.end());
+    let mut reader = opened.store.reader(TimelineId::FIRST);
+    let mut held = Vec::new();
+    for segment in 0..3 {
+        let start = wal.start().advance(segment << 20);
+        let range = LsnRange::new(start, start.advance(100_000)).unwrap();
+        held.push(loop {
+            match reader.read(range).unwrap() {
+                Read::Ready(parts) => break (range, parts),
+                Read::Cold(cold) => cold.load().unwrap(),
+            }
+        });
+    }
+    drop(reader);
+    opened.store.slots().drop_slot("reader", 1).unwrap();
+    let mut longer = wal.clone();
+    while longer.end().bytes_since(wal.end()) < 6 << 20 {
+        longer.noise(90_000);
+    }
+    deliver(&mut opened, &longer);
+    opened.watch.wait_until("the rest", |now| now.flushed == longer.end());
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while opened.store.oldest() < Some(wal.start().advance(10 << 20)) {
+        assert!(Instant::now() < deadline, "the segments do not go: {:?}", opened.store.oldest());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    for (range, parts) in held {
+        assert_eq!(parts.concat(), wal.slice(range.start(), range.end()), "{range:?}");
+    }
+}
+
+#[test]
+fn at_a_segment_boundary_the_first_record_proves_that_it_continues_ours() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut wal = some_wal(1 << 19);
+    wal.noise_up_to(wal.start().advance(1 << 20));
+    let mut opened = fresh(dir.path(), &wal);
+    deliver(&mut opened, &wal);
+    opened.watch.wait_until("all", |now| now.flushed == wal.end());
+    let plan = opened.writer.plan().unwrap();
+    assert_eq!((plan.held_end, plan.fallback), (wal.end(), Some(wal.end())));
+    assert!(plan.start < wal.end() && plan.start >= wal.start());
+
+    let mut other = WalBuilder::new(
+        wal.context().format.unwrap_or(walrelay::wal::WalFormat::V15),
+        wal.context().system_id.unwrap(),
+        wal.context().segment_size,
+        TimelineId::FIRST,
+        wal.end(),
+    )
+    .after(Lsn::new(wal.end().get() - 4096).unwrap());
+    other.noise(500);
+    opened.writer.begin(wal.end()).unwrap();
+    assert!(!opened.writer.is_overlap_proven());
+    let bytes = Bytes::copy_from_slice(other.bytes());
+    let error = opened.writer.append(wal.end(), bytes, BlockId(1)).unwrap_err();
+    assert!(matches!(error, AppendError::Corrupt(_)), "{error}");
+    assert!(!opened.writer.is_overlap_proven());
+
+    let boundary = wal.end();
+    wal.noise(500);
+    opened.writer.begin(boundary).unwrap();
+    let bytes = Bytes::copy_from_slice(wal.slice(boundary, wal.end()));
+    opened.writer.append(boundary, bytes, BlockId(2)).unwrap();
+    assert!(opened.writer.is_overlap_proven());
+}

@@ -27,8 +27,8 @@ pub trait Disk: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a name.
     fn unlink(&self, path: &Path) -> io::Result<()>;
-    /// Makes the names in a directory durable.
-    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+    /// Opens a directory, to sync it; needs no descriptor later.
+    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>>;
     /// The ordinary files in a directory; in no order.
     fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>>;
     /// Takes the lock file at `path` for this process and writes `content` into it. [`io::ErrorKind::WouldBlock`] when
@@ -50,6 +50,12 @@ pub trait DiskFile: Send + Sync {
     fn sync(&self) -> io::Result<()>;
     /// The length of the file.
     fn bytes(&self) -> io::Result<u64>;
+}
+
+/// An open directory.
+pub trait Directory: Send + Sync {
+    /// Makes the names in it durable, as `fsync`.
+    fn sync(&self) -> io::Result<()>;
 }
 
 /// A file mapped for reading. Bytes that are still to be written must not be asked for.
@@ -117,8 +123,8 @@ impl Disk for RealDisk {
         fs::remove_file(path)
     }
 
-    fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>> {
+        Ok(Arc::new(RealDirectory(File::open(path)?)))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
@@ -166,6 +172,14 @@ impl Disk for RealDisk {
     fn free_bytes(&self, path: &Path) -> io::Result<u64> {
         let figures = rustix::fs::statvfs(path)?;
         Ok(figures.f_bavail.saturating_mul(figures.f_frsize))
+    }
+}
+
+struct RealDirectory(File);
+
+impl Directory for RealDirectory {
+    fn sync(&self) -> io::Result<()> {
+        self.0.sync_all()
     }
 }
 
@@ -277,10 +291,14 @@ impl RealMapping {
     }
 }
 
-/// Whether the error says that space could not be allocated.
-pub(super) fn is_no_space(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT))
-        || matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+/// Whether the error says that space, or a descriptor, could not be had: nothing was changed, and it may pass.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE))
+}
+
+/// Makes the names in a directory durable.
+pub(super) fn sync_dir(disk: &dyn Disk, path: &Path) -> io::Result<()> {
+    disk.open_dir(path)?.sync()
 }
 
 /// Writes all of `bytes` at `offset`.
@@ -340,8 +358,8 @@ pub(super) fn replace_durably(disk: &dyn Disk, dir: &Path, name: &str, content: 
         return Err(error);
     }
     disk.rename(&temporary, &dir.join(name))?;
-    // From here on both contents are possible: an error is not "no space", which would mean the old one.
-    disk.sync_dir(dir).map_err(|error| if is_no_space(&error) { io::Error::other(error) } else { error })
+    // From here on both contents are possible: an error is not a shortage, which would mean the old one.
+    sync_dir(disk, dir).map_err(|error| if is_shortage(&error) { io::Error::other(error) } else { error })
 }
 
 /// Suffix of files that are being prepared; found at start they are removed.

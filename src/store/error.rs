@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::store::disk::is_no_space;
+use crate::store::disk::is_shortage;
 use crate::wal::scanner::ScanError;
 use crate::wal::{Lsn, SegmentName, SystemId, TimelineId};
 
@@ -94,9 +94,9 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the cause is that space could not be allocated, which may pass.
+    /// Whether the cause is that space (or a descriptor) could not be had, which may pass; nothing was changed.
     pub fn is_no_space(&self) -> bool {
-        matches!(self, Self::Io { source, .. } if is_no_space(source))
+        matches!(self, Self::Io { source, .. } if is_shortage(source))
     }
 
     pub(super) fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
@@ -161,7 +161,7 @@ pub enum ReadError {
 pub enum Condition {
     /// It can.
     Healthy,
-    /// Space could not be allocated. Nothing more is written until it can; heals by itself.
+    /// Space, or a descriptor, could not be had. Nothing more is written until it can; heals by itself.
     NoSpace {
         /// The file that needs it.
         file: String,

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use bytes::Buf;
 
-use crate::store::disk::{OpenMode, SLICES_MAX, is_no_space};
+use crate::store::disk::{SLICES_MAX, is_shortage};
+use crate::store::error::StoreError;
 use crate::store::partials::PartialSegment;
 use crate::store::queue::{Batch, SyncJob};
 use crate::store::shared::Shared;
@@ -110,7 +111,7 @@ fn write_batch(shared: &Shared, batch: &mut Batch, size: SegmentSize) -> Result<
             }
             Ok(written) => written,
             // A file system that does not write in place, as most do.
-            Err(error) if is_no_space(&error) => {
+            Err(error) if is_shortage(&error) => {
                 shared.health.no_space(&path(), &error);
                 return Err(Obstacle::NoSpace);
             }
@@ -173,32 +174,24 @@ fn open_segment(
         Some(spare) => spare,
         None => shared.pool.make(disk, layout, size).map_err(|error| obstacle(shared, error))?,
     };
-    let path = layout.wal(&spare);
-    let opened =
-        disk.open(&path, OpenMode::Write).and_then(|file| disk.rename(&path, &target).map(|()| file));
-    let file = match opened {
-        Ok(file) => file,
-        Err(error) => {
-            if is_no_space(&error) {
-                shared.pool.put(spare);
-            }
-            let source = error;
-            let error = crate::store::error::StoreError::Io { operation: "rename", path, source };
-            return Err(obstacle(shared, error));
+    let path = layout.wal(&spare.name);
+    if let Err(source) = disk.rename(&path, &target) {
+        if is_shortage(&source) {
+            shared.pool.put(spare);
         }
-    };
+        return Err(obstacle(shared, StoreError::Io { operation: "rename", path, source }));
+    }
     // Before anything in it is published.
     shared.unsynced.job.lock().has_new_names = true;
-    let segment = Arc::new(PartialSegment::empty(file));
+    let segment = Arc::new(PartialSegment::empty(spare.file));
     shared.partials.lock().insert(number, segment.clone());
     shared.keeper.notify();
     Ok(segment)
 }
 
-fn obstacle(shared: &Shared, error: crate::store::error::StoreError) -> Obstacle {
-    use crate::store::error::StoreError;
+fn obstacle(shared: &Shared, error: StoreError) -> Obstacle {
     match error {
-        StoreError::Io { path, source, .. } if is_no_space(&source) => {
+        StoreError::Io { path, source, .. } if is_shortage(&source) => {
             shared.health.no_space(&path, &source);
             Obstacle::NoSpace
         }
@@ -235,12 +228,18 @@ impl Syncer {
         let shared = &self.shared;
         let Ok(size) = shared.segment_size() else { return Step::Idle };
         for (number, segment) in &job.files {
-            if let Err(error) = segment.file.sync() {
+            let result = segment.file.sync();
+            #[cfg(test)]
+            let result = match shared.mutant {
+                crate::store::simulation::Mutant::RetrySync => result.or_else(|_| segment.file.sync()),
+                _ => result,
+            };
+            if let Err(error) = result {
                 shared.health.fail("sync", &partial_path(shared, *number, size), &error);
                 return Step::Stop;
             }
         }
-        if job.has_new_names && shared.sync_dir(&shared.layout.wal_dir).is_err() {
+        if job.has_new_names && shared.sync_wal_dir().is_err() {
             return Step::Stop;
         }
         if let Some(written) = job.written {

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::store::disk::is_shortage;
 use crate::store::error::{Condition, StoreError};
 use crate::store::positions::Positions;
 use crate::wal::SegmentName;
@@ -89,7 +90,7 @@ impl Health {
     /// leaves nobody knows what.
     pub(super) fn judge(&self, error: StoreError) -> StoreError {
         match error {
-            StoreError::Io { operation, path, source } if !crate::store::disk::is_no_space(&source) => {
+            StoreError::Io { operation, path, source } if !is_shortage(&source) => {
                 self.fail(operation, &path, &source)
             }
             other => other,

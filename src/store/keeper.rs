@@ -17,6 +17,8 @@ use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
 pub(super) struct Keeper {
     shared: Arc<Shared>,
     has_reserve: bool,
+    /// Nothing is prepared any more.
+    is_stopping: bool,
     /// The newest segment's place was taken from the oldest: the next one's will be, too, so none is made.
     is_recycling: bool,
 }
@@ -26,7 +28,12 @@ const INDEX_STALE_ENTRIES_MAX: u64 = 256;
 
 impl Keeper {
     pub(super) fn new(shared: Arc<Shared>, has_reserve: bool) -> Self {
-        Self { shared, has_reserve, is_recycling: false }
+        Self { shared, has_reserve, is_stopping: false, is_recycling: false }
+    }
+
+    /// Only what must be done before the end is done from here on.
+    pub(super) fn stop_preparing(&mut self) {
+        self.is_stopping = true;
     }
 
     /// Does one thing that is due.
@@ -54,17 +61,22 @@ impl Keeper {
         }
         self.shared.slots.save_if_due(now, size)?;
         removed?;
-        Ok(self.compact_index(size)? || self.prepare(size)?)
+        Ok(!self.is_stopping && (self.compact_index(size)? || self.prepare(size)?))
     }
 
     /// Completes the oldest segment that is durable to its end.
     fn seal_next(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
         let shared = &self.shared;
         let positions = shared.positions()?;
+        let durable = positions.flushed;
+        #[cfg(test)]
+        let durable = match shared.mutant {
+            crate::store::simulation::Mutant::SealEarly => positions.written,
+            _ => durable,
+        };
         let oldest =
             shared.partials.lock().first_key_value().map(|(number, segment)| (*number, segment.clone()));
-        let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= positions.flushed)
-        else {
+        let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= durable) else {
             return Ok(false);
         };
         let name = SegmentName { timeline: positions.timeline, number };
@@ -76,7 +88,7 @@ impl Keeper {
             .rename(&partial, &complete)
             .map_err(StoreError::io("rename", &partial))
             .map_err(|error| shared.health.judge(error))?;
-        shared.sync_dir(&shared.layout.wal_dir)?;
+        shared.sync_wal_dir()?;
         // Into the catalog first: a reader finds it in one place or the other.
         shared.catalog.lock().sealed(name, crc);
         shared.partials.lock().remove(&number);
@@ -128,9 +140,9 @@ impl Keeper {
         }
         // Before the next, so that what is left has no hole; before the file is written to, so that nobody finds new
         // bytes under the old name.
-        shared.sync_dir(&shared.layout.wal_dir)?;
-        if let Some(spare) = spare {
-            shared.pool.put(spare);
+        shared.sync_wal_dir()?;
+        if let Some(name) = spare {
+            shared.pool.found(&*shared.disk, &shared.layout, &name)?;
             self.is_recycling = true;
         }
         Ok(true)
@@ -156,7 +168,7 @@ impl Keeper {
         let judge = |error| shared.health.judge(error);
         if !self.has_reserve {
             Pool::make_reserve(disk, layout, size).map_err(judge)?;
-            shared.sync_dir(&layout.wal_dir)?;
+            shared.sync_wal_dir()?;
             self.has_reserve = true;
             return Ok(true);
         }
@@ -174,6 +186,10 @@ impl Keeper {
 /// From where on WAL is needed by somebody.
 fn horizon(shared: &Shared, flushed: Lsn) -> Lsn {
     let kept = Lsn::new(flushed.get().saturating_sub(shared.settings.wal_keep_size)).unwrap_or(Lsn::MIN);
+    #[cfg(test)]
+    if shared.mutant == crate::store::simulation::Mutant::IgnoreSlots {
+        return kept;
+    }
     shared.slots.oldest_needed().map_or(kept, |needed| needed.min(kept))
 }
 

@@ -1,6 +1,82 @@
 //! The store: WAL on disk.
 //!
-//! (long documentation follows with the simulation)
+//! People trust their only copy of the last second of their data to this folder. It writes what the upstream sends, says
+//! how far it is durable, and gives it back. It knows records only as something that verifies; it knows no sockets and no
+//! protocol. Time comes in as an argument, the disk as [`Disk`], so that a simulation can drive the very code that runs
+//! in production through every crash it can think of (`simulation/`).
+//!
+//! # On disk
+//!
+//! ```text
+//! data_dir/                      0700; files 0600
+//!   walrelay.lock                held by the process that has the directory
+//!   walrelay.control             whose WAL: system identifier, segment size, timeline, where it begins, what the
+//!                                upstream is; a state file (see `state`)
+//!   walrelay.slots               permanent replication slots; a state file
+//!   walrelay.segments            checksum of every complete segment (see `index`)
+//!   wal/
+//!     000000010000000000000007            a complete segment, exactly as the primary has it
+//!     000000010000000000000008.partial    being written; there can be several
+//!     00000002.history                    a history file, exactly as the primary has it
+//!     walrelay.spare.0000000000000003     of segment size, holds nothing: becomes a segment
+//!     walrelay.reserve                    the same, for recovery alone
+//!     *.detached                          set aside by recovery, for a person to look at
+//!   *.tmp                        being prepared
+//! ```
+//!
+//! A complete segment never changes. A `.partial` has valid WAL up to some position, and behind it anything. Files are
+//! never truncated: they may be mapped.
+//!
+//! # Threads
+//!
+//! ```text
+//!  upstream task          "wal writer"             "wal sync"             "segment keeper"
+//!  WalWriter::append  ──▶ flush::Writer        ──▶ flush::Syncer      ──▶ keeper::Keeper
+//!  compare, verify,       pwritev straight from     fdatasync, and         index entry, final name, directory sync;
+//!  tail                   the received bytes        fsync of wal/          slots, old segments, spares
+//!  publishes verified     publishes written         publishes flushed      publishes sealed
+//! ```
+//!
+//! While one batch is synced, the next is written. The keeper is behind everything: nothing waits for it, but for the
+//! spare that a new segment is made of.
+//!
+//! # What is promised
+//!
+//! *flushed* is the end of WAL that was verified, written, and synced by this process, its file's name included; or that
+//! recovery has written anew and synced. After a failed sync or write nobody knows what the disk holds: the condition is
+//! `Failed`, nothing moves any more, and the process ends, for a restart into recovery. Space that cannot be had is
+//! waited for, with the bytes in hand: nothing is lost by it.
+//!
+//! # What a crash leaves
+//!
+//! K: the process is killed, the page cache stays. P: the power fails, and of what was not synced any part may be there,
+//! sectors torn, names old or new. `simulation::exhaustive` ends a life at every single change to the disk, both ways.
+//!
+//! | When | What is left | What recovery does |
+//! | --- | --- | --- |
+//! | first start, before the control file has its name | an index, a `.tmp`; no control file | a fresh directory: nothing was claimed |
+//! | while a state file is replaced | the old one or the new one, perhaps a `.tmp` | takes it; removes the `.tmp` |
+//! | while a spare or the reserve is made | a file that is too short, or a `.tmp` | removes it |
+//! | spare renamed to `.partial`, `wal/` not synced | P: the spare's old name, or the new one; the content may be there under either | nothing in it was claimed; a spare is a spare |
+//! | batch written, not synced | K: in the page cache only. P: any of its sectors | walks the records to the last that verifies, copies that much to a new file, syncs, renames, syncs `wal/`; only then are positions reported |
+//! | synced, not yet reported | all of it | as above: reports it now |
+//! | sync failed | K: the page cache shows what the disk may not have, and another sync would not say so. P: part of it | as above: only what is written anew counts |
+//! | a record goes on over several segments | several `.partial`; P: perhaps not all their names | those with valid WAL are copied; those behind its end become spares |
+//! | complete to its end, not sealed | a `.partial` full of valid WAL | copies it like any other; the keeper seals it |
+//! | index entry written, not synced or torn | an entry that does not verify, or none | the segment is still `.partial`; the entry is written again |
+//! | index entry synced, segment not renamed | an entry for a `.partial` | as complete to its end |
+//! | renamed to its final name, `wal/` not synced | P: either name | as above, or complete; `wal/` is synced before positions are reported |
+//! | old segment renamed to a spare, `wal/` not synced | P: either name, the content whole | it is the oldest: still held, or a spare. It is not written to before `wal/` is synced |
+//! | old segment removed, `wal/` not synced | P: it is there again | still held; removed again |
+//! | index rewritten | the old one or the new one | entries without a file mean nothing; a file without an entry is verified and entered |
+//! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
+//! | during recovery | as before, the reserve perhaps used up or holding anything | begins again; what it reads is never what it writes to |
+//! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
+//!
+//! What no crash leaves is not repaired in silence: a hole among complete segments, a `.partial` beside its complete
+//! segment, a newest segment with another checksum. The pieces that cannot be served are set aside under another name,
+//! [`Store::recovery_notes`] says so, and the upstream is asked again for what follows the last position that is proved.
+//! An older segment with another checksum is found when it is read: it is not served ([`ReadError::Suspect`]).
 
 use std::any::Any;
 use std::path::PathBuf;
@@ -24,6 +100,7 @@ mod positions;
 mod queue;
 mod reader;
 mod recovery;
+mod rewrite;
 mod shared;
 #[cfg(test)]
 mod simulation;
@@ -131,16 +208,16 @@ impl Store {
     pub fn remember_facts(&self, facts: ServerFacts) -> Result<(), StoreError> {
         self.shared.health.check()?;
         let Shared { disk, layout, .. } = &*self.shared;
-        let mut current = self.shared.control.lock();
-        let control = current.as_mut().ok_or(StoreError::NotInitialized)?;
+        // Others may look at what is remembered while it is written.
+        let _file = self.shared.control_file.lock();
+        let mut control = self.shared.control.lock().clone().ok_or(StoreError::NotInitialized)?;
         if control.facts.as_ref() == Some(&facts) {
             return Ok(());
         }
         control.check_owner(&**disk, layout)?;
-        let mut changed = control.clone();
-        changed.facts = Some(facts);
-        changed.write(&**disk, layout).map_err(|error| self.shared.health.judge(error))?;
-        *control = changed;
+        control.facts = Some(facts);
+        control.write(&**disk, layout).map_err(|error| self.shared.health.judge(error))?;
+        *self.shared.control.lock() = Some(control);
         Ok(())
     }
 
@@ -187,6 +264,11 @@ impl Store {
     /// Bytes received and not yet written.
     pub fn unwritten_bytes(&self) -> u64 {
         self.shared.queue.unwritten_bytes()
+    }
+
+    /// Bytes that can still be allocated on the disk. Blocks.
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.shared.disk.free_bytes(&self.shared.layout.wal_dir).ok()
     }
 
     /// Finishes writes and syncs, and stops the threads. Blocks. What is held can still be read.

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use crate::store::StoreSettings;
 use crate::store::catalog::Catalog;
 use crate::store::control::{Control, Layout, unique_name};
-use crate::store::disk::Disk;
+use crate::store::disk::{Disk, sync_dir};
 use crate::store::error::StoreError;
 use crate::store::health::{Health, Observer};
 use crate::store::inventory::{has_wal, remove_temporaries};
@@ -61,7 +61,7 @@ pub(super) fn open(
     let control = take_over(&*disk, &layout)?;
     remove_temporaries(&*disk, &layout)?;
     let pool = Pool::default();
-    let recovered = match &control {
+    let recovered = match control {
         Some(control) => {
             let spares = settings.spare_segments as usize;
             #[allow(unused_mut, reason = "changed in tests")]
@@ -75,12 +75,13 @@ pub(super) fn open(
         None => None,
     };
     // Names that came into being before an earlier process ended are durable from here on.
-    disk.sync_dir(&layout.data_dir).map_err(StoreError::io("sync directory", &layout.data_dir))?;
+    sync_dir(&*disk, &layout.data_dir).map_err(StoreError::io("sync directory", &layout.data_dir))?;
     let health = Arc::new(Health::new(observer));
     let slots =
         SlotTable::open(disk.clone(), layout.clone(), health.clone(), settings.max_replication_slots)?;
+    let wal_dir = disk.open_dir(&layout.wal_dir).map_err(StoreError::io("open", &layout.wal_dir))?;
     let identity = OnceLock::new();
-    if let Some(control) = &control {
+    if let Some(Recovered { control, .. }) = &recovered {
         let _ = identity.set(control.identity(&layout)?);
     }
     let shared = Shared {
@@ -90,7 +91,9 @@ pub(super) fn open(
         settings,
         health,
         identity,
-        control: Mutex::new(control),
+        control: Mutex::new(None),
+        control_file: Mutex::new(()),
+        wal_dir,
         positions: Mutex::new(None),
         queue: WriteQueue::new(),
         unsynced: Unsynced::default(),
@@ -121,6 +124,7 @@ fn assemble(shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Se
     };
     shared.tail.lock().begin(recovered.positions.verified);
     *shared.positions.lock() = Some(recovered.positions);
+    *shared.control.lock() = Some(recovered.control);
     *shared.partials.lock() = recovered.partials;
     *shared.catalog.lock() = recovered.catalog;
     *shared.index.lock() = Some(recovered.index);

@@ -86,8 +86,8 @@ pub(super) fn crc_of_file(file: &dyn DiskFile, bytes: u64) -> io::Result<u32> {
     Ok(hasher.finalize())
 }
 
-/// Bytes read from a segment at a time.
-pub(super) const READ_BYTES: usize = 1 << 20;
+/// Bytes read from a segment at a time; divides every segment size.
+pub(super) const READ_BYTES: usize = 256 << 10;
 
 /// The segments that are being written, by number.
 pub(super) type Partials = Mutex<BTreeMap<SegmentNo, Arc<PartialSegment>>>;

@@ -6,19 +6,26 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use crate::store::control::{Layout, RESERVE_NAME, SPARE_PREFIX};
-use crate::store::disk::{Disk, OpenMode, TEMPORARY_SUFFIX, write_all_at};
+use crate::store::disk::{Disk, DiskFile, OpenMode, TEMPORARY_SUFFIX, write_all_at};
 use crate::store::error::StoreError;
 use crate::wal::SegmentSize;
 
 #[derive(Default)]
 pub(super) struct Pool {
-    ready: Mutex<Vec<String>>,
+    ready: Mutex<Vec<Spare>>,
     next: AtomicU64,
+}
+
+/// A spare file; open, so that using it needs no descriptor.
+pub(super) struct Spare {
+    pub name: String,
+    pub file: Arc<dyn DiskFile>,
 }
 
 impl Pool {
@@ -27,20 +34,31 @@ impl Pool {
         format!("{SPARE_PREFIX}{:016x}", self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Takes in a spare that was found.
-    pub(super) fn found(&self, name: &str) {
+    /// Takes in a file that has a spare's name.
+    pub(super) fn found(&self, disk: &dyn Disk, layout: &Layout, name: &str) -> Result<(), StoreError> {
         let number = name.strip_prefix(SPARE_PREFIX).and_then(|digits| u64::from_str_radix(digits, 16).ok());
         if let Some(number) = number {
             self.next.fetch_max(number.saturating_add(1), Ordering::Relaxed);
-            self.put(name.to_owned());
+        }
+        let path = layout.wal(name);
+        match disk.open(&path, OpenMode::Write) {
+            Ok(file) => {
+                self.put(Spare { name: name.to_owned(), file });
+                Ok(())
+            }
+            Err(error) => {
+                // It would lie there unused.
+                let _ = disk.unlink(&path);
+                Err(StoreError::io("open", &path)(error))
+            }
         }
     }
 
-    pub(super) fn put(&self, name: String) {
-        self.ready.lock().push(name);
+    pub(super) fn put(&self, spare: Spare) {
+        self.ready.lock().push(spare);
     }
 
-    pub(super) fn take(&self) -> Option<String> {
+    pub(super) fn take(&self) -> Option<Spare> {
         self.ready.lock().pop()
     }
 
@@ -54,10 +72,10 @@ impl Pool {
         disk: &dyn Disk,
         layout: &Layout,
         size: SegmentSize,
-    ) -> Result<String, StoreError> {
+    ) -> Result<Spare, StoreError> {
         let name = self.new_name();
-        make_file(disk, &layout.wal(&name), size)?;
-        Ok(name)
+        let file = make_file(disk, &layout.wal(&name), size)?;
+        Ok(Spare { name, file })
     }
 
     /// Makes the reserve.
@@ -73,14 +91,15 @@ impl Pool {
 }
 
 /// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not.
-fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<(), StoreError> {
+fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<Arc<dyn DiskFile>, StoreError> {
     let fill = || {
         let file = disk.open(path, OpenMode::CreateNew)?;
         let zeros = vec![0; ZERO_BYTES];
         for at in (0..size.bytes()).step_by(ZERO_BYTES) {
             write_all_at(&*file, &zeros, at)?;
         }
-        file.sync()
+        file.sync()?;
+        Ok(file)
     };
     fill().map_err(|error: io::Error| {
         // Half a spare is of no use, and others may need the space.

@@ -7,16 +7,16 @@
 //! operation ends recovery; it can be run again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::store::catalog::{Catalog, CompleteSegment};
 use crate::store::control::{Control, Layout, RESERVE_NAME};
-use crate::store::disk::{Disk, DiskFile, OpenMode, TEMPORARY_SUFFIX, read_full_at, write_all_at};
+use crate::store::disk::{Disk, OpenMode};
 use crate::store::error::StoreError;
 use crate::store::index::Index;
 use crate::store::inventory::Inventory;
-use crate::store::partials::{PartialSegment, READ_BYTES, crc_of_file};
+use crate::store::partials::{PartialSegment, crc_of_file};
 use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::walk::{Walk, Walked};
@@ -27,25 +27,28 @@ use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
 pub(super) struct Recovery<'a> {
     pub disk: &'a dyn Disk,
     pub layout: &'a Layout,
-    pub control: &'a Control,
+    control: Control,
     pub size: SegmentSize,
     pub pool: &'a Pool,
     pub spares_max: usize,
-    complete: BTreeMap<SegmentNo, u64>,
-    partial: BTreeMap<SegmentNo, u64>,
+    pub complete: BTreeMap<SegmentNo, u64>,
+    pub partial: BTreeMap<SegmentNo, u64>,
+    /// Where what is held begins, whatever becomes of the first segments.
+    pub begin: SegmentNo,
     index: BTreeMap<SegmentName, u32>,
     /// Complete segments of other timelines.
     others: BTreeSet<SegmentName>,
-    has_reserve: bool,
-    names: BTreeSet<String>,
+    pub has_reserve: bool,
+    pub names: BTreeSet<String>,
     damaged: Vec<(SegmentName, String)>,
-    notes: Vec<String>,
+    pub notes: Vec<String>,
     #[cfg(test)]
     pub mutant: crate::store::simulation::Mutant,
 }
 
 /// A store that can be trusted.
 pub(super) struct Recovered {
+    pub control: Control,
     pub positions: Positions,
     pub scanner: Scanner,
     pub catalog: Catalog,
@@ -62,7 +65,7 @@ impl<'a> Recovery<'a> {
     pub(super) fn new(
         disk: &'a dyn Disk,
         layout: &'a Layout,
-        control: &'a Control,
+        control: Control,
         pool: &'a Pool,
         spares_max: usize,
     ) -> Result<Self, StoreError> {
@@ -71,22 +74,19 @@ impl<'a> Recovery<'a> {
         let names = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
         let (complete, partial) =
             (inventory.complete_of(control.timeline), inventory.partial_of(control.timeline));
+        let others = inventory.complete.keys().filter(|name| name.timeline != control.timeline);
         let mut recovery = Self {
             disk,
             layout,
-            control,
             size,
             pool,
             spares_max,
             complete,
             partial,
             index: Index::read(disk, &layout.data_dir, size)?,
-            others: inventory
-                .complete
-                .keys()
-                .filter(|name| name.timeline != control.timeline)
-                .copied()
-                .collect(),
+            begin: SegmentNo::holding(control.start, size),
+            others: others.copied().collect(),
+            control,
             has_reserve: inventory.reserve == Some(size.bytes()),
             names: names.into_iter().map(|entry| entry.name).collect(),
             damaged: Vec::new(),
@@ -111,9 +111,11 @@ impl<'a> Recovery<'a> {
         self.sync_dir()?;
         let walked = if is_cut || !partials.is_empty() { self.walk_again(end, walked)? } else { walked };
         let (complete, index) = self.settle_index()?;
+        let timeline = self.control.timeline;
         let sealed = self.complete.last_key_value().map(|(number, _)| number.end(self.size));
         Ok(Recovered {
-            positions: Positions::at(self.control.timeline, end, sealed),
+            control: self.control,
+            positions: Positions::at(timeline, end, sealed),
             scanner: walked.scanner,
             catalog: Catalog::new(complete, walked.start.start(self.size)),
             partials,
@@ -131,7 +133,7 @@ impl<'a> Recovery<'a> {
     ) -> Result<(), StoreError> {
         for (name, bytes) in spares {
             if *bytes == self.size.bytes() && self.pool.count() < self.spares_max {
-                self.pool.found(name);
+                self.pool.found(self.disk, self.layout, name)?;
             } else {
                 self.unlink(&self.layout.wal(name))?;
             }
@@ -204,6 +206,7 @@ impl<'a> Recovery<'a> {
         while let Some(before) = first.previous().filter(|before| self.complete.contains_key(before)) {
             first = before;
         }
+        self.begin = first;
         let detached: Vec<_> = self.complete.range(..first).map(|(number, _)| *number).collect();
         for number in detached {
             self.set_aside(
@@ -242,6 +245,7 @@ impl<'a> Recovery<'a> {
     /// A complete segment at the end is damaged. What follows it cannot be claimed either, because a claim covers all
     /// that is before it; the upstream is asked again for what it still has.
     fn set_aside_from(&mut self, first: SegmentNo, fault: &str) -> Result<(), StoreError> {
+        self.pin_begin()?;
         let after = "a segment before it is damaged";
         for number in self.partial.range(first..).map(|(number, _)| *number).rev().collect::<Vec<_>>() {
             self.set_aside(&self.walk().partial_path(number), after)?;
@@ -253,6 +257,16 @@ impl<'a> Recovery<'a> {
             self.complete.remove(&number);
         }
         self.damaged.push((self.walk().name(first), fault.to_owned()));
+        Ok(())
+    }
+
+    /// Without complete segments only the control file tells where the store begins.
+    fn pin_begin(&mut self) -> Result<(), StoreError> {
+        let start = self.begin.start(self.size).unwrap_or(self.control.start);
+        if start > self.control.start {
+            self.control.start = start;
+            self.control.write(self.disk, self.layout)?;
+        }
         Ok(())
     }
 
@@ -269,6 +283,9 @@ impl<'a> Recovery<'a> {
     fn reopen_complete(&mut self, end: Lsn) -> Result<bool, StoreError> {
         let beyond: Vec<_> =
             self.complete.keys().filter(|number| number.end(self.size) > end).copied().collect();
+        if !beyond.is_empty() {
+            self.pin_begin()?;
+        }
         for number in beyond.iter().rev() {
             let walk = self.walk();
             let (complete, partial) = (walk.complete_path(*number), walk.partial_path(*number));
@@ -281,99 +298,6 @@ impl<'a> Recovery<'a> {
             self.complete.remove(number);
         }
         Ok(!beyond.is_empty())
-    }
-
-    /// Copies every segment that was being written, up to the end of its valid WAL.
-    fn rewrite_partials(&mut self, end: Lsn) -> Result<BTreeMap<SegmentNo, Arc<PartialSegment>>, StoreError> {
-        let mut rewritten = BTreeMap::new();
-        let first = match self.complete.last_key_value() {
-            Some((newest, _)) => newest.next(),
-            None => SegmentNo::holding(self.control.start, self.size),
-        };
-        let numbers = (first.0..).map(SegmentNo).take_while(|number| self.partial.contains_key(number));
-        for number in numbers.collect::<Vec<_>>() {
-            let keep =
-                number.start(self.size).map_or(0, |start| end.bytes_since(start)).min(self.size.bytes());
-            if keep == 0 {
-                break;
-            }
-            let path = self.walk().partial_path(number);
-            #[cfg(test)]
-            if self.mutant == crate::store::simulation::Mutant::NoRewrite {
-                let file = self.disk.open(&path, OpenMode::Write).map_err(StoreError::io("open", &path))?;
-                file.sync().map_err(StoreError::io("sync", &path))?;
-                rewritten.insert(number, Arc::new(PartialSegment::found(file)));
-                continue;
-            }
-            let file = self.rewrite(&path, keep, &path)?;
-            rewritten.insert(number, Arc::new(PartialSegment::found(file)));
-        }
-        self.partial.retain(|number, _| !rewritten.contains_key(number));
-        Ok(rewritten)
-    }
-
-    /// Gives `target` the first `keep` bytes of `source`, and zeros behind them, in a new file that is durable before it
-    /// gets the name.
-    fn rewrite(&mut self, source: &Path, keep: u64, target: &Path) -> Result<Arc<dyn DiskFile>, StoreError> {
-        let (path, file) = self.fresh_file()?;
-        let from = self.disk.open(source, OpenMode::Read).map_err(StoreError::io("open", source))?;
-        let mut buffer = vec![0; READ_BYTES];
-        let mut at = 0;
-        while at < self.size.bytes() {
-            let wanted = usize::try_from(keep.saturating_sub(at)).unwrap_or(READ_BYTES).min(READ_BYTES);
-            let part = buffer.get_mut(..wanted).unwrap_or_default();
-            if read_full_at(&*from, part, at).map_err(StoreError::io("read", source))? < wanted {
-                let detail = "it became shorter".to_owned();
-                return Err(StoreError::Damaged { path: source.to_path_buf(), detail });
-            }
-            // Segment sizes are multiples of the buffer's.
-            buffer.get_mut(wanted..).unwrap_or_default().fill(0);
-            write_all_at(&*file, &buffer, at).map_err(StoreError::io("write", &path))?;
-            at += READ_BYTES as u64;
-        }
-        file.sync().map_err(StoreError::io("sync", &path))?;
-        self.disk.rename(&path, target).map_err(StoreError::io("rename", &path))?;
-        // Also gives back the space of the file that lost its name, which the next one may need.
-        self.sync_dir()?;
-        Ok(file)
-    }
-
-    /// A file to write into: the reserve, so that a full disk does not matter.
-    fn fresh_file(&mut self) -> Result<(PathBuf, Arc<dyn DiskFile>), StoreError> {
-        let existing = if std::mem::take(&mut self.has_reserve) {
-            Some(RESERVE_NAME.to_owned())
-        } else {
-            self.pool.take()
-        };
-        let (path, mode) = match existing {
-            Some(name) => (self.layout.wal(&name), OpenMode::Write),
-            None => (self.layout.wal(&format!("walrelay.rewrite{TEMPORARY_SUFFIX}")), OpenMode::CreateNew),
-        };
-        let file = self.disk.open(&path, mode).map_err(StoreError::io("open", &path))?;
-        Ok((path, file))
-    }
-
-    /// What lies beyond the end was never finished, and is free to be used again.
-    fn discard_beyond(&mut self, end: Lsn) -> Result<(), StoreError> {
-        let mut follows = SegmentNo::holding(end, self.size);
-        for (number, bytes) in std::mem::take(&mut self.partial) {
-            let path = self.walk().partial_path(number);
-            if number == follows {
-                follows = number.next();
-            } else if self.walk().scan_alone(number, &path)?.has_records {
-                // Not left by a crash: the segment before it was there when this one was begun.
-                self.set_aside(&path, "segments between it and the end of valid WAL are missing")?;
-                continue;
-            }
-            if bytes == self.size.bytes() && self.pool.count() < self.spares_max {
-                let spare = self.pool.new_name();
-                self.disk.rename(&path, &self.layout.wal(&spare)).map_err(StoreError::io("rename", &path))?;
-                self.pool.put(spare);
-            } else {
-                self.unlink(&path)?;
-            }
-        }
-        Ok(())
     }
 
     /// What was written anew must say the same as what it was copied from.
@@ -432,40 +356,16 @@ impl<'a> Recovery<'a> {
         Ok((complete, index))
     }
 
-    fn set_aside(&mut self, path: &Path, why: &str) -> Result<(), StoreError> {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let candidates = (0..).map(|count: u32| match count {
-            0 => format!("{name}{DETACHED_SUFFIX}"),
-            _ => format!("{name}{DETACHED_SUFFIX}.{count}"),
-        });
-        let target = candidates.into_iter().find(|target| !self.names.contains(target)).unwrap_or_default();
-        self.disk.rename(path, &self.layout.wal(&target)).map_err(StoreError::io("rename", path))?;
-        self.notes.push(format!("set WAL file \"{name}\" aside as \"{target}\": {why}"));
-        self.names.insert(target);
-        Ok(())
-    }
-
-    fn unlink(&self, path: &Path) -> Result<(), StoreError> {
-        self.disk.unlink(path).map_err(StoreError::io("remove", path))
-    }
-
-    fn sync_dir(&self) -> Result<(), StoreError> {
-        let dir = &self.layout.wal_dir;
-        self.disk.sync_dir(dir).map_err(StoreError::io("sync directory", dir))
-    }
-
-    fn walk(&self) -> Walk<'_> {
+    pub(super) fn walk(&self) -> Walk<'_> {
         let complete = self.complete.first_key_value().zip(self.complete.last_key_value());
         Walk {
             disk: self.disk,
             layout: self.layout,
-            control: self.control,
+            control: &self.control,
+            begin: self.begin,
             size: self.size,
             complete: complete.map(|((first, _), (last, _))| (*first, *last)),
             partials: &self.partial,
         }
     }
 }
-
-/// Suffix of files that recovery sets aside.
-const DETACHED_SUFFIX: &str = ".detached";

@@ -3,7 +3,6 @@
 //! Owns nothing but the parts. Order of locks, where two are held at once: `Health::tell*` before any; mappings before
 //! catalog; all others are held alone.
 
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -11,7 +10,7 @@ use parking_lot::Mutex;
 use crate::store::StoreSettings;
 use crate::store::catalog::Catalog;
 use crate::store::control::{Control, Identity, Layout};
-use crate::store::disk::Disk;
+use crate::store::disk::{Directory, Disk};
 use crate::store::error::StoreError;
 use crate::store::health::Health;
 use crate::store::index::Index;
@@ -26,11 +25,15 @@ use crate::wal::SegmentSize;
 
 pub(super) struct Shared {
     pub disk: Arc<dyn Disk>,
+    /// Open from the start, because syncing it must not fail for want of a descriptor.
+    pub wal_dir: Arc<dyn Directory>,
     pub layout: Layout,
     pub settings: StoreSettings,
     pub health: Arc<Health>,
     pub identity: OnceLock<Identity>,
     pub control: Mutex<Option<Control>>,
+    /// Held while the control file is written.
+    pub control_file: Mutex<()>,
     pub positions: Mutex<Option<Positions>>,
     pub tail: Mutex<Tail>,
     pub queue: WriteQueue,
@@ -78,12 +81,12 @@ impl Shared {
         (*self.positions.lock()).ok_or(StoreError::NotInitialized)
     }
 
-    /// Makes names durable. A failure is final: what the disk holds then is not known.
-    pub(super) fn sync_dir(&self, dir: &Path) -> Result<(), StoreError> {
+    /// Makes the names of WAL files durable. A failure is final: what the disk holds then is not known.
+    pub(super) fn sync_wal_dir(&self) -> Result<(), StoreError> {
         #[cfg(test)]
         if self.mutant == crate::store::simulation::Mutant::NoDirectorySync {
             return Ok(());
         }
-        self.disk.sync_dir(dir).map_err(|error| self.health.fail("sync directory", dir, &error))
+        self.wal_dir.sync().map_err(|error| self.health.fail("sync directory", &self.layout.wal_dir, &error))
     }
 }

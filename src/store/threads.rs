@@ -114,6 +114,9 @@ fn sync_loop(syncer: &Syncer, shared: &Shared, stopping: &AtomicBool) {
 fn keep_loop(mut keeper: Keeper, shared: &Shared, stopping: &AtomicBool) {
     loop {
         let is_stopping = stopping.load(Ordering::Acquire);
+        if is_stopping {
+            keeper.stop_preparing();
+        }
         match keeper.step(Instant::now()) {
             Step::Worked => {}
             Step::Stop => break,

@@ -21,6 +21,8 @@ pub(super) struct Walk<'a> {
     pub layout: &'a Layout,
     pub control: &'a Control,
     pub size: SegmentSize,
+    /// Where what is held begins, if there are no complete segments.
+    pub begin: SegmentNo,
     /// The complete segments: first and last number.
     pub complete: Option<(SegmentNo, SegmentNo)>,
     /// Those that were being written; only those that follow the last complete one are looked at.
@@ -50,7 +52,7 @@ impl RecordVisitor for FirstRecord {
 impl Walk<'_> {
     /// Walks to the end of the valid WAL.
     pub(super) fn run(&self) -> Result<Walked, StoreError> {
-        let begin = SegmentNo::holding(self.control.start, self.size);
+        let begin = self.begin;
         let Some((oldest, newest)) = self.complete else {
             let mut scanner = self.scanner_at(begin);
             self.feed_partials(&mut scanner, begin)?;
@@ -61,7 +63,11 @@ impl Walk<'_> {
             let mut scanner = self.scanner_at(start);
             let mut seen = FirstRecord::default();
             for number in (start.0..=newest.0).map(SegmentNo) {
-                if let Some(error) = self.feed(&mut scanner, &self.complete_path(number), &mut seen)? {
+                let path = self.complete_path(number);
+                if let Some(error) = self.feed(&mut scanner, &path, &mut seen)? {
+                    if matches!(error, ScanError::WrongSystem { .. }) {
+                        self.scan_alone(number, &path)?;
+                    }
                     return Ok(Walked { scanner, start, damaged: Some((number, error)) });
                 }
             }
@@ -80,6 +86,16 @@ impl Walk<'_> {
         let mut scanner = self.scanner_at(number);
         let mut seen = FirstRecord::default();
         let error = self.feed(&mut scanner, path, &mut seen)?;
+        if let Some(error @ ScanError::WrongSystem { .. }) = &error {
+            // Half a page header may say anything; records that verify do not lie.
+            let context = ScanContext { system_id: None, format: None, ..scanner.context() };
+            let mut scanner = Scanner::at_segment_start(context, scanner.verified_end());
+            let mut others = FirstRecord::default();
+            self.feed(&mut scanner, path, &mut others)?;
+            if others.0.is_some() {
+                refuse_other_system(path, error)?;
+            }
+        }
         Ok(Alone { has_records: seen.0.is_some(), error })
     }
 
@@ -99,6 +115,9 @@ impl Walk<'_> {
             let path = self.partial_path(number);
             // What is not valid here was never finished: that is the end.
             let error = self.feed(scanner, &path, &mut FirstRecord::default())?;
+            if matches!(&error, Some(ScanError::WrongSystem { .. })) {
+                self.scan_alone(number, &path)?;
+            }
             if error.is_some() || scanner.position() < number.end(self.size) {
                 break;
             }
@@ -123,9 +142,6 @@ impl Walk<'_> {
             let read = read_full_at(&*file, buffer, at).map_err(StoreError::io("read", path))?;
             let result = scanner.feed(buffer.get(..read).unwrap_or_default(), seen);
             match result {
-                Err(ScanError::WrongSystem { expected, got, .. }) => {
-                    return Err(StoreError::OtherSystem { path: path.to_path_buf(), expected, found: got });
-                }
                 Err(error) => return Ok(Some(error)),
                 Ok(()) if read < wanted => break,
                 Ok(()) => at += read as u64,
@@ -144,6 +160,15 @@ impl Walk<'_> {
 
     pub(super) fn partial_path(&self, number: SegmentNo) -> PathBuf {
         self.layout.partial(self.name(number), self.size)
+    }
+}
+
+fn refuse_other_system(path: &Path, error: &ScanError) -> Result<(), StoreError> {
+    match error {
+        ScanError::WrongSystem { expected, got, .. } => {
+            Err(StoreError::OtherSystem { path: path.to_path_buf(), expected: *expected, found: *got })
+        }
+        _ => Ok(()),
     }
 }
 
