@@ -77,7 +77,7 @@ fn any_order_of_steps_and_faults_keeps_the_promises() {
         (Some(seed), count) => (seed, count.unwrap_or(1)),
         (None, count) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-            (now.as_nanos() as u64 >> 8, count.unwrap_or(SEEDS))
+            (u64::try_from(now.as_micros()).unwrap(), count.unwrap_or(SEEDS))
         }
     };
     for seed in (0..count).map(|step| first.wrapping_add(step)) {
