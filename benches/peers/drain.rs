@@ -5,6 +5,9 @@
 //! has heard from it that all is flushed. A standby has to start a whole server first, so its clock runs from the moment
 //! its walreceiver is attached. CPU is of the receiver, all its threads; of a standby the walreceiver alone, and the whole
 //! server, which also replays, beside it.
+//!
+//! The relay is measured twice: with every file new, as pg_receivewal's are, and with files recycled as soon as may be,
+//! which is what it does once its directory has reached its size.
 
 use std::{
     fs,
@@ -18,7 +21,7 @@ use rustix::process::Signal;
 use walrelay::cli::demo::process::Process;
 
 use crate::client::{Client, Event};
-use crate::lab::{Lab, gigabytes, megabytes};
+use crate::lab::{KEEP, Lab, gigabytes, megabytes};
 use crate::table::{Table, Target, median, spread};
 use crate::usage;
 
@@ -29,19 +32,24 @@ enum Receiver {
     NoSync,
     Standby,
     Relay,
+    RelayRecycling,
     Discard,
     Disk,
 }
 
-const RECEIVERS: [(Receiver, &str); 7] = [
+const RECEIVERS: [(Receiver, &str); 8] = [
     (Receiver::Synchronous, "pg_receivewal --slot --synchronous"),
     (Receiver::AtSegmentEnd, "pg_receivewal --slot (syncs at segment end)"),
     (Receiver::NoSync, "pg_receivewal --slot --no-sync"),
     (Receiver::Standby, "cascading standby (walreceiver; whole server)"),
-    (Receiver::Relay, "walrelay, syncing"),
+    (Receiver::Relay, "walrelay, syncing, every file new"),
+    (Receiver::RelayRecycling, "walrelay, syncing, files recycled"),
     (Receiver::Discard, "limit: read from the primary and forget"),
     (Receiver::Disk, "limit: write new files, fdatasync each 16 MiB"),
 ];
+
+/// `wal_keep_size` of four segments.
+const KEEP_LITTLE: &str = "64MB";
 
 #[derive(Clone, Copy, Debug)]
 struct Measured {
@@ -85,19 +93,16 @@ pub(crate) fn run(lab: &mut Lab, rounds: usize) -> Result<()> {
 
 fn targets(table: &mut Table, summary: &[(Receiver, f64, f64)]) {
     let of = |wanted: Receiver| summary.iter().find(|(receiver, ..)| *receiver == wanted).copied();
-    let Some((_, relay_speed, relay_cpu)) = of(Receiver::Relay) else { return };
-    for (receiver, name) in [(Receiver::Synchronous, "--synchronous"), (Receiver::AtSegmentEnd, "plain")] {
-        let Some((_, speed, cpu)) = of(receiver) else { continue };
-        table.target(
-            &format!("MB/s against pg_receivewal {name}"),
-            relay_speed / speed,
-            Target::AtLeast(1.5),
-        );
-        table.target(
-            &format!("CPU per GB against pg_receivewal {name}"),
-            relay_cpu / cpu,
-            Target::AtMost(0.6),
-        );
+    for (relay, files) in [(Receiver::Relay, "new"), (Receiver::RelayRecycling, "recycled")] {
+        for (receiver, name) in [(Receiver::Synchronous, "--synchronous"), (Receiver::AtSegmentEnd, "plain")]
+        {
+            let (Some((_, relay_speed, relay_cpu)), Some((_, speed, cpu))) = (of(relay), of(receiver)) else {
+                continue;
+            };
+            let against = format!("with files {files} against pg_receivewal {name}");
+            table.target(&format!("MB/s {against}"), relay_speed / speed, Target::AtLeast(1.5));
+            table.target(&format!("CPU per GB {against}"), relay_cpu / cpu, Target::AtMost(0.6));
+        }
     }
 }
 
@@ -108,7 +113,8 @@ fn measure(lab: &mut Lab, receiver: Receiver, round: usize) -> Result<Measured> 
         Receiver::AtSegmentEnd => pg_receivewal(lab, &name, &[]),
         Receiver::NoSync => pg_receivewal(lab, &name, &["--no-sync"]),
         Receiver::Standby => standby(lab, &name),
-        Receiver::Relay => relay(lab, &name),
+        Receiver::Relay => relay(lab, &name, KEEP),
+        Receiver::RelayRecycling => relay(lab, &name, KEEP_LITTLE),
         Receiver::Discard => discard(lab),
         Receiver::Disk => disk(lab, &name),
     }
@@ -134,8 +140,8 @@ fn pg_receivewal(lab: &mut Lab, name: &str, arguments: &[&str]) -> Result<Measur
     Ok(Measured { elapsed, cpu: Some(cpu), whole: Some(cpu) })
 }
 
-fn relay(lab: &mut Lab, name: &str) -> Result<Measured> {
-    let settings = lab.prepare_relay(name)?;
+fn relay(lab: &mut Lab, name: &str, keep: &str) -> Result<Measured> {
+    let settings = lab.prepare_relay(name)?.store("wal_keep_size", keep);
     let end = lab.range.end();
     let begun = Instant::now();
     let mut relay = lab.spawn_relay(&settings)?;
