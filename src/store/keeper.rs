@@ -120,7 +120,9 @@ impl Keeper {
         let (segment, is_mapped) =
             shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
         let path = shared.layout.complete(name, size);
-        let spares = shared.settings.spare_segments as usize;
+        // More than are made: in a burst segments are taken before others come back, and making one costs as much as
+        // filling it with WAL.
+        let spares = 2 * shared.settings.spare_segments as usize;
         // An old segment that somebody still reads must not be written to.
         let spare = (!is_mapped && shared.pool.count() < spares).then(|| shared.pool.new_name());
         let removed = match &spare {

@@ -139,7 +139,7 @@ pub struct StoreSettings {
     pub tail_bytes_max: u64,
     /// Received bytes that may wait to be written.
     pub unwritten_bytes_max: u64,
-    /// Segment files kept ready.
+    /// Segment files kept ready; of segments that are no longer needed, twice as many.
     pub spare_segments: u32,
     /// Most slots, permanent and temporary.
     pub max_replication_slots: usize,

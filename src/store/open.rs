@@ -63,7 +63,7 @@ pub(super) fn open(
     let pool = Pool::default();
     let recovered = match control {
         Some(control) => {
-            let spares = settings.spare_segments as usize;
+            let spares = 2 * settings.spare_segments as usize;
             #[allow(unused_mut, reason = "changed in tests")]
             let mut recovery = Recovery::new(&*disk, &layout, control, &pool, spares)?;
             #[cfg(test)]
