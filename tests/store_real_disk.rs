@@ -167,6 +167,7 @@ fn wal_is_written_sealed_and_read_back_also_after_a_restart() {
     let mut again = open(dir.path());
     assert_eq!(again.store.identity(), Some(identity(&wal)));
     assert_eq!(again.store.positions().unwrap().flushed, wal.end());
+    assert_eq!(*again.watch.positions.lock(), again.store.positions(), "the observer is told at the start");
     assert_eq!(again.store.recovery_notes(), [""; 0]);
     assert_eq!(read(&again.store, wal.start(), wal.end()).unwrap(), wal.bytes());
     let mut longer = wal.clone();

@@ -155,6 +155,8 @@ pub fn open(
     let threads = Threads::start(&opened.shared, opened.has_reserve)?;
     let handle = Arc::new(StoreHandle { threads, _lock: opened.lock });
     let writer = WalWriter::new(opened.shared.clone(), Some(handle.clone()), opened.scanner);
+    // What recovery found counts as news.
+    opened.shared.publish(|_| ());
     Ok((Store { shared: opened.shared, handle, notes: opened.notes.into() }, writer))
 }
 
