@@ -6,11 +6,11 @@
 #![allow(clippy::disallowed_methods, reason = "this is the one file that owns file access")]
 
 use std::any::Any;
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions, TryLockError};
 use std::io::{self, IoSlice, Seek, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ use memmap2::{Advice, Mmap};
 
 /// The operations on directories and names.
 pub trait Disk: Send + Sync {
-    /// Creates a directory with mode 0700; one that exists is left as it is.
+    /// Creates a directory with mode 0700. One that exists may be readable for the owner's group, but not for others; if
+    /// it is empty it is closed to all but the owner, else that is an error.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Opens a file.
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>>;
@@ -95,7 +96,9 @@ pub struct RealDisk;
 impl Disk for RealDisk {
     fn create_dir(&self, path: &Path) -> io::Result<()> {
         match DirBuilder::new().mode(0o700).create(path) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {
+                close_to_others(path)
+            }
             other => other,
         }
     }
@@ -182,6 +185,26 @@ impl Directory for RealDirectory {
         self.0.sync_all()
     }
 }
+
+/// WAL holds everybody's data. The permissions of a directory with content are somebody's decision, and not changed.
+fn close_to_others(path: &Path) -> io::Result<()> {
+    if fs::metadata(path)?.permissions().mode() & MODE_FORBIDDEN == 0 {
+        return Ok(());
+    }
+    if fs::read_dir(path)?.next().is_none() {
+        return fs::set_permissions(path, Permissions::from_mode(0o700));
+    }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!(
+            "data directory \"{}\" has invalid permissions; permissions should be u=rwx (0700) or u=rwx,g=rx (0750)",
+            path.display()
+        ),
+    ))
+}
+
+/// As PostgreSQL: the group may read, nobody else may do anything.
+const MODE_FORBIDDEN: u32 = 0o027;
 
 struct RealFile(File);
 
@@ -270,8 +293,11 @@ impl Mapping for RealMapping {
 
     fn populate(&self, range: Range<usize>) -> io::Result<()> {
         match self.map.advise_range(Advice::PopulateRead, range.start, range.len()) {
-            // Kernels before 5.14 do not know it: reading the file brings the same pages in.
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.read_through(range),
+            // Kernels before 5.14 do not know it: reading the file brings the same pages in. "Bad address" means that
+            // touching the memory would be a signal: reading the file tells why.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EFAULT)) => {
+                self.read_through(range)
+            }
             other => other,
         }
     }
@@ -368,6 +394,26 @@ pub(super) const TEMPORARY_SUFFIX: &str = ".tmp";
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_is_closed_to_others_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o777;
+        RealDisk.create_dir(&path).unwrap();
+        assert_eq!(mode(), 0o700);
+        fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
+        RealDisk.create_dir(&path).unwrap();
+        assert_eq!(mode(), 0o700, "empty: closed");
+        fs::write(path.join("file"), "").unwrap();
+        for (given, is_right) in
+            [(0o750, true), (0o700, true), (0o755, false), (0o770, false), (0o701, false)]
+        {
+            fs::set_permissions(&path, Permissions::from_mode(given)).unwrap();
+            assert_eq!(RealDisk.create_dir(&path).is_ok(), is_right, "{given:o}");
+            assert_eq!(mode(), given, "not changed");
+        }
+    }
 
     #[test]
     fn vectored_writes_reach_the_file_and_a_mapping_sees_them() {

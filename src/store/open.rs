@@ -55,7 +55,7 @@ pub(super) fn open(
 ) -> Result<Opened, StoreError> {
     let layout = Layout::new(&settings.data_dir);
     for dir in [&layout.data_dir, &layout.wal_dir] {
-        disk.create_dir(dir).map_err(StoreError::io("create directory", dir))?;
+        disk.create_dir(dir).map_err(StoreError::io("use directory", dir))?;
     }
     let lock = lock(&*disk, &layout)?;
     let control = take_over(&*disk, &layout)?;

@@ -267,9 +267,17 @@ pub(crate) async fn check_identity(
         }
     }
     fetch_histories(connected, store).await?;
-    let reserved = ensure_slot(connected, settings).await?;
+    let slot = ensure_slot(connected, settings).await?;
+    let reserved = slot.restart_lsn;
     let held_before = writer.plan().is_some();
     if !held_before {
+        if let Some(slot_restart_lsn) = reserved.filter(|_| slot.origin == SlotOrigin::Found) {
+            tracing::warn!(
+                %slot_restart_lsn,
+                "the data directory is empty, but the upstream's slot has been in use: if this relay has run before, \
+                 its directory was lost or is not mounted"
+            );
+        }
         let start = reserved.unwrap_or(connected.system.flushed);
         let start = SegmentNo::holding(start, found.segment_size).start(found.segment_size);
         block_in_place(|| writer.initialize(found, got, start.unwrap_or(Lsn::MIN)))?;
@@ -318,18 +326,37 @@ async fn fetch_histories(connected: &mut Connected, store: &Store) -> Result<(),
     Ok(())
 }
 
-/// Creates the slot when it is absent and may be created; its `restart_lsn` where the server tells it (15 and later).
+/// The slot on the upstream.
+#[derive(Clone, Copy, Debug)]
+struct UpstreamSlot {
+    origin: SlotOrigin,
+    /// Where it keeps WAL from; `None` where the server does not tell it (before 15).
+    restart_lsn: Option<Lsn>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SlotOrigin {
+    /// It was there.
+    Found,
+    /// It was created just now.
+    Created,
+    /// None is used, or none that is known of.
+    Unknown,
+}
+
+/// Creates the slot when it is absent and may be created.
 async fn ensure_slot(
     connected: &mut Connected,
     settings: &UpstreamSettings,
-) -> Result<Option<Lsn>, UpstreamError> {
-    let Some(slot) = &settings.slot else { return Ok(None) };
+) -> Result<UpstreamSlot, UpstreamError> {
+    let unknown = UpstreamSlot { origin: SlotOrigin::Unknown, restart_lsn: None };
+    let Some(slot) = &settings.slot else { return Ok(unknown) };
     let tells = connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE;
-    if tells && let Some(found) = read_slot(&mut connected.dialog, slot).await? {
-        return Ok(found);
+    if tells && let Some(restart_lsn) = read_slot(&mut connected.dialog, slot).await? {
+        return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn });
     }
     if !settings.create_slot {
-        return Ok(None);
+        return Ok(unknown);
     }
     let create = Command::CreateReplicationSlot(CreateReplicationSlot {
         slot: slot.clone(),
@@ -338,10 +365,13 @@ async fn ensure_slot(
     });
     match connected.dialog.query(&create).await {
         Ok(_) => tracing::info!(slot, "created replication slot on the upstream"),
-        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => return Ok(None),
+        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => {
+            return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn: None });
+        }
         Err(error) => return Err(error),
     }
-    if tells { Ok(read_slot(&mut connected.dialog, slot).await?.flatten()) } else { Ok(None) }
+    let restart_lsn = if tells { read_slot(&mut connected.dialog, slot).await?.flatten() } else { None };
+    Ok(UpstreamSlot { origin: SlotOrigin::Created, restart_lsn })
 }
 
 /// Outer `None`: no such slot. Inner `None`: it reserves nothing yet.

@@ -177,8 +177,14 @@ fn a_folder_that_others_may_read_is_refused_or_closed_to_them() {
         assert_eq!(mode(&path), 0o600, "{}", path.display());
     }
     relay.terminate();
-    std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(0o755)).unwrap();
+    let change = |relay: &Relay, mode: u32| {
+        std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(mode)).unwrap();
+    };
+    change(&relay, 0o755);
     relay.launch();
-    wait_until("the relay to end or to serve", || !relay.is_running() || relay.is_ready());
-    assert!(!relay.is_running() || mode(relay.data_dir()) == 0o700, "others may read the WAL");
+    assert!(!relay.wait_for_end().success());
+    assert!(relay.log().contains("has invalid permissions"), "{}", relay.log());
+    assert!(relay.log().contains("u=rwx (0700) or u=rwx,g=rx (0750)"), "{}", relay.log());
+    change(&relay, 0o750);
+    relay.start();
 }

@@ -8,7 +8,7 @@
  *   sync_lies      they return success and do nothing
  *   sync_slow      they take that many milliseconds
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
- *   read_fails     pread fails with EIO
+ *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
  * sync, write, create, rename, unlink.
@@ -24,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -31,6 +32,10 @@
 #include <unistd.h>
 
 #define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
 static int below(const char *path) {
   const char *prefix = getenv("FAULT_PATH");
@@ -133,6 +138,12 @@ int posix_fallocate64(int fd, off64_t at, off64_t size) { return spoiled_grow(fd
 
 SPOILED_READ(pread, off_t)
 SPOILED_READ(pread64, off64_t)
+
+/* Only the store asks for this advice. */
+int madvise(void *start, size_t size, int advice) {
+  if (advice == MADV_POPULATE_READ && trigger("read_fails") >= 0) { errno = EFAULT; return -1; }
+  return NEXT(madvise)(start, size, advice);
+}
 
 #define SPOILED_OPEN(name)                                                                  \
   int name(const char *path, int flags, ...) {                                              \

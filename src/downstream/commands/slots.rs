@@ -125,7 +125,9 @@ pub(super) fn slot_error<S: Stream>(session: &Session<'_, S>, error: SlotError) 
             format!("Free one or increase {}.", session.server.quoted_setting("max_replication_slots")),
         ),
         SlotError::Store(source) => {
-            ServerError::error(SqlState::IO_ERROR, text).with_detail(format!("{source}."))
+            let is_full = source.is_no_space();
+            let sqlstate = if is_full { SqlState::DISK_FULL } else { SqlState::IO_ERROR };
+            ServerError::error(sqlstate, text).with_detail(format!("{source}."))
         }
     }
 }

@@ -3,6 +3,8 @@
 //! The only place that sees everything. The parts meet here through values: the store's handles, a watch of its positions
 //! and of its condition, a watch of the upstream's state, and one token that ends them all. Decides nothing about WAL.
 
+mod observer;
+
 use std::{
     sync::{
         Arc,
@@ -23,12 +25,12 @@ use crate::config::{self, Config};
 use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, StoreMetrics, UPKEEP_INTERVAL, position_value};
+use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
+use crate::relay::observer::{Notices, condition_text, store_observer};
 use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus, WalReceiverState};
 use crate::store::{
-    self, Condition, Observer, Positions, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings,
-    WalWriter,
+    self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
 use crate::upstream::{Upstream, UpstreamSettings};
 
@@ -81,13 +83,6 @@ pub struct Relay {
     status: watch::Sender<UpstreamStatus>,
 }
 
-/// Watches that the store's threads feed.
-#[derive(Clone)]
-struct Notices {
-    positions: watch::Receiver<Option<Positions>>,
-    condition: watch::Receiver<Condition>,
-}
-
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
     pub async fn build(config: Config) -> Result<Self, RelayError> {
@@ -100,6 +95,9 @@ impl Relay {
         });
         let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
         let (store, writer) = opened.map_err(|source| RelayError::OpenStore { directory, source })?;
+        for note in store.recovery_notes() {
+            tracing::warn!(note, "recovery of the store");
+        }
 
         let mut listeners = Vec::new();
         for address in &config.downstream.listen {
@@ -249,53 +247,6 @@ impl StopSignals {
     }
 }
 
-/// Turns the store's notices into watches and metrics. Called from the store's threads: must not block.
-struct StoreObserver {
-    positions: watch::Sender<Option<Positions>>,
-    condition: watch::Sender<Condition>,
-    metrics: StoreMetrics,
-}
-
-fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) {
-    let (positions, positions_watch) = watch::channel(None);
-    let (condition, condition_watch) = watch::channel(Condition::Healthy);
-    let notices = Notices { positions: positions_watch, condition: condition_watch };
-    (StoreObserver { positions, condition, metrics }, notices)
-}
-
-impl Observer for StoreObserver {
-    fn positions_changed(&self, positions: Positions) {
-        self.metrics.verified.set(position_value(positions.verified));
-        self.metrics.written.set(position_value(positions.written));
-        self.metrics.flushed.set(position_value(positions.flushed));
-        if let Some(sealed) = positions.sealed {
-            self.metrics.sealed.set(position_value(sealed));
-        }
-        self.positions.send_replace(Some(positions));
-    }
-
-    fn condition_changed(&self, condition: Condition) {
-        let as_gauge = |is: bool| if is { 1.0 } else { 0.0 };
-        self.metrics.no_space.set(as_gauge(matches!(condition, Condition::NoSpace { .. })));
-        self.metrics.failed.set(as_gauge(matches!(condition, Condition::Failed { .. })));
-        match &condition {
-            Condition::Healthy => tracing::info!("the store is healthy again"),
-            Condition::NoSpace { .. } => {
-                tracing::error!(condition = %condition_text(&condition), "WAL is not acknowledged until space returns");
-            }
-            Condition::Failed { .. } => {
-                tracing::error!(condition = %condition_text(&condition), "the store has failed")
-            }
-        }
-        self.condition.send_replace(condition);
-    }
-
-    fn synced(&self, bytes: u64, took: Duration) {
-        self.metrics.synced_bytes.increment(bytes);
-        self.metrics.sync_seconds.record(took);
-    }
-}
-
 /// What the HTTP pages show.
 struct RelayPages {
     name: String,
@@ -340,16 +291,6 @@ impl Pages for RelayPages {
             slots: self.store.slots().list().into_iter().map(slot_status).collect(),
         };
         serde_json::to_value(overview).unwrap_or_default()
-    }
-}
-
-fn condition_text(condition: &Condition) -> String {
-    match condition {
-        Condition::Healthy => "healthy".to_owned(),
-        Condition::NoSpace { file, reason } => format!("no space for \"{file}\": {reason}"),
-        Condition::Failed { operation, file, reason } => {
-            format!("could not {operation} \"{file}\": {reason}")
-        }
     }
 }
 
