@@ -13,6 +13,7 @@
 mod commands;
 mod handshake;
 mod limits;
+mod panics;
 mod slots;
 mod streaming;
 mod support;

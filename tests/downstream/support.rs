@@ -32,8 +32,8 @@ use walrelay::{
         replication::{PrimaryMessage, StandbyStatusUpdate},
     },
     store::{
-        self, BlockId, Condition, Identity, Observer, Positions, RealDisk, ServerFacts, Store, StoreSettings,
-        WalWriter,
+        self, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk, ServerFacts, Store,
+        StoreSettings, WalWriter,
     },
     wal::{Lsn, PgTimestamp, TimelineId, builder::WalBuilder},
 };
@@ -58,6 +58,7 @@ pub(crate) struct Options {
     pub(crate) authentication: Authentication,
     pub(crate) timeline: TimelineId,
     pub(crate) tail_bytes_max: u64,
+    pub(crate) disk: Arc<dyn Disk>,
 }
 
 impl Default for Options {
@@ -68,6 +69,7 @@ impl Default for Options {
             authentication: Authentication::TrustLocal,
             timeline: TimelineId::FIRST,
             tail_bytes_max: 64 << 20,
+            disk: Arc::new(RealDisk),
         }
     }
 }
@@ -128,7 +130,7 @@ impl Relay {
             max_replication_slots: 4,
         };
         let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));
-        let (store, mut writer) = store::open(settings, Arc::new(RealDisk), observer).unwrap();
+        let (store, mut writer) = store::open(settings, options.disk, observer).unwrap();
         let small = WalBuilder::small();
         let context = small.context();
         let system_id = context.system_id.unwrap();

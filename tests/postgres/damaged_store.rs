@@ -2,24 +2,29 @@
 
 use std::path::PathBuf;
 
-use crate::support::MB;
 use crate::support::compare::{assert_equal_clusters, assert_same_wal, primary_bytes, wal_files};
+use crate::support::faults::Faults;
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, copy_folder};
 use crate::support::proxy::Proxy;
-use crate::support::raw::{Event, RawClient};
+use crate::support::raw::{Event, RawClient, error_in, identify_system};
 use crate::support::relay::Relay;
-use crate::support::wait::wait_until;
+use crate::support::{MB, lsn};
 
 /// A relay that holds some twenty segments, the older ones not in memory.
 fn filled() -> Option<(Postgres, Proxy, Relay)> {
+    filled_with(&Faults::new())
+}
+
+fn filled_with(faults: &Faults) -> Option<(Postgres, Proxy, Relay)> {
     let installation = Installation::any()?;
     let primary = Settings::new().segment_size_mb(1).start(&installation);
     let proxy = Proxy::to(primary.port);
     let mut relay = Relay::new("relay", proxy.port)
         .with("store.tail_size", "\"4MB\"")
-        .with("store.unwritten_size", "\"4MB\"");
+        .with("store.unwritten_size", "\"4MB\"")
+        .with_faults(faults);
     relay.start();
     write_wal(&primary, 20 * MB);
     relay.wait_flushed(primary.flushed());
@@ -104,6 +109,34 @@ fn a_rotten_byte_in_a_segment_is_not_served() {
 }
 
 #[test]
+fn an_error_of_the_disk_ends_the_stream_that_met_it_and_no_other() {
+    let faults = Faults::new();
+    let Some((primary, _proxy, mut relay)) = filled_with(&faults) else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    relay.wait_downstream("standby", "streaming");
+    let session = relay.downstream("standby")[0]["pid"].clone();
+    let oldest = relay.oldest();
+    faults.set("read_fails", 0);
+    let mut client = RawClient::replication(relay.port).unwrap();
+    for _ in 0..2 {
+        client.start_replication(None, oldest, 1).unwrap();
+        // No byte of WAL, an error, and the session goes on.
+        let answer = client.until_ready().unwrap();
+        let refused = error_in(&answer).unwrap_or_else(|| panic!("no error: {answer:?}"));
+        assert_eq!(refused.code, "58030", "{refused:?}");
+        assert!(answer.iter().all(|message| !(message.kind == b'd' && message.body.first() == Some(&b'w'))));
+        identify_system(&mut client);
+    }
+    write_wal(&primary, MB);
+    standby.wait_replayed(primary.flushed());
+    relay.wait_flushed(primary.flushed());
+    assert_eq!(relay.downstream("standby")[0]["pid"], session, "the standby was disturbed");
+    faults.clear("read_fails");
+    assert_eq!(read_all(&relay, &primary), Event::Silence, "the disk works again");
+    relay.assert_running();
+}
+
+#[test]
 fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again() {
     let Some((primary, proxy, mut relay)) = filled() else { return };
     let standby = primary.standby("standby", relay.port, "");
@@ -151,20 +184,30 @@ fn an_older_copy_of_the_folder_is_told_and_filled_up() {
 }
 
 #[test]
-fn an_empty_folder_where_wal_was_is_told() {
+fn an_empty_folder_where_wal_was_is_told_and_filled_from_where_the_slot_is() {
     let Some((primary, _proxy, mut relay)) = filled() else { return };
-    primary.wait_reported_flush("relay", primary.flushed());
+    let upto = primary.flushed();
+    primary.wait_reported_flush("relay", upto);
     relay.terminate();
     std::fs::remove_dir_all(relay.data_dir()).unwrap();
+    relay.start();
+    relay.wait_logged("its directory was lost or is not mounted");
+    // All that the primary still keeps for it, and nothing that it does not have is claimed.
+    let restart = lsn(&primary.sql("select restart_lsn from pg_replication_slots where slot_name = 'relay'"));
+    assert!(relay.oldest() <= restart && restart - relay.oldest() < 2 * MB);
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+}
+
+#[test]
+fn a_folder_whose_wal_folder_is_empty_is_refused() {
+    let Some((_primary, _proxy, mut relay)) = filled() else { return };
+    relay.terminate();
+    std::fs::remove_dir_all(relay.wal_dir()).unwrap();
     relay.launch();
-    // Either it refuses to start on a folder that is not there, or it begins anew where the slot holds WAL, and says so.
-    wait_until("the relay to end or to stream", || !relay.is_running() || relay.is_ready());
-    if relay.is_running() {
-        write_wal(&primary, MB);
-        relay.wait_flushed(primary.flushed());
-        assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
-    }
-    assert!(relay.log().contains("relay"), "{}", relay.log());
+    assert!(!relay.wait_for_end().success());
+    assert!(relay.log().contains("has lost its WAL"), "{}", relay.log());
 }
 
 #[test]

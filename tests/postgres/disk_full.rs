@@ -9,6 +9,7 @@ use crate::support::lab::{Installation, may_mount};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::proxy::Proxy;
+use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_at_most, wait_until};
 
@@ -127,6 +128,69 @@ fn started_on_a_full_disk_it_serves_and_heals() {
     write_wal(&chain.primary, 8 * MB);
     std::fs::remove_file(filler).unwrap();
     chain.heals();
+}
+
+#[test]
+fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(48);
+    let Some(mut chain) =
+        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
+    else {
+        return;
+    };
+    let reserve = chain.relay.wal_dir().join("walrelay.reserve");
+    write_wal(&chain.primary, MB / 2);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    wait_until("the reserve", || reserve.exists());
+    let filler = disk.fill();
+    for _ in 0..3 {
+        chain.relay.kill();
+        chain.relay.launch();
+        chain.relay.wait_serving();
+        assert!(chain.relay.flushed() >= upto, "what was acknowledged is not held");
+        // Out of the space of the file that was written anew.
+        wait_until("the reserve to be made again", || reserve.exists());
+    }
+    // Whoever wants WAL to be kept is refused before WAL is.
+    let mut client = RawClient::replication(chain.relay.port).unwrap();
+    let refused = client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap_err();
+    assert_eq!(
+        (refused.code.as_str(), refused.message.as_str()),
+        ("53100", "could not save replication slots")
+    );
+    chain.relay.assert_running();
+    std::fs::remove_file(filler).unwrap();
+    client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap();
+    write_wal(&chain.primary, 2 * MB);
+    chain.heals();
+}
+
+#[test]
+fn without_a_free_inode_it_waits_and_heals() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_files(64);
+    let Some(mut chain) = chain(|relay| relay.with_data_dir(&disk.path().join("relay"))) else { return };
+    write_wal(&chain.primary, MB);
+    chain.standby.wait_replayed(chain.primary.flushed());
+    let session = chain.session();
+    let fillers = disk.fill_inodes();
+    write_wal(&chain.primary, 6 * MB);
+    let upto = chain.primary.flushed();
+    wait_until("the store to notice", || chain.relay.condition() != "healthy");
+    hold("alive, silent, and the standby attached", Duration::from_secs(3), || {
+        chain.relay.is_running()
+            && chain.proxy.passed(|passed| passed.flush_max) < upto
+            && chain.session() == session
+    });
+    std::fs::remove_dir_all(fillers).unwrap();
+    chain.heals();
+    assert_eq!(chain.session(), session, "the standby had to connect again");
 }
 
 #[test]

@@ -86,13 +86,16 @@ fn a_storm_of_connections_is_bounded_and_passes() {
 
 #[test]
 fn within_a_memory_limit_it_is_never_killed() {
-    let Some(group) = MemoryGroup::of(160 * MB) else { return };
+    const LIMIT: u64 = 160 * MB;
+    // Where the kernel can enforce no limit, what the process itself takes is looked at all the same.
+    let group = MemoryGroup::of(LIMIT);
     let Some((primary, mut relay)) = pair(|mut relay| {
-        let join = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
-        relay.wrapper = vec!["sh".to_owned(), "-c".to_owned(), join];
+        if let Some(group) = &group {
+            let join = format!("echo $$ > {}/cgroup.procs && exec \"$0\" \"$@\"", group.0.display());
+            relay.wrapper = vec!["sh".to_owned(), "-c".to_owned(), join];
+        }
         relay
             .with("store.tail_size", "\"32MB\"")
-            .with("store.unwritten_size", "\"32MB\"")
             .with("store.unwritten_size", "\"32MB\"")
             .with("store.wal_keep_size", "\"1GB\"")
     }) else {
@@ -104,6 +107,8 @@ fn within_a_memory_limit_it_is_never_killed() {
     }
     for _ in 0..6 {
         write_wal(&primary, 40 * MB);
+        let memory = relay.process().memory("RssAnon");
+        assert!(memory < LIMIT, "{} MB", memory / MB);
     }
     relay.wait_flushed(primary.flushed());
     relay.assert_running();
@@ -116,6 +121,8 @@ struct MemoryGroup(std::path::PathBuf);
 impl MemoryGroup {
     fn of(bytes: u64) -> Option<Self> {
         let name = format!("walrelay-{}", std::process::id());
+        // The second kind hands controllers down on request; where that is refused, so is the limit.
+        drop(std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory"));
         for (parent, file) in
             [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")]
         {
@@ -127,7 +134,7 @@ impl MemoryGroup {
                 }
             }
         }
-        println!("skipped: no memory control group can be made here");
+        println!("no memory control group can be made here: only what the process takes itself is looked at");
         None
     }
 }

@@ -75,11 +75,20 @@ pub(crate) struct SmallDisk {
 
 impl SmallDisk {
     pub(crate) fn of_megabytes(size: u64) -> Self {
+        Self::made(size, &[])
+    }
+
+    /// One that can hold so few files that it runs out of them long before it runs out of space.
+    pub(crate) fn of_files(count: u32) -> Self {
+        Self::made(64, &["-N", &count.to_string()])
+    }
+
+    fn made(size: u64, options: &[&str]) -> Self {
         let scratch = lab::scratch();
         let (image, mountpoint) = (scratch.path().join("image"), scratch.path().join("mnt"));
         std::fs::File::create(&image).unwrap().set_len(size << 20).unwrap();
         std::fs::create_dir(&mountpoint).unwrap();
-        run("mkfs.ext4", &["-q", "-F", "-m", "0", image.to_str().unwrap()]);
+        run("mkfs.ext4", &[&["-q", "-F", "-m", "0"], options, &[image.to_str().unwrap()]].concat());
         let mut disk = Self { image, mountpoint, mounted: false, _scratch: scratch };
         disk.mount();
         disk
@@ -127,6 +136,16 @@ impl SmallDisk {
             while file.write_all(&vec![1; size]).is_ok() {}
         }
         drop(file.sync_all());
+        path
+    }
+
+    /// Takes the last inode. Removing the folder that is returned gives them back.
+    pub(crate) fn fill_inodes(&self) -> PathBuf {
+        let path = self.mountpoint.join("fillers");
+        std::fs::create_dir(&path).unwrap();
+        let made =
+            (0_u32..).take_while(|number| std::fs::File::create(path.join(number.to_string())).is_ok());
+        assert!(made.count() > 0, "no inode was left for the first filler");
         path
     }
 }
