@@ -204,7 +204,7 @@ impl Receiver {
     pub fn poll_output(&mut self, now: Instant) -> Option<Output> {
         let report = self.report(self.ping_due(now));
         let due = report.ask_for_reply
-            || self.moved && self.changes(report)
+            || self.moved && self.moved_due_at(report).is_some_and(|due| now >= due)
             || self.answer_owed && self.answer_due_at(report).is_none_or(|due| now >= due)
             || self.regular_due_at().is_none_or(|due| now >= due);
         if self.is_silent(now) {
@@ -228,7 +228,8 @@ impl Receiver {
                 self.heard_at + wait
             });
         let answer = if self.answer_owed { self.answer_due_at(self.report(false)) } else { None };
-        [silence, answer, self.regular_due_at()].into_iter().flatten().min()
+        let moved = if self.moved { self.moved_due_at(self.report(false)) } else { None };
+        [silence, answer, moved, self.regular_due_at()].into_iter().flatten().min()
     }
 
     /// Whether held bytes have been compared, so that positions are reported.
@@ -254,6 +255,16 @@ impl Receiver {
 
     fn changes(&self, report: Report) -> bool {
         self.last_sent.is_none_or(|(_, last)| (last.write, last.flush) != (report.write, report.flush))
+    }
+
+    /// When moved positions go out; `None` when they are those that were sent. What was flushed is told at once, for commits
+    /// wait for it; what was only written a little later, because the next flush most often tells that too.
+    fn moved_due_at(&self, report: Report) -> Option<Instant> {
+        let Some((sent_at, last)) = self.last_sent else { return Some(self.heard_at) };
+        if last.flush != report.flush {
+            return Some(sent_at);
+        }
+        (last.write != report.write).then(|| sent_at + WRITE_REPORT_INTERVAL)
     }
 
     /// When an owed answer goes out; `None` at once. An unchanged answer waits, so that two eager ends do not spin.
@@ -283,6 +294,9 @@ impl Receiver {
 
 /// Unchanged answers to an upstream that asks again and again are at least this far apart.
 pub const UNCHANGED_REPLY_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Reports that tell of a new write position and nothing else are at least this far apart.
+pub const WRITE_REPORT_INTERVAL: Duration = Duration::from_millis(2);
 
 /// An upstream that has asked beyond our flush for this long is stopping.
 pub const PRESSED_FOR_MAX: Duration = Duration::from_secs(1);
@@ -343,6 +357,7 @@ mod tests {
         receiver.handle_overlap_proven();
         assert_eq!(receiver.poll_output(now), sent(0, 0));
         receiver.handle_progress(progress(130, 120, 100));
+        let now = now + WRITE_REPORT_INTERVAL;
         assert_eq!(receiver.poll_output(now), sent(120, 0));
         receiver.handle_progress(progress(130, 120, 120));
         assert_eq!(receiver.poll_output(now), sent(120, 120));
@@ -353,10 +368,14 @@ mod tests {
         let now = Instant::now();
         let mut receiver = reporting(now);
         receiver.handle_progress(progress(300, 200, 100));
+        assert_eq!(receiver.poll_output(now), None, "a report was sent just now");
+        assert_eq!(receiver.poll_timeout(), Some(now + WRITE_REPORT_INTERVAL));
+        let now = now + WRITE_REPORT_INTERVAL;
         assert_eq!(receiver.poll_output(now), sent(200, 100));
-        receiver.handle_progress(progress(300, 200, 200));
-        assert_eq!(receiver.poll_output(now), sent(200, 200));
-        receiver.handle_progress(progress(400, 200, 200));
+        receiver.handle_progress(progress(300, 250, 100));
+        receiver.handle_progress(progress(300, 250, 200));
+        assert_eq!(receiver.poll_output(now), sent(250, 200), "flushed is told at once");
+        receiver.handle_progress(progress(400, 250, 200));
         assert_eq!(receiver.poll_output(now), None, "received alone is nobody's business");
     }
 
