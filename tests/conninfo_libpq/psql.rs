@@ -36,7 +36,7 @@ impl Psql {
         programs.push(PathBuf::from("psql"));
         let mut found = BTreeMap::new();
         for program in programs {
-            if let Some(major) = major_version(&program) {
+            if let Some(major) = major_version(&program).filter(|_| knows_encryption(&program)) {
                 found.entry(major).or_insert(program);
             }
         }
@@ -127,6 +127,13 @@ impl Psql {
         }
         surroundings
     }
+}
+
+/// A libpq built without TLS is no measure: it refuses other things, and in other words.
+fn knows_encryption(program: &Path) -> bool {
+    let text = "host=127.0.0.1 port=1 sslmode=require";
+    let output = Command::new(program).args(["-X", "-w", "-d", text]).stdin(Stdio::null()).output();
+    output.is_ok_and(|output| !String::from_utf8_lossy(&output.stderr).contains("not compiled in"))
 }
 
 fn major_version(program: &Path) -> Option<u32> {

@@ -14,12 +14,14 @@ use std::{
 };
 
 use bytes::Bytes;
+use tokio::io::AsyncReadExt;
+use walrelay::protocol::frontend::Message;
 use walrelay::store::{
     Condition, Disk, RealDisk,
     disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode},
 };
 
-use crate::support::{Options, Relay, eventually};
+use crate::support::{Options, PATIENCE, Relay, eventually};
 
 /// What panics, once switched on.
 #[derive(Default)]
@@ -130,8 +132,12 @@ async fn a_panic_in_a_session_ends_that_session_and_no_other() {
     let registry = relay.registry.clone();
     eventually("two sessions", || registry.statuses().len() == 2).await;
     panics.question.store(true, Ordering::SeqCst);
-    victim.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
-    while victim.receive().await.is_some() {}
+    let command = Message::Query(format!("START_REPLICATION {start} TIMELINE 1").into_bytes().into());
+    victim.send(&command).await;
+    // Whatever was sent before, even part of a message: the connection ends.
+    let mut said = Vec::new();
+    let ended = victim.socket.read_to_end(&mut said);
+    let _ = tokio::time::timeout(PATIENCE, ended).await.expect("still connected");
     eventually("the victim is forgotten", || registry.statuses().len() == 1).await;
     let next = relay.grow(100_000);
     let (wal, _) = healthy.receive_wal(end, next).await;

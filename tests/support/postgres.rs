@@ -186,12 +186,14 @@ impl Postgres {
             Stop::Fast => postmaster.signal(Signal::INT),
             Stop::Immediate => postmaster.signal(Signal::QUIT),
             Stop::Kill => {
-                let children = children_of(postmaster.id());
                 postmaster.kill();
-                for child in children {
-                    kill(child);
-                }
                 // The next postmaster refuses to start while a child still has the shared memory.
+                let data = self.data().canonicalize().unwrap();
+                wait_until("the children of a killed postmaster to be gone", || {
+                    let left = processes_in(&data);
+                    left.iter().copied().for_each(kill);
+                    left.is_empty()
+                });
                 std::fs::remove_file(self.data().join("postmaster.pid")).unwrap();
             }
         }
@@ -390,7 +392,11 @@ fn kill(id: i32) {
     rustix::process::kill_process(rustix::process::Pid::from_raw(id).unwrap(), Signal::KILL).ok();
 }
 
-fn children_of(parent: u32) -> Vec<i32> {
-    let text = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
-    text.split_whitespace().map(|id| id.parse().unwrap()).collect()
+/// Processes whose working directory is the folder: of a cluster's data these are its own.
+fn processes_in(folder: &Path) -> Vec<i32> {
+    let ids = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter(|id: &i32| std::fs::read_link(format!("/proc/{id}/cwd")).is_ok_and(|place| place == folder))
+        .collect()
 }

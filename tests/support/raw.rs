@@ -138,6 +138,11 @@ impl RawClient {
             .map_err(|error| ServerError { message: error.to_string(), ..ServerError::default() })?;
         match error_in(&answer) {
             Some(error) => Err(error),
+            // A server that died in between has confirmed nothing.
+            None if answer.last().is_none_or(|message| message.kind != b'Z') => {
+                let message = "the connection ended before the answer did".to_owned();
+                Err(ServerError { message, ..ServerError::default() })
+            }
             None => Ok(rows_of(&answer)),
         }
     }
@@ -149,6 +154,11 @@ impl RawClient {
         from: u64,
         timeline: u32,
     ) -> Result<Vec<Message>> {
+        let version = self.parameters.get("server_version").map_or("", String::as_str);
+        if version.starts_with("13.") || version.starts_with("14.") {
+            // These refuse to stream otherwise.
+            self.query("IDENTIFY_SYSTEM")?;
+        }
         let slot = slot.map(|name| format!("SLOT \"{name}\" ")).unwrap_or_default();
         self.send_query(&format!("START_REPLICATION {slot}{} TIMELINE {timeline}", lsn_text(from)))?;
         let mut answers = Vec::new();
