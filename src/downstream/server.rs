@@ -37,11 +37,6 @@ impl Server {
         if self.is_at_least(19) { format!("{high:X}/{low:08X}") } else { format!("{high:X}/{low:X}") }
     }
 
-    /// A command's tag. 13 has the same one for all.
-    pub(super) fn command_tag(&self, tag: &'static str) -> &'static str {
-        if self.is_at_least(14) { tag } else { "SELECT" }
-    }
-
     /// The column of a timeline in `IDENTIFY_SYSTEM`.
     pub(super) fn timeline_column(&self) -> Column {
         if self.is_at_least(16) { Column::int8("timeline") } else { Column::int4("timeline") }

@@ -15,9 +15,7 @@ async fn relay_of(version_num: u32) -> Relay {
 
 #[tokio::test]
 async fn identify_system_has_each_majors_types_and_our_own_position() {
-    for (version_num, timeline_type, tag) in
-        [(130_023, INT4, "SELECT"), (150_018, INT4, "IDENTIFY_SYSTEM"), (160_014, INT8, "IDENTIFY_SYSTEM")]
-    {
+    for (version_num, timeline_type) in [(130_023, INT4), (150_018, INT4), (160_014, INT8)] {
         let mut relay = relay_of(version_num).await;
         let end = relay.grow(10_000);
         let answer = relay.client().await.query("IDENTIFY_SYSTEM").await;
@@ -28,7 +26,7 @@ async fn identify_system_has_each_majors_types_and_our_own_position() {
         assert_eq!(answer.value(1), Some("1"));
         assert_eq!(answer.value(2), Some(end.to_string().as_str()));
         assert_eq!(answer.value(3), None);
-        assert_eq!(answer.tags, [tag]);
+        assert_eq!(answer.tags, ["IDENTIFY_SYSTEM"]);
     }
 }
 

@@ -35,6 +35,15 @@ impl Installation {
         Self::of(*chosen_majors().first()?)
     }
 
+    /// The first chosen one of this major or a later one, for what earlier ones cannot tell.
+    pub(crate) fn since(major: u32) -> Option<Self> {
+        let found = chosen_majors().into_iter().find(|chosen| *chosen >= major);
+        if found.is_none() {
+            println!("skipped: no PostgreSQL since {major} is in WALRELAY_PG");
+        }
+        Self::of(found?)
+    }
+
     fn find(major: u32) -> Option<Self> {
         let candidates =
             [lab().join(format!("pg/{major}/bin")), format!("/usr/lib/postgresql/{major}/bin").into()];

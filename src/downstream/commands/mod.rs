@@ -132,7 +132,6 @@ impl<S: Stream> Session<'_, S> {
     }
 
     fn put_complete(&mut self, tag: &'static str) {
-        let tag = self.server.command_tag(tag);
         self.connection.outgoing.encode(|out| encode_command_complete(tag, out));
     }
 }
