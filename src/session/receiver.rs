@@ -89,6 +89,8 @@ pub struct Receiver {
     last_sent: Option<(Instant, Report)>,
     /// An answer is owed: the upstream asked.
     answer_owed: bool,
+    /// The end of WAL that it named when it asked last.
+    asked: Option<Lsn>,
     /// Positions moved since the last report.
     moved: bool,
 }
@@ -124,6 +126,7 @@ impl Receiver {
             ping_sent: false,
             last_sent: None,
             answer_owed: false,
+            asked: None,
             moved: true,
         }
     }
@@ -141,6 +144,7 @@ impl Receiver {
             return;
         }
         self.answer_owed = true;
+        self.asked = wal_end;
         let behind = wal_end.filter(|&asked| asked > self.progress.flushed);
         self.stage = match (self.stage, behind) {
             (Stage::Comparing, _) => Stage::Comparing,
@@ -239,7 +243,10 @@ impl Receiver {
 
     fn report(&self, ask_for_reply: bool) -> Report {
         let (write, flush) = match self.stage {
-            Stage::Comparing if self.progress.received == self.start => (None, None),
+            // Nothing came yet. Only an upstream that stops just there wants to hear that nothing is missing.
+            Stage::Comparing | Stage::Reporting { .. } if self.progress.received == self.start => {
+                (self.asked.filter(|asked| *asked == self.start), None)
+            }
             Stage::Comparing | Stage::VouchingForNothing { .. } => (Some(self.progress.received), None),
             Stage::Reporting { .. } => {
                 (self.delivered(self.progress.written), self.delivered(self.progress.flushed))
@@ -361,6 +368,16 @@ mod tests {
         assert_eq!(receiver.poll_output(now), sent(120, 0));
         receiver.handle_progress(progress(130, 120, 120));
         assert_eq!(receiver.poll_output(now), sent(120, 120));
+    }
+
+    #[test]
+    fn an_upstream_that_stops_where_the_session_began_is_let_go() {
+        let now = Instant::now();
+        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        receiver.handle_overlap_proven();
+        assert_eq!(receiver.poll_output(now), sent(0, 0));
+        receiver.handle_keepalive(now, Some(lsn(100)), true);
+        assert_eq!(receiver.poll_output(now + UNCHANGED_REPLY_INTERVAL), sent(100, 0));
     }
 
     #[test]

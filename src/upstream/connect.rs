@@ -12,18 +12,19 @@ use crate::conninfo::{ChannelBinding, Conninfo, Host, HostAddress, ProcessSurrou
 use crate::net::{Socket, TcpOptions};
 use crate::protocol::{
     Command, ServerError, SqlState,
-    command::{CreateReplicationSlot, CreateSlotKind, Persistence, StartReplication, StreamKind},
+    command::{StartReplication, StreamKind},
     frontend::{FirstPacket, Startup},
     scram::ChannelBindingPolicy,
 };
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
+use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{
     UpstreamError, UpstreamSettings,
     authenticate::{Credentials, open_session},
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
 };
-use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
+use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineHistory, TimelineId};
 
 /// A server that answers, and what it says of itself.
 pub(crate) struct Connected {
@@ -240,14 +241,14 @@ fn parse_milliseconds(text: &str) -> Option<Duration> {
     (count > 0).then(|| Duration::from_millis(count.saturating_mul(milliseconds)))
 }
 
-/// Checks that the server is the one whose WAL is held, and gives an empty store its identity.
-pub(crate) async fn check_identity(
+/// Checks that the server is the one whose WAL is held, and fetches what histories are missing. Changes nothing on the
+/// server, and nothing in an empty store.
+pub(crate) async fn check_server(
     connected: &mut Connected,
     store: &Store,
-    writer: &mut WalWriter,
-    settings: &UpstreamSettings,
-) -> Result<ResumePlan, UpstreamError> {
-    let found = Identity { system_id: connected.system.system_id, segment_size: connected.segment_size };
+    writer: &WalWriter,
+) -> Result<(), UpstreamError> {
+    let found = identity(connected);
     if let Some(held) = store.identity() {
         if held.system_id != found.system_id {
             return Err(UpstreamError::WrongSystem { expected: held.system_id, got: found.system_id });
@@ -266,8 +267,18 @@ pub(crate) async fn check_identity(
             return Err(UpstreamError::TimelineAhead { expected: plan.timeline, got });
         }
     }
-    fetch_histories(connected, store).await?;
-    let slot = ensure_slot(connected, settings).await?;
+    fetch_histories(connected, store).await
+}
+
+/// Gives an empty store its identity and start, and finds out where to go on.
+pub(crate) fn plan_stream(
+    connected: &Connected,
+    store: &Store,
+    writer: &mut WalWriter,
+    slot: UpstreamSlot,
+) -> Result<ResumePlan, UpstreamError> {
+    let found = identity(connected);
+    let got = connected.system.timeline;
     let reserved = slot.restart_lsn;
     let held_before = writer.plan().is_some();
     if !held_before {
@@ -278,13 +289,16 @@ pub(crate) async fn check_identity(
                  its directory was lost or is not mounted"
             );
         }
-        let start = reserved.unwrap_or(connected.system.flushed);
-        let start = SegmentNo::holding(start, found.segment_size).start(found.segment_size);
+        // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
+        let first = reserved.unwrap_or(connected.system.flushed).max(switch_lsn(store, got)?);
+        let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
         block_in_place(|| writer.initialize(found, got, start.unwrap_or(Lsn::MIN)))?;
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    if let Some(reserved) = reserved.filter(|&reserved| held_before && reserved > plan.held_end) {
+    if let Some(reserved) = reserved
+        .filter(|&reserved| held_before && slot.origin == SlotOrigin::Found && reserved > plan.held_end)
+    {
         tracing::error!(
             slot_restart_lsn = %reserved, held_end = %plan.held_end,
             "the upstream's slot is ahead of this relay: WAL that was acknowledged has been lost here"
@@ -301,6 +315,17 @@ pub(crate) async fn check_identity(
         });
     }
     Ok(plan)
+}
+
+fn identity(connected: &Connected) -> Identity {
+    Identity { system_id: connected.system.system_id, segment_size: connected.segment_size }
+}
+
+/// Where a timeline began; the lowest position for the first.
+fn switch_lsn(store: &Store, timeline: TimelineId) -> Result<Lsn, UpstreamError> {
+    let Some(content) = block_in_place(|| store.history(timeline))? else { return Ok(Lsn::MIN) };
+    let history = TimelineHistory::parse(timeline, &content)?;
+    Ok(history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn))
 }
 
 /// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:
@@ -324,62 +349,6 @@ async fn fetch_histories(connected: &mut Connected, store: &Store) -> Result<(),
         block_in_place(|| store.store_history(timeline, &content))?;
     }
     Ok(())
-}
-
-/// The slot on the upstream.
-#[derive(Clone, Copy, Debug)]
-struct UpstreamSlot {
-    origin: SlotOrigin,
-    /// Where it keeps WAL from; `None` where the server does not tell it (before 15).
-    restart_lsn: Option<Lsn>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum SlotOrigin {
-    /// It was there.
-    Found,
-    /// It was created just now.
-    Created,
-    /// None is used, or none that is known of.
-    Unknown,
-}
-
-/// Creates the slot when it is absent and may be created.
-async fn ensure_slot(
-    connected: &mut Connected,
-    settings: &UpstreamSettings,
-) -> Result<UpstreamSlot, UpstreamError> {
-    let unknown = UpstreamSlot { origin: SlotOrigin::Unknown, restart_lsn: None };
-    let Some(slot) = &settings.slot else { return Ok(unknown) };
-    let tells = connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE;
-    if tells && let Some(restart_lsn) = read_slot(&mut connected.dialog, slot).await? {
-        return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn });
-    }
-    if !settings.create_slot {
-        return Ok(unknown);
-    }
-    let create = Command::CreateReplicationSlot(CreateReplicationSlot {
-        slot: slot.clone(),
-        persistence: Persistence::Permanent,
-        kind: CreateSlotKind::Physical { reserve_wal: true },
-    });
-    match connected.dialog.query(&create).await {
-        Ok(_) => tracing::info!(slot, "created replication slot on the upstream"),
-        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => {
-            return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn: None });
-        }
-        Err(error) => return Err(error),
-    }
-    let restart_lsn = if tells { read_slot(&mut connected.dialog, slot).await?.flatten() } else { None };
-    Ok(UpstreamSlot { origin: SlotOrigin::Created, restart_lsn })
-}
-
-/// Outer `None`: no such slot. Inner `None`: it reserves nothing yet.
-async fn read_slot(dialog: &mut Dialog, slot: &str) -> Result<Option<Option<Lsn>>, UpstreamError> {
-    let rows = dialog.query(&Command::ReadReplicationSlot(slot.to_owned())).await?;
-    let exists = rows.first().is_some_and(|row| row.value(0).is_some());
-    let restart_lsn = rows.first().and_then(|row| row.text(1)).and_then(|text| text.parse().ok());
-    Ok(exists.then_some(restart_lsn))
 }
 
 /// Starts the stream where the plan says; at an exact segment boundary the WAL before it may be gone, then at the boundary.
@@ -429,9 +398,6 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
 /// Settings of the upstream that clients ask of the relay.
 const MIRRORED_SETTINGS: &[&str] =
     &["data_directory_mode", "wal_segment_size", "wal_block_size", "wal_level"];
-
-/// First version that has READ_REPLICATION_SLOT.
-const READ_REPLICATION_SLOT_SINCE: u32 = 150_000;
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@ use std::{io, time::Duration};
 use crate::conninfo::ConninfoError;
 use crate::protocol::{DecodeError, ServerError, SqlState, scram::ClientError};
 use crate::store::{AppendError, StoreError};
+use crate::wal::timeline::HistoryError;
 use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
 
 /// An attempt to connect, or a stream, failed.
@@ -120,6 +121,14 @@ pub enum UpstreamError {
         /// The server's words.
         source: Box<ServerError>,
     },
+    /// The slot was dropped, and what it should keep is gone.
+    #[error(
+        "replication slot \"{0}\" does not exist on the upstream, which has removed WAL that this relay needs; it is not created again"
+    )]
+    SlotGone(String),
+    /// A history file of the upstream cannot be read.
+    #[error("could not read a timeline history file")]
+    History(#[from] HistoryError),
     /// The upstream does not have WAL that we hold.
     #[error(
         "the WAL flush position of the upstream {flushed} is behind {held_end}, the end of what this relay holds on timeline {timeline}"
@@ -190,6 +199,8 @@ impl UpstreamError {
             | Self::TimelineBehind { .. }
             | Self::TimelineAhead { .. }
             | Self::WalRemoved { .. }
+            | Self::SlotGone(_)
+            | Self::History(_)
             | Self::BehindUs { upstream: BehindUpstream::Primary, .. }
             | Self::Append(AppendError::Diverged { .. } | AppendError::Store(_))
             | Self::Store(_) => Advice::TellAHuman,

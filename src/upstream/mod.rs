@@ -8,6 +8,7 @@ mod backoff;
 mod connect;
 mod dialog;
 mod error;
+mod slot;
 mod walreceiver;
 
 use std::{
@@ -25,6 +26,7 @@ use crate::metrics::UpstreamMetrics;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, Store, WalWriter};
+use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::{
     backoff::Backoff,
     walreceiver::{StreamContext, StreamEnd, WalReceiver},
@@ -130,8 +132,9 @@ impl Upstream {
         course: &mut Course,
     ) -> Result<(connect::Streaming, ReceiverSettings), UpstreamError> {
         let mut connected = connect::connect(&self.settings, random()).await?;
-        let plan =
-            connect::check_identity(&mut connected, &self.store, &mut self.writer, &self.settings).await?;
+        connect::check_server(&mut connected, &self.store, &self.writer).await?;
+        let slot = self.slot(&mut connected, course).await?;
+        let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot)?;
         let use_fallback = course.start_at_boundary.take() == Some(plan.held_end);
         let start = plan.fallback.filter(|_| use_fallback).unwrap_or(plan.start);
         course.fallback_possible = plan.fallback.is_some() && !use_fallback;
@@ -155,6 +158,24 @@ impl Upstream {
         Ok((streaming, ReceiverSettings { receiver_timeout, status_interval }))
     }
 
+    /// The slot to use; one that an earlier session created in vain is dropped, and not created again.
+    async fn slot(
+        &self,
+        connected: &mut connect::Connected,
+        course: &mut Course,
+    ) -> Result<slot::UpstreamSlot, UpstreamError> {
+        if course.slot_to_drop {
+            slot::drop_slot(connected, &self.settings).await?;
+            course.slot_to_drop = false;
+        }
+        let held_end = self.writer.plan().map(|plan| plan.held_end);
+        let is_in_vain = course.slot_in_vain_at.is_some() && course.slot_in_vain_at == held_end;
+        let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
+        let slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
+        course.slot_created = slot.origin == SlotOrigin::Created;
+        Ok(slot)
+    }
+
     /// Logs how a session ended, and says how long to wait before the next.
     fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
         let error = match outcome {
@@ -176,6 +197,11 @@ impl Upstream {
         }
         if matches!(error, UpstreamError::WalRemoved { .. }) && course.fallback_possible {
             course.start_at_boundary = course.held_end;
+            return Duration::ZERO;
+        }
+        if matches!(error, UpstreamError::WalRemoved { .. }) && course.slot_created {
+            course.slot_to_drop = true;
+            course.slot_in_vain_at = course.held_end;
             return Duration::ZERO;
         }
         let (advice, text) = (error.advice(), error.chain());
@@ -207,6 +233,12 @@ struct Course {
     fallback_possible: bool,
     /// The next session starts at the boundary, if our end is still this.
     start_at_boundary: Option<Lsn>,
+    /// The last session created the slot.
+    slot_created: bool,
+    /// The slot that was created keeps nothing that we need.
+    slot_to_drop: bool,
+    /// No slot is created while our end is this: the WAL that follows is gone.
+    slot_in_vain_at: Option<Lsn>,
     last_logged: Option<(String, Instant)>,
 }
 
@@ -218,6 +250,9 @@ impl Course {
             held_end: None,
             fallback_possible: false,
             start_at_boundary: None,
+            slot_created: false,
+            slot_to_drop: false,
+            slot_in_vain_at: None,
             last_logged: None,
         }
     }

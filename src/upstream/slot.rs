@@ -1,0 +1,100 @@
+//! The slot we use on the upstream.
+//!
+//! Owns finding, creating and dropping it. Never lets a slot keep WAL on the primary that this relay cannot use.
+
+use crate::protocol::command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive};
+use crate::protocol::{Command, SqlState};
+use crate::upstream::connect::Connected;
+use crate::upstream::dialog::Dialog;
+use crate::upstream::{UpstreamError, UpstreamSettings};
+use crate::wal::Lsn;
+
+/// The slot on the upstream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UpstreamSlot {
+    pub(crate) origin: SlotOrigin,
+    /// Where it keeps WAL from; `None` where the server does not tell it (before 15).
+    pub(crate) restart_lsn: Option<Lsn>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotOrigin {
+    /// It was there.
+    Found,
+    /// It was created just now.
+    Created,
+    /// None is used, or none that is known of.
+    Unknown,
+}
+
+/// What is done about a slot that is absent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhenAbsent {
+    /// It is created, where the settings allow that.
+    Create,
+    /// It is not created again: the last one could not help, for the WAL it should have kept is gone, and all that it would
+    /// do is to fill the primary's disk.
+    Refuse,
+}
+
+/// Finds the slot, or creates it.
+pub(crate) async fn ensure_slot(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+    when_absent: WhenAbsent,
+) -> Result<UpstreamSlot, UpstreamError> {
+    let unknown = UpstreamSlot { origin: SlotOrigin::Unknown, restart_lsn: None };
+    let Some(slot) = &settings.slot else { return Ok(unknown) };
+    let tells = connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE;
+    if tells && let Some(restart_lsn) = read_slot(&mut connected.dialog, slot).await? {
+        return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn });
+    }
+    if !settings.create_slot {
+        return Ok(unknown);
+    }
+    if when_absent == WhenAbsent::Refuse {
+        return Err(UpstreamError::SlotGone(slot.clone()));
+    }
+    let create = Command::CreateReplicationSlot(CreateReplicationSlot {
+        slot: slot.clone(),
+        persistence: Persistence::Permanent,
+        kind: CreateSlotKind::Physical { reserve_wal: true },
+    });
+    match connected.dialog.query(&create).await {
+        Ok(_) => tracing::info!(slot, "created replication slot on the upstream"),
+        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => {
+            return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn: None });
+        }
+        Err(error) => return Err(error),
+    }
+    let restart_lsn = if tells { read_slot(&mut connected.dialog, slot).await?.flatten() } else { None };
+    Ok(UpstreamSlot { origin: SlotOrigin::Created, restart_lsn })
+}
+
+/// Outer `None`: no such slot. Inner `None`: it reserves nothing yet.
+async fn read_slot(dialog: &mut Dialog, slot: &str) -> Result<Option<Option<Lsn>>, UpstreamError> {
+    let rows = dialog.query(&Command::ReadReplicationSlot(slot.to_owned())).await?;
+    let exists = rows.first().is_some_and(|row| row.value(0).is_some());
+    let restart_lsn = rows.first().and_then(|row| row.text(1)).and_then(|text| text.parse().ok());
+    Ok(exists.then_some(restart_lsn))
+}
+
+/// Drops the slot that an earlier session created in vain.
+pub(crate) async fn drop_slot(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+) -> Result<(), UpstreamError> {
+    let Some(slot) = settings.slot.clone() else { return Ok(()) };
+    let drop = Command::DropReplicationSlot { slot: slot.clone(), when_active: WhenActive::Fail };
+    match connected.dialog.query(&drop).await {
+        Ok(_) => {
+            tracing::warn!(slot, "dropped the replication slot just created, which can keep nothing we need")
+        }
+        Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_OBJECT) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
+/// First version that has READ_REPLICATION_SLOT.
+const READ_REPLICATION_SLOT_SINCE: u32 = 150_000;
