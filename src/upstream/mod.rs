@@ -171,8 +171,15 @@ impl Upstream {
         let held_end = self.writer.plan().map(|plan| plan.held_end);
         let is_in_vain = course.slot_in_vain_at.is_some() && course.slot_in_vain_at == held_end;
         let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
-        let slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
-        course.slot_created = slot.origin == SlotOrigin::Created;
+        let mut slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
+        match slot.origin {
+            SlotOrigin::Created => course.slot_created_at = held_end,
+            // The last attempt may have created it, and got no further.
+            SlotOrigin::Found if held_end.is_some() && course.slot_created_at == held_end => {
+                slot.origin = SlotOrigin::Created;
+            }
+            SlotOrigin::Found | SlotOrigin::Unknown => course.slot_created_at = None,
+        }
         Ok(slot)
     }
 
@@ -199,7 +206,7 @@ impl Upstream {
             course.start_at_boundary = course.held_end;
             return Duration::ZERO;
         }
-        if matches!(error, UpstreamError::WalRemoved { .. }) && course.slot_created {
+        if matches!(error, UpstreamError::WalRemoved { .. }) && course.slot_created_at == course.held_end {
             course.slot_to_drop = true;
             course.slot_in_vain_at = course.held_end;
             return Duration::ZERO;
@@ -233,8 +240,8 @@ struct Course {
     fallback_possible: bool,
     /// The next session starts at the boundary, if our end is still this.
     start_at_boundary: Option<Lsn>,
-    /// The last session created the slot.
-    slot_created: bool,
+    /// The slot was created when our end was this.
+    slot_created_at: Option<Lsn>,
     /// The slot that was created keeps nothing that we need.
     slot_to_drop: bool,
     /// No slot is created while our end is this: the WAL that follows is gone.
@@ -250,7 +257,7 @@ impl Course {
             held_end: None,
             fallback_possible: false,
             start_at_boundary: None,
-            slot_created: false,
+            slot_created_at: None,
             slot_to_drop: false,
             slot_in_vain_at: None,
             last_logged: None,

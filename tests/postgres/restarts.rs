@@ -187,6 +187,11 @@ fn wal_that_the_primary_has_removed_is_told_as_a_gap_and_not_papered_over() {
     assert!(chain.proxy.connections() - attempts <= 12, "it tries without a pause");
     chain.relay.assert_running();
     chain.standby.wait_replayed(held);
+    // A slot that keeps nothing the relay can use would only fill the primary's disk.
+    chain.relay.wait_logged("it is not created again");
+    let slots = "select count(*) from pg_replication_slots where slot_name = 'relay'";
+    chain.primary.wait_for_sql(slots, "0");
+    assert!(!chain.relay.log().contains("has been lost here"), "a slot made just now tells of no loss");
 }
 
 #[test]

@@ -167,6 +167,13 @@ pub enum ScanError {
         /// The record that was not.
         expected: Option<Lsn>,
     },
+    /// Something other than zero where a server leaves zeros: after a record up to the next multiple of 8, or at the end of
+    /// a page header. PostgreSQL's own reader does not look there.
+    #[error("unexpected data in the padding at {at}")]
+    DataInPadding {
+        /// The first byte of the padding.
+        at: Lsn,
+    },
     /// Something other than zero between an XLOG_SWITCH record and the end of its segment.
     #[error("unexpected data after XLOG_SWITCH at {at}")]
     DataAfterSwitch {
@@ -189,6 +196,7 @@ impl ScanError {
             | Self::WrongContinuationLength { at, .. }
             | Self::UnexpectedContinuation { at }
             | Self::WrongOverwrittenRecord { at, .. }
+            | Self::DataInPadding { at }
             | Self::DataAfterSwitch { at } => *at,
             Self::InvalidMagic { page, .. }
             | Self::InvalidInfoBits { page, .. }

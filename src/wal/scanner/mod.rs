@@ -2,8 +2,9 @@
 //!
 //! A `Scanner` is fed the bytes of one timeline in order, in pieces of any size, and knows at each moment how far they
 //! are proved: page headers belong where they stand, records form a chain, their checksums match. The rules are those
-//! of PostgreSQL's reader (`xlogreader.c`, `xlogrecovery.c`), with two that it need not have: the zeros after
-//! XLOG_SWITCH are verified to be zeros, and only a segment's first page may have the long header.
+//! of PostgreSQL's reader (`xlogreader.c`, `xlogrecovery.c`), with some that it need not have: the zeros after
+//! XLOG_SWITCH and those in padding are verified to be zeros, a page that continues nothing has no `xlp_rem_len`, and only
+//! a segment's first page may have the long header.
 //!
 //! It never allocates per record, holds no WAL but the beginning of one record that does not lie whole in the bytes at
 //! hand, and changes nothing.
@@ -17,8 +18,7 @@
 //! ```
 //!
 //! What nothing covers, and is therefore not proved: the bytes of a record that began before the first page scanned;
-//! the padding after a record (up to 7 bytes) and of page headers (4 bytes); `xlp_rem_len` of a page that continues
-//! nothing; the flag XLP_BKP_REMOVABLE; the timeline of a page between that of the page before and the stream's; what
+//! the flag XLP_BKP_REMOVABLE; the timeline of a page between that of the page before and the stream's; what
 //! the context leaves to be learnt; and the first record's link to the one before it where that one is not known: then
 //! a whole old record, in a recycled file, may pass as the first. A scan for the end of torn WAL should therefore
 //! start where the record before is known.
@@ -191,7 +191,7 @@ impl Scanner {
                 Within::Boundary | Within::Head { .. } | Within::Record if self.is_in_page_header() => {
                     self.page_header(bytes)?
                 }
-                Within::Head { remaining } => self.skip_head(remaining, self.part_in_page(bytes)),
+                Within::Head { remaining } => self.skip_head(remaining, self.part_in_page(bytes))?,
                 Within::Boundary => self.whole_records(self.part_in_page(bytes), visitor)?,
                 Within::Record => self.record_part(self.part_in_page(bytes), visitor)?,
             };
@@ -247,7 +247,7 @@ impl Scanner {
         if !self.partial.is_complete() {
             return Ok(taken);
         }
-        let padding = self.skip_padding(bytes.len() - taken);
+        let padding = self.skip_padding(bytes.get(taken..).unwrap_or_default())?;
         if self.position == self.position.max_align() {
             self.record_complete(visitor)?;
         }
@@ -269,12 +269,15 @@ impl Scanner {
         Ok(())
     }
 
-    /// Moves towards the next multiple of 8, over at most as many bytes as are present.
-    fn skip_padding(&mut self, present: usize) -> usize {
-        let padding = self.position.max_align().bytes_since(self.position);
-        let padding = usize::try_from(padding).unwrap_or(0).min(present);
-        self.position = self.position.advance(padding as u64);
-        padding
+    /// Moves towards the next multiple of 8, over at most as many bytes as are present; a server leaves them zero.
+    fn skip_padding(&mut self, present: &[u8]) -> Result<usize, ScanError> {
+        let padding = usize::try_from(self.position.max_align().bytes_since(self.position)).unwrap_or(0);
+        let padding = present.get(..padding).unwrap_or(present);
+        if !is_zero(padding) {
+            return Err(ScanError::DataInPadding { at: self.position });
+        }
+        self.position = self.position.advance(padding.len() as u64);
+        Ok(padding.len())
     }
 
     /// After an XLOG_SWITCH record, which ended at the position.
@@ -344,6 +347,9 @@ impl Walk<'_> {
             if crc::of_record(checked, body) != header.crc {
                 return Err(ScanError::WrongChecksum { at: self.start });
             }
+            if whole.get(total..).is_some_and(|padding| !is_zero(padding)) {
+                return Err(ScanError::DataInPadding { at: self.start.advance(total as u64) });
+            }
             let end = self.start.advance(whole.len() as u64);
             let prefix = body.get(..RECORD_PREFIX_BYTES_MAX).unwrap_or(body);
             let record = Record { start: self.start, end, header, format: limits.format, prefix };
@@ -407,6 +413,12 @@ impl Limits {
             _ => Ok(()),
         }
     }
+}
+
+/// Whether the bytes, which are few, are all zero.
+#[inline]
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
 }
 
 /// Number of zero bytes at the beginning.

@@ -20,6 +20,11 @@ pub(super) struct PageHeaderBuffer {
 impl PageHeaderBuffer {
     pub(super) const EMPTY: Self = Self { bytes: [0; LONG_HEADER_BYTES] };
 
+    /// Whether the header's padding, its last 4 bytes, is zero.
+    fn has_zero_padding(&self) -> bool {
+        self.bytes.get(SHORT_HEADER_BYTES - 4..SHORT_HEADER_BYTES) == Some(&[0; 4])
+    }
+
     /// The header, and what follows it on a segment's first page.
     fn decode(&self) -> (PageHeader, LongPageHeader) {
         let (short, long) = self.bytes.split_at(SHORT_HEADER_BYTES);
@@ -87,6 +92,13 @@ impl Scanner {
             let page = self.position.page_start().unwrap_or(Lsn::MIN);
             let (header, long) = self.page_header.decode();
             let format = self.check_page(page, header, (length == LONG_HEADER_BYTES).then_some(long))?;
+            if !self.page_header.has_zero_padding() {
+                return Err(ScanError::DataInPadding { at: page.advance(SHORT_HEADER_BYTES as u64 - 4) });
+            }
+            if header.info & PAGE_FIRST_IS_CONTRECORD == 0 && header.remaining != 0 {
+                let got = header.remaining;
+                return Err(ScanError::WrongContinuationLength { at: page, got, expected: 0 });
+            }
             self.begin_page(page, header, format)?;
         }
         Ok(taken)
@@ -199,21 +211,21 @@ impl Scanner {
     }
 
     /// Takes bytes of a record that began before the first page, and the padding after it.
-    pub(super) fn skip_head(&mut self, remaining: u32, bytes: &[u8]) -> usize {
+    pub(super) fn skip_head(&mut self, remaining: u32, bytes: &[u8]) -> Result<usize, ScanError> {
         let of_record = bytes.len().min(remaining as usize);
         self.head_end.keep(remaining, bytes.get(..of_record).unwrap_or_default());
         let remaining = remaining - u32::try_from(of_record).unwrap_or(remaining);
         self.position = self.position.advance(of_record as u64);
         self.within = Within::Head { remaining };
         if remaining > 0 {
-            return of_record;
+            return Ok(of_record);
         }
-        let padding = self.skip_padding(bytes.len() - of_record);
+        let padding = self.skip_padding(bytes.get(of_record..).unwrap_or_default())?;
         if self.position == self.position.max_align() {
             self.within = Within::Boundary;
             self.head_end.after = Some(self.position);
         }
-        of_record + padding
+        Ok(of_record + padding)
     }
 }
 
