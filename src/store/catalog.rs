@@ -29,6 +29,11 @@ impl Catalog {
         Self { complete, crossing: BTreeMap::new(), anchor }
     }
 
+    /// Whether there is no complete segment, on whatever timeline.
+    pub(super) fn is_empty(&self) -> bool {
+        self.complete.is_empty()
+    }
+
     pub(super) fn get(&self, name: SegmentName) -> Option<&CompleteSegment> {
         self.complete.get(&name)
     }

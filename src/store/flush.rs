@@ -85,6 +85,7 @@ impl Writer {
             job.written = Some(batch.verified);
             job.bytes += self.batch_bytes;
         }
+        shared.queue.published();
         shared.unsynced.signal.notify();
         #[cfg(test)]
         if shared.mutant == crate::store::simulation::Mutant::AcknowledgeBeforeSync {
@@ -250,6 +251,7 @@ impl Syncer {
                 shared.keeper.notify();
             }
         }
+        shared.unsynced.published();
         Step::Worked
     }
 }

@@ -66,11 +66,26 @@ pub(super) fn has_wal(disk: &dyn Disk, layout: &Layout) -> Result<bool, StoreErr
     Ok(entries.iter().any(|entry| looks_like_wal(&entry.name)))
 }
 
+/// Whether it is a name that we give to what is being prepared; other people's files are left alone.
+fn is_temporary(name: &str) -> bool {
+    let Some(target) = name.strip_suffix(TEMPORARY_SUFFIX) else { return false };
+    let is_history = target
+        .strip_suffix(HISTORY_SUFFIX)
+        .is_some_and(|digits| digits.len() == 8 && digits.bytes().all(|b| b.is_ascii_hexdigit()));
+    is_history || target.starts_with(OWN_PREFIX)
+}
+
+/// Beginning of the names of all files that are ours and hold no WAL.
+const OWN_PREFIX: &str = "walrelay.";
+
+/// Suffix of history files.
+const HISTORY_SUFFIX: &str = ".history";
+
 /// Removes files that were being prepared.
 pub(super) fn remove_temporaries(disk: &dyn Disk, layout: &Layout) -> Result<(), StoreError> {
     for dir in [&layout.data_dir, &layout.wal_dir] {
         for entry in disk.list(dir).map_err(StoreError::io("list", dir))? {
-            if entry.name.ends_with(TEMPORARY_SUFFIX) {
+            if is_temporary(&entry.name) {
                 let path = dir.join(&entry.name);
                 disk.unlink(&path).map_err(StoreError::io("remove", &path))?;
             }

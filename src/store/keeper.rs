@@ -17,6 +17,9 @@ use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
 pub(super) struct Keeper {
     shared: Arc<Shared>,
     has_reserve: bool,
+    /// The stream waits for the first spare, so it comes before the reserve; once, or a fast stream would keep the reserve
+    /// from ever being made.
+    is_spare_first: bool,
     /// Nothing is prepared any more.
     is_stopping: bool,
     /// The newest segment's place was taken from the oldest: the next one's will be, too, so none is made.
@@ -28,7 +31,7 @@ const INDEX_STALE_ENTRIES_MAX: u64 = 256;
 
 impl Keeper {
     pub(super) fn new(shared: Arc<Shared>, has_reserve: bool) -> Self {
-        Self { shared, has_reserve, is_stopping: false, is_recycling: false }
+        Self { shared, has_reserve, is_spare_first: true, is_stopping: false, is_recycling: false }
     }
 
     /// Only what must be done before the end is done from here on.
@@ -168,14 +171,16 @@ impl Keeper {
         let shared = &self.shared;
         let (disk, layout) = (&*shared.disk, &shared.layout);
         let judge = |error| shared.health.judge(error);
-        if !self.has_reserve {
+        let spares = shared.settings.spare_segments as usize;
+        let wanted = if self.is_recycling { spares.min(1) } else { spares };
+        let is_spare_first =
+            std::mem::take(&mut self.is_spare_first) && wanted > 0 && shared.pool.count() == 0;
+        if !self.has_reserve && !is_spare_first {
             Pool::make_reserve(disk, layout, size).map_err(judge)?;
             shared.sync_wal_dir()?;
             self.has_reserve = true;
             return Ok(true);
         }
-        let spares = shared.settings.spare_segments as usize;
-        let wanted = if self.is_recycling { spares.min(1) } else { spares };
         if shared.pool.count() < wanted {
             let spare = shared.pool.make(disk, layout, size).map_err(judge)?;
             shared.pool.put(spare);

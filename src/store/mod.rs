@@ -55,6 +55,7 @@
 //! | When | What is left | What recovery does |
 //! | --- | --- | --- |
 //! | first start, before the control file has its name | an index, a `.tmp`; no control file | a fresh directory: nothing was claimed |
+//! | begun anew elsewhere, with nothing held | the old control file or the new one; no `.partial` under the new | begins where the control file says |
 //! | while a state file is replaced | the old one or the new one, perhaps a `.tmp` | takes it; removes the `.tmp` |
 //! | while a spare or the reserve is made | a file that is too short, or a `.tmp` | removes it |
 //! | spare renamed to `.partial`, `wal/` not synced | P: the spare's old name, or the new one; the content may be there under either | nothing in it was claimed; a spare is a spare |
@@ -89,6 +90,7 @@ mod error;
 mod flush;
 mod health;
 mod index;
+mod initialize;
 mod inventory;
 mod keeper;
 mod mapping;

@@ -86,6 +86,7 @@ pub(super) fn open(
     }
     let shared = Shared {
         tail: Mutex::new(Tail::new(settings.tail_bytes_max)),
+        queue: WriteQueue::new(settings.unwritten_bytes_max),
         disk,
         layout,
         settings,
@@ -95,7 +96,6 @@ pub(super) fn open(
         control_file: Mutex::new(()),
         wal_dir,
         positions: Mutex::new(None),
-        queue: WriteQueue::new(),
         unsynced: Unsynced::default(),
         partials: Mutex::default(),
         catalog: Mutex::new(Catalog::default()),

@@ -49,6 +49,11 @@ impl Overlap {
         self.dispute.is_some()
     }
 
+    /// All that is held was compared: its file is not needed any more.
+    pub(super) fn close(&mut self) {
+        self.file = None;
+    }
+
     /// `whole` was delivered at `at`; `part`, its beginning, is held.
     pub(super) fn compare(&mut self, at: Lsn, part: &[u8], whole: &Bytes) -> Result<Verdict, AppendError> {
         if self.dispute.is_none() {

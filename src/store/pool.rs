@@ -93,6 +93,11 @@ impl Pool {
 /// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not.
 fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<Arc<dyn DiskFile>, StoreError> {
     let fill = || {
+        // Others, and our own state files, need what is left; and a disk that is full is not to be filled each second.
+        let needed = size.bytes().saturating_add(FREE_RESERVE_BYTES);
+        if path.parent().is_some_and(|dir| disk.free_bytes(dir).is_ok_and(|free| free < needed)) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         let file = disk.open(path, OpenMode::CreateNew)?;
         let zeros = vec![0; ZERO_BYTES];
         for at in (0..size.bytes()).step_by(ZERO_BYTES) {
@@ -107,6 +112,9 @@ fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<Arc<dyn 
         StoreError::Io { operation: "allocate", path: path.to_path_buf(), source: error }
     })
 }
+
+/// Space that is left alone: the state files are replaced in it while there is none for segments.
+pub(super) const FREE_RESERVE_BYTES: u64 = 4 << 20;
 
 /// Zeros written at a time; divides every segment size.
 const ZERO_BYTES: usize = 1 << 20;

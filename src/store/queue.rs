@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,38 +41,80 @@ impl Batch {
 
 /// Batches to be written.
 pub(super) struct WriteQueue {
-    batches: Mutex<VecDeque<Batch>>,
-    unwritten_bytes: AtomicU64,
+    batches: Mutex<Waiting>,
+    room: Mutex<Room>,
+    unwritten_bytes_max: u64,
     pub(super) signal: Signal,
 }
 
+#[derive(Default)]
+struct Waiting {
+    batches: VecDeque<Batch>,
+    /// The writer thread has one that it has not yet published.
+    is_in_hand: bool,
+}
+
+#[derive(Default)]
+struct Room {
+    unwritten_bytes: u64,
+    /// The limit was reached, and not enough was written since.
+    is_exhausted: bool,
+}
+
+/// Room that was exhausted is back when less than this part of the limit is unwritten. A disk that only writes slowly
+/// would else give room back at each write, and throttle the upstream to its pace without anybody noticing.
+const ROOM_BACK_DIVISOR: u64 = 2;
+
 impl WriteQueue {
-    pub(super) fn new() -> Self {
-        let (batches, unwritten_bytes) = (Mutex::default(), AtomicU64::new(0));
-        Self { batches, unwritten_bytes, signal: Signal::default() }
+    pub(super) fn new(unwritten_bytes_max: u64) -> Self {
+        let (batches, room) = (Mutex::default(), Mutex::default());
+        Self { batches, room, unwritten_bytes_max, signal: Signal::default() }
     }
 
     pub(super) fn unwritten_bytes(&self) -> u64 {
-        self.unwritten_bytes.load(Ordering::Acquire)
+        self.room.lock().unwritten_bytes
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        !self.room.lock().is_exhausted
     }
 
     pub(super) fn received(&self, bytes: u64) {
-        self.unwritten_bytes.fetch_add(bytes, Ordering::AcqRel);
+        let mut room = self.room.lock();
+        room.unwritten_bytes += bytes;
+        room.is_exhausted |= room.unwritten_bytes >= self.unwritten_bytes_max;
     }
 
+    /// These bytes wait no longer.
     pub(super) fn written(&self, bytes: u64) {
-        self.unwritten_bytes.fetch_sub(bytes, Ordering::AcqRel);
+        let mut room = self.room.lock();
+        room.unwritten_bytes -= bytes;
+        room.is_exhausted &=
+            room.unwritten_bytes > 0 && room.unwritten_bytes >= self.unwritten_bytes_max / ROOM_BACK_DIVISOR;
+    }
+
+    /// Whether nothing waits to be written, and nothing that was written waits to be published.
+    pub(super) fn is_idle(&self) -> bool {
+        let waiting = self.batches.lock();
+        waiting.batches.is_empty() && !waiting.is_in_hand
+    }
+
+    /// What was taken is published.
+    pub(super) fn published(&self) {
+        self.batches.lock().is_in_hand = false;
     }
 
     pub(super) fn push(&self, batch: Batch) {
-        self.batches.lock().push_back(batch);
+        self.batches.lock().batches.push_back(batch);
         self.signal.notify();
     }
 
-    /// The next batches as one, of about `bytes_max`.
+    /// The next batches as one, of about `bytes_max`; in hand until `published`.
     pub(super) fn take(&self, bytes_max: u64) -> Option<Batch> {
-        let mut batches = self.batches.lock();
-        let mut all = batches.pop_front()?;
+        let mut waiting = self.batches.lock();
+        let mut all = waiting.batches.pop_front()?;
+        waiting.is_in_hand = true;
+        let batches = &mut waiting.batches;
         let mut bytes = all.bytes();
         while let Some(next) = batches.front() {
             bytes += next.bytes();
@@ -99,18 +141,40 @@ pub(super) struct SyncJob {
     pub bytes: u64,
 }
 
+impl SyncJob {
+    fn is_empty(&self) -> bool {
+        self.files.is_empty() && !self.has_new_names && self.written.is_none()
+    }
+}
+
 /// The next sync job, gathering.
 #[derive(Default)]
 pub(super) struct Unsynced {
     pub(super) job: Mutex<SyncJob>,
+    /// One was taken and is not yet done; changed under the lock of `job`.
+    is_in_hand: AtomicBool,
     pub(super) signal: Signal,
 }
 
 impl Unsynced {
     pub(super) fn take(&self) -> Option<SyncJob> {
         let mut job = self.job.lock();
-        let is_empty = job.files.is_empty() && !job.has_new_names && job.written.is_none();
-        (!is_empty).then(|| std::mem::take(&mut *job))
+        if job.is_empty() {
+            return None;
+        }
+        self.is_in_hand.store(true, Ordering::Release);
+        Some(std::mem::take(&mut *job))
+    }
+
+    /// What was taken is published.
+    pub(super) fn published(&self) {
+        self.is_in_hand.store(false, Ordering::Release);
+    }
+
+    /// Whether nothing waits to be synced or published.
+    pub(super) fn is_idle(&self) -> bool {
+        let job = self.job.lock();
+        job.is_empty() && !self.is_in_hand.load(Ordering::Acquire)
     }
 }
 
@@ -141,5 +205,30 @@ impl Signal {
             self.changed.wait_for(&mut is_set, time);
         }
         *is_set = false;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_that_was_exhausted_is_back_when_half_is_written() {
+        let queue = WriteQueue::new(100);
+        queue.received(99);
+        assert!(queue.has_room());
+        queue.received(1);
+        assert!(!queue.has_room());
+        queue.written(50);
+        assert!(!queue.has_room(), "half is not less than half");
+        queue.written(1);
+        assert!(queue.has_room());
+        queue.received(50);
+        assert!(queue.has_room());
+        let smallest = WriteQueue::new(1);
+        smallest.received(1);
+        assert!(!smallest.has_room());
+        smallest.written(1);
+        assert!(smallest.has_room());
     }
 }

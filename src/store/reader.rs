@@ -67,7 +67,11 @@ impl WalReader {
         } else {
             (Some(range), Vec::new())
         };
-        let Some(in_files) = in_files else { return Ok(Read::Ready(in_memory)) };
+        let Some(in_files) = in_files else {
+            // It has caught up, perhaps for weeks: the files must not be kept from being used again.
+            *self.open.lock() = Open::default();
+            return Ok(Read::Ready(in_memory));
+        };
         match self.read_files(in_files) {
             Some(mut bytes) => {
                 bytes.extend(in_memory);

@@ -95,7 +95,8 @@ impl Recovery<'_> {
     pub(super) fn discard_beyond(&mut self, end: Lsn) -> Result<(), StoreError> {
         // Where things were lost by other causes than a crash, nothing is removed.
         let is_crash = self.notes.is_empty();
-        let mut follows = SegmentNo::holding(end, self.size);
+        // Behind the one that was rewritten: its bytes may survive a crash in which those before them do not.
+        let mut follows = SegmentNo::ending_at(end, self.size).next();
         for (number, bytes) in std::mem::take(&mut self.partial) {
             let path = self.walk().partial_path(number);
             if !is_crash {
@@ -144,4 +145,4 @@ impl Recovery<'_> {
 }
 
 /// Suffix of files that recovery sets aside.
-const DETACHED_SUFFIX: &str = ".detached";
+pub(super) const DETACHED_SUFFIX: &str = ".detached";

@@ -11,11 +11,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::store::StoreHandle;
-use crate::store::control::{Control, Identity, unique_name};
 use crate::store::error::{AppendError, StoreError};
-use crate::store::index::Index;
 use crate::store::overlap::{Overlap, Verdict};
-use crate::store::positions::Positions;
 use crate::store::queue::{Batch, Piece};
 use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
@@ -25,16 +22,16 @@ use crate::wal::{Lsn, SegmentNo, SegmentSize, TimelineId};
 
 /// Takes WAL from the upstream. There is exactly one.
 pub struct WalWriter {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     /// Keeps the threads.
     _handle: Option<Arc<StoreHandle>>,
-    scanner: Option<Scanner>,
-    session: Option<Session>,
-    crossings: Crossings,
+    pub(super) scanner: Option<Scanner>,
+    pub(super) session: Option<Session>,
+    pub(super) crossings: Crossings,
 }
 
 /// What one upstream session has delivered.
-struct Session {
+pub(super) struct Session {
     /// End of what was taken.
     received: Lsn,
     /// Verified end when the session began: what is before it is compared, not written.
@@ -73,58 +70,11 @@ impl WalWriter {
         Self { shared, _handle: handle, scanner, session: None, crossings }
     }
 
-    /// Makes a fresh directory the store of a cluster, to begin at `start`, the start of a segment; durable on return.
-    pub fn initialize(
-        &mut self,
-        identity: Identity,
-        timeline: TimelineId,
-        start: Lsn,
-    ) -> Result<(), StoreError> {
-        self.shared.health.check()?;
-        if let Some(identity) = self.shared.identity.get() {
-            return Err(StoreError::Initialized(identity.system_id));
-        }
-        if identity.segment_size.offset_of(start) != 0 {
-            return Err(StoreError::BadStart { start, reason: "it is not the start of a segment" });
-        }
-        let Shared { disk, layout, .. } = &*self.shared;
-        // The index first: with a control file there must be one.
-        let entries = std::collections::BTreeMap::new();
-        let index = Index::rewrite(&**disk, &layout.data_dir, identity.segment_size, &entries)
-            .map_err(|error| self.shared.health.judge(error))?;
-        let control = Control {
-            system_id: identity.system_id,
-            segment_bytes: identity.segment_size.bytes(),
-            timeline,
-            start,
-            instance: unique_name(),
-            owner: unique_name(),
-            facts: None,
-        };
-        control.write(&**disk, layout).map_err(|error| self.shared.health.judge(error))?;
-        *self.shared.index.lock() = Some(index);
-        *self.shared.control.lock() = Some(control);
-        self.shared.tail.lock().begin(start);
-        *self.shared.positions.lock() = Some(Positions::at(timeline, start, None));
-        let _ = self.shared.identity.set(identity);
-        let context = ScanContext {
-            segment_size: identity.segment_size,
-            system_id: Some(identity.system_id),
-            timeline,
-            format: None,
-        };
-        let scanner = Scanner::at_segment_start(context, start);
-        self.crossings = Crossings::from(Some(&scanner), Some(identity.segment_size));
-        self.scanner = Some(scanner);
-        self.shared.publish(|_| ());
-        self.shared.keeper.notify();
-        Ok(())
-    }
-
     /// Where to ask the upstream to start; `None` in a fresh directory.
     pub fn plan(&self) -> Option<ResumePlan> {
         let size = self.shared.segment_size().ok()?;
-        let timeline = self.shared.positions().ok()?.timeline;
+        let positions = self.shared.positions().ok()?;
+        let timeline = positions.timeline;
         let scanner = self.scanner.as_ref()?;
         let held_end = scanner.verified_end();
         let oldest = self.shared.oldest()?;
@@ -133,9 +83,13 @@ impl WalWriter {
         }
         // Zeros prove nothing, so from the last record on; but not from before the segment of our end, which the
         // upstream may not have any more.
-        let segment_start = SegmentNo::ending_at(held_end, size).start(size).unwrap_or(oldest);
+        let number = SegmentNo::ending_at(held_end, size);
+        let segment_start = number.start(size).unwrap_or(oldest);
         let page_start = scanner.last_record().and_then(Lsn::page_start).unwrap_or(segment_start);
-        let start = page_start.max(segment_start).max(oldest);
+        // The first segment may begin within a record, which nothing here can prove: until it is sealed, and known by its
+        // checksum, all of it is compared.
+        let is_head_unproven = positions.sealed.is_none() && number == SegmentNo::holding(oldest, size);
+        let start = if is_head_unproven { oldest } else { page_start.max(segment_start).max(oldest) };
         let fallback = (size.offset_of(held_end) == 0).then_some(held_end);
         Some(ResumePlan { timeline, held_end, start, fallback })
     }
@@ -245,10 +199,10 @@ impl WalWriter {
         self.session.as_ref().map_or_else(verified, |session| session.received)
     }
 
-    /// Whether more may be read from the socket: the bytes that are not yet written are below the limit. The observer
-    /// hears of positions when there is room again.
+    /// Whether more may be read from the socket: the bytes that are not yet written are below the limit; once they were
+    /// not, below half of it. The observer hears of positions when there is room again.
     pub fn has_room(&self) -> bool {
-        self.shared.queue.unwritten_bytes() < self.shared.settings.unwritten_bytes_max
+        self.shared.queue.has_room()
     }
 
     /// The context of the scan, with what was learnt from the WAL (its format).
@@ -258,6 +212,10 @@ impl WalWriter {
 }
 
 impl Session {
+    pub(super) fn unsubmitted_bytes(&self) -> u64 {
+        self.pieces.iter().map(|(piece, _)| piece.bytes.len() as u64).sum()
+    }
+
     /// Compares what is held already; returns what is not, or `None` while other bytes than the held ones are examined.
     fn compare(&mut self, at: Lsn, mut bytes: Bytes) -> Result<Option<Bytes>, AppendError> {
         let overlap = usize::try_from(self.held_end.bytes_since(at)).unwrap_or(usize::MAX).min(bytes.len());
@@ -269,6 +227,9 @@ impl Session {
         match self.overlap.compare(at, &held, &whole)? {
             Verdict::Same => {
                 self.received = at.advance(overlap as u64);
+                if self.received >= self.held_end {
+                    self.overlap.close();
+                }
                 Ok(Some(bytes))
             }
             Verdict::Disputed => {
@@ -280,7 +241,7 @@ impl Session {
 }
 
 /// Finds, for the end of each segment, the record that crosses it or ends there.
-struct Crossings {
+pub(super) struct Crossings {
     size: Option<SegmentSize>,
     /// The segment whose end comes next.
     number: SegmentNo,
@@ -293,7 +254,7 @@ impl Crossings {
     const NOTHING: Self =
         Self { size: None, number: SegmentNo(0), boundary: None, previous: None, found: Vec::new() };
 
-    fn from(scanner: Option<&Scanner>, size: Option<SegmentSize>) -> Self {
+    pub(super) fn from(scanner: Option<&Scanner>, size: Option<SegmentSize>) -> Self {
         let (Some(scanner), Some(size)) = (scanner, size) else { return Self::NOTHING };
         let number = SegmentNo::holding(scanner.verified_end(), size);
         Self {

@@ -68,18 +68,18 @@ impl SegmentNo {
 
     /// First position in the segment; `None` for segment 0, which no log uses.
     pub fn start(self, size: SegmentSize) -> Option<Lsn> {
-        Lsn::new(self.0 * size.bytes())
+        self.0.checked_mul(size.bytes()).and_then(Lsn::new)
     }
 
-    /// First position after the segment.
+    /// First position after the segment; after the last one of all, the last position.
     pub fn end(self, size: SegmentSize) -> Lsn {
-        Lsn::MIN.advance((self.0 + 1) * size.bytes() - 1)
+        Lsn::MIN.advance(self.next().0.saturating_mul(size.bytes()).saturating_sub(1))
     }
 
     /// The segment after this one.
     #[must_use]
     pub fn next(self) -> Self {
-        Self(self.0 + 1)
+        Self(self.0.saturating_add(1))
     }
 
     /// The segment before this one; `None` before segment 0.
@@ -181,6 +181,18 @@ mod tests {
         assert_eq!(SegmentNo::ending_at(boundary, size), SegmentNo(1));
         assert_eq!(SegmentNo(1).end(size), boundary);
         assert_eq!(SegmentNo(2).start(size), Some(boundary));
+    }
+
+    #[test]
+    fn arithmetic_at_the_end_of_the_address_space_does_not_overflow() {
+        let end = Lsn::new(u64::MAX).unwrap();
+        for size in [SegmentSize::new(1 << 20).unwrap(), SegmentSize::new(1 << 30).unwrap()] {
+            let last = SegmentNo::holding(end, size);
+            assert_eq!(last.end(size), end);
+            assert_eq!(last.start(size), Lsn::new(u64::MAX - size.bytes() + 1));
+            assert_eq!((last.next().start(size), last.next().end(size)), (None, end));
+            assert_eq!(SegmentNo(u64::MAX).next(), SegmentNo(u64::MAX));
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod calls;
 mod disk;
+mod edges;
 mod exhaustive;
 mod named;
 mod random;

@@ -12,7 +12,7 @@ use crate::wal::builder::WalBuilder;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SystemId, TimelineId, WalFormat};
 
 /// A store with three to four segments, all durable, and all kept for a slot.
-fn settled(seed: u64) -> World {
+pub(super) fn settled(seed: u64) -> World {
     let mut world = World::calm(seed, 3_600_000);
     world.start().unwrap();
     let start = world.truth.wal.start();
@@ -26,26 +26,26 @@ fn complete(world: &World, number: u64) -> PathBuf {
     Path::new("/data/wal").join(name.file_name(world.truth.wal.context().segment_size))
 }
 
-fn partial(world: &World, number: u64) -> PathBuf {
+pub(super) fn partial(world: &World, number: u64) -> PathBuf {
     complete(world, number).with_added_extension("partial")
 }
 
-fn flushed(world: &mut World) -> Lsn {
+pub(super) fn flushed(world: &mut World) -> Lsn {
     world.live().shared.positions().unwrap().flushed
 }
 
 /// The segment that is being written.
-fn current(world: &mut World) -> u64 {
+pub(super) fn current(world: &mut World) -> u64 {
     SegmentNo::holding(flushed(world), world.truth.wal.context().segment_size).0
 }
 
-fn names(world: &World) -> Vec<String> {
+pub(super) fn names(world: &World) -> Vec<String> {
     let paths = world.disk.paths();
     paths.iter().map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
 }
 
 /// A world whose last segment has some bytes, and not all.
-fn settled_within_a_segment() -> World {
+pub(super) fn settled_within_a_segment() -> World {
     let is_within = |world: &mut World| {
         let size = world.truth.wal.context().segment_size;
         (100_000..900_000).contains(&size.offset_of(flushed(world)))
@@ -60,7 +60,15 @@ fn files_that_were_being_prepared_are_removed() {
     {
         world.disk.put(Path::new(name), b"half");
     }
+    let others = ["/data/postgresql.auto.conf.tmp", "/data/other.history.tmp"];
+    for name in others {
+        world.disk.put(Path::new(name), b"somebody else's");
+    }
     world.crash(Crash::Kill).unwrap();
+    for name in others {
+        assert_eq!(world.disk.content(Path::new(name)).unwrap(), b"somebody else's");
+        world.disk.remove(Path::new(name));
+    }
     assert!(
         !names(&world).iter().any(|name| name.ends_with(".tmp") || name.ends_with(".77")),
         "{:?}",

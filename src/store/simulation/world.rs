@@ -226,7 +226,7 @@ impl World {
                 Ok(())
             }
             7 => {
-                let blocks = [0, 1, 100, 300][self.random.below_len(4)];
+                let blocks = [0, 1, 300, 1400][self.random.below_len(4)];
                 self.disk.set_free_blocks(Some(blocks));
                 Ok(())
             }
