@@ -270,18 +270,29 @@ pub(crate) async fn check_server(
     fetch_histories(connected, store).await
 }
 
+/// Where an empty store begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beginning {
+    /// With what the slot keeps, or where it was begun already.
+    AsPlanned,
+    /// Where the upstream is now: the WAL that it was to begin with is gone, and nothing of it was received.
+    Anew,
+}
+
 /// Gives an empty store its identity and start, and finds out where to go on.
 pub(crate) fn plan_stream(
     connected: &Connected,
     store: &Store,
     writer: &mut WalWriter,
     slot: UpstreamSlot,
+    beginning: Beginning,
 ) -> Result<ResumePlan, UpstreamError> {
     let found = identity(connected);
     let got = connected.system.timeline;
     let reserved = slot.restart_lsn;
     let held_before = writer.plan().is_some();
-    if !held_before {
+    let begins_anew = beginning == Beginning::Anew && writer.holds_nothing();
+    if !held_before || begins_anew {
         if let Some(slot_restart_lsn) = reserved.filter(|_| slot.origin == SlotOrigin::Found) {
             tracing::warn!(
                 %slot_restart_lsn,
@@ -290,6 +301,7 @@ pub(crate) fn plan_stream(
             );
         }
         // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
+        let reserved = reserved.filter(|_| !begins_anew);
         let first = reserved.unwrap_or(connected.system.flushed).max(switch_lsn(store, got)?);
         let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
         block_in_place(|| writer.initialize(found, got, start.unwrap_or(Lsn::MIN)))?;

@@ -26,6 +26,7 @@ use crate::metrics::UpstreamMetrics;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, Store, WalWriter};
+use crate::upstream::connect::Beginning;
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::{
     backoff::Backoff,
@@ -134,7 +135,8 @@ impl Upstream {
         let mut connected = connect::connect(&self.settings, random()).await?;
         connect::check_server(&mut connected, &self.store, &self.writer).await?;
         let slot = self.slot(&mut connected, course).await?;
-        let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot)?;
+        let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
+        course.beginning = Beginning::AsPlanned;
         let use_fallback = course.start_at_boundary.take() == Some(plan.held_end);
         let start = plan.fallback.filter(|_| use_fallback).unwrap_or(plan.start);
         course.fallback_possible = plan.fallback.is_some() && !use_fallback;
@@ -206,7 +208,13 @@ impl Upstream {
             course.start_at_boundary = course.held_end;
             return Duration::ZERO;
         }
-        if matches!(error, UpstreamError::WalRemoved { .. }) && course.slot_created_at == course.held_end {
+        let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
+        if is_removed && self.writer.holds_nothing() {
+            tracing::warn!(error = %error.chain(), "nothing is held yet: beginning where the upstream is now");
+            course.beginning = Beginning::Anew;
+            return course.backoff.next_delay(Advice::RetryLater, random());
+        }
+        if is_removed && course.slot_created_at == course.held_end {
             course.slot_to_drop = true;
             course.slot_in_vain_at = course.held_end;
             return Duration::ZERO;
@@ -240,6 +248,8 @@ struct Course {
     fallback_possible: bool,
     /// The next session starts at the boundary, if our end is still this.
     start_at_boundary: Option<Lsn>,
+    /// Where the next session begins if nothing is held.
+    beginning: Beginning,
     /// The slot was created when our end was this.
     slot_created_at: Option<Lsn>,
     /// The slot that was created keeps nothing that we need.
@@ -257,6 +267,7 @@ impl Course {
             held_end: None,
             fallback_possible: false,
             start_at_boundary: None,
+            beginning: Beginning::AsPlanned,
             slot_created_at: None,
             slot_to_drop: false,
             slot_in_vain_at: None,
