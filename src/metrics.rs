@@ -126,6 +126,8 @@ pub struct UpstreamMetrics {
     pub received_bytes: Counter,
     /// WAL bytes received that were held already and compared.
     pub overlap_bytes: Counter,
+    /// Bytes copied in user space on the way from the socket to the store: message headers and small messages.
+    pub copied_bytes: Counter,
     /// Streams ended because a page or record did not verify.
     pub corrupt: Counter,
     /// Status updates sent.

@@ -169,7 +169,9 @@ impl<'a> WalReceiver<'a> {
 
     /// Works through everything that has arrived, then hands it over as one batch.
     fn handle_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
+        let copied_before = self.stream.copied_bytes();
         let outcome = self.take_items();
+        self.context.metrics.copied_bytes.increment(self.stream.copied_bytes() - copied_before);
         self.context.writer.submit();
         if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
             self.session.handle_overlap_proven();
