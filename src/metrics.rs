@@ -150,6 +150,8 @@ impl UpstreamMetrics {
                 "walrelay_upstream_overlap_bytes_total",
                 "WAL compared with what was held, in bytes",
             ),
+            copied_bytes: metrics
+                .counter("walrelay_upstream_copied_bytes_total", "Bytes copied between socket and store"),
             corrupt: metrics
                 .counter("walrelay_upstream_corrupt_total", "Streams ended by WAL that did not verify"),
             status_updates: metrics.counter("walrelay_upstream_status_updates_total", "Status updates sent"),
