@@ -180,7 +180,9 @@ fn commit_often(
         let sent = Instant::now();
         application.ask(&format!("INSERT INTO bench_commits VALUES ({number})"))?;
         let committed = sent.elapsed();
-        let end: Lsn = application.ask("SELECT pg_current_wal_insert_lsn()")?.parse()?;
+        // The flush position and not the insert position: after a record that ends with its page the latter is behind
+        // the next page's header, which is not written until something follows.
+        let end: Lsn = application.ask("SELECT pg_current_wal_flush_lsn()")?.parse()?;
         let arrived = loop {
             let (at, reached) = arrivals.recv_timeout(ARRIVAL_WAIT).context("a commit did not arrive")?;
             if reached >= end.get() {
