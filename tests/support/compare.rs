@@ -45,6 +45,11 @@ pub(crate) fn same_wal(
         .unwrap_or_else(|| Err(format!("files in {} are named but not there", folder.display())))
 }
 
+/// Name of a segment on the first timeline.
+fn segment_name(start: u64, segment_bytes: u64) -> String {
+    format!("{:08X}{:08X}{:08X}", 1, start >> 32, (start & 0xFFFF_FFFF) / segment_bytes)
+}
+
 /// `None` when a file that was listed has gone.
 fn compare_as_listed(
     folder: &Path,
@@ -62,14 +67,16 @@ fn compare_as_listed(
         let Some(file) = held.get(&start) else {
             return Some(Err(format!("the segment at {} is missing", lsn_text(start))));
         };
-        let reference =
-            original.get(&start).unwrap_or_else(|| panic!("the primary no longer has {}", lsn_text(start)));
+        // A listing may miss a name while the primary, which goes on, recycles others.
+        let by_name = primary_wal.join(segment_name(start, segment_bytes));
+        let reference = original.get(&start).unwrap_or(&by_name);
         let wanted = usize::try_from(segment_bytes.min(upto - start)).unwrap();
         let ours = match std::fs::read(file) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
             content => content.unwrap(),
         };
-        let theirs = std::fs::read(reference).unwrap();
+        let theirs = std::fs::read(reference)
+            .unwrap_or_else(|error| panic!("the primary no longer has {}: {error}", lsn_text(start)));
         if ours.len() < wanted {
             return Some(Err(format!(
                 "{} ends at {}, acknowledged was {}",

@@ -59,6 +59,9 @@ impl PowerCuts<'_> {
             receiver.kill();
             self.proxy.close();
             outcome.cuts = cut;
+            if cut % 50 == 0 {
+                eprintln!("{cut} power cuts, {} with loss", outcome.lost.len());
+            }
             outcome.with_progress += u32::from(outcome.acknowledged > before);
             disk.unmount();
             disk.mount();
