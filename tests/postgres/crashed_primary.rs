@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use crate::support::MB;
-use crate::support::compare::{assert_equal_clusters, assert_same_wal, table_checksums, wal_files, waldump};
+use crate::support::compare::{
+    assert_equal_clusters, assert_same_wal, same_wal, table_checksums, wal_files, waldump,
+};
+use crate::support::faults::Faults;
 use crate::support::lab::Installation;
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
@@ -95,12 +98,11 @@ fn a_primary_that_lost_wal_the_relay_holds_is_not_followed_and_nothing_is_overwr
     write_wal(&primary, 2 * MB);
     let held = primary.flushed();
     relay.wait_flushed(held);
-    let before =
-        std::fs::read(wal_files(&relay.wal_dir(), MB, 1).into_values().next_back().unwrap()).unwrap();
     primary.stop(Stop::Fast);
     wait_until("the relay to have the shutdown too", || proxy.connections() > 1);
     let held = relay.flushed();
-    std::fs::rename(primary.data(), primary.data().with_extension("lost")).unwrap();
+    let lost = primary.data().with_extension("lost");
+    std::fs::rename(primary.data(), &lost).unwrap();
     std::fs::rename(&old, primary.data()).unwrap();
     primary.start();
     hold("not rewound", Duration::from_secs(2), || relay.flushed() == held);
@@ -112,10 +114,42 @@ fn a_primary_that_lost_wal_the_relay_holds_is_not_followed_and_nothing_is_overwr
         "select coalesce(max(flush_lsn), '0/0') from pg_stat_replication where application_name = 'relay'",
     );
     assert!(crate::support::lsn(&reported) <= held, "acknowledged another history");
-    let after = std::fs::read(wal_files(&relay.wal_dir(), MB, 1).into_values().next_back().unwrap()).unwrap();
-    let same = before.iter().zip(&after).take_while(|(a, b)| a == b).count();
-    assert!(same > 1000 || before != after, "held WAL was overwritten");
+    same_wal(&relay.wal_dir(), &lost.join("pg_wal"), MB, held)
+        .unwrap_or_else(|complaint| panic!("{complaint}"));
+    relay.wait_logged("differs from what is held");
+    assert_eq!(relay.status()["upstream"]["needs_attention"], true);
     relay.assert_running();
+}
+
+#[test]
+fn killed_while_a_history_is_stored_it_takes_wal_only_once_it_has_it() {
+    let Some(installation) = Installation::any() else { return };
+    let first = Settings::new().segment_size_mb(1).start(&installation);
+    let promoted = first.standby("promoted", first.port, "");
+    promoted.promote();
+    write_wal(&promoted, MB);
+    for plan in [
+        "create:2:after",
+        "write:2:after",
+        "sync:2:before",
+        "rename:1:before",
+        "rename:1:after",
+        "sync:4:after",
+    ] {
+        let faults = Faults::kill_at(plan);
+        let mut relay = Relay::new("relay", promoted.port).with_faults(&faults);
+        let history = |relay: &Relay| relay.wal_dir().join("00000002.history");
+        relay.launch();
+        assert!(!relay.wait_for_end().success(), "{plan}: it never came there");
+        let wal = wal_files(&relay.wal_dir(), MB, 2);
+        assert!(wal.is_empty() || history(&relay).exists(), "{plan}: WAL of a timeline without its history");
+        relay.environment.clear();
+        relay.start();
+        let told = |port| RawClient::replication(port).unwrap().rows("TIMELINE_HISTORY 2").unwrap();
+        assert_eq!(told(relay.port), told(promoted.port), "{plan}");
+        relay.wait_flushed(promoted.flushed());
+        relay.terminate();
+    }
 }
 
 #[test]

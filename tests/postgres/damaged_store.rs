@@ -67,6 +67,8 @@ fn damaged_while_running(damage: impl FnOnce(&[PathBuf])) {
     damage(&complete_segments(&relay));
     println!("a session from the first segment ends with {:?}", read_all(&relay, &primary));
     relay.assert_running();
+    relay.wait_logged("WAL segment is damaged and is not served");
+    assert!(relay.metric("walrelay_store_suspect_segments_total").is_some_and(|count| count >= 1.0));
     write_wal(&primary, MB);
     let upto = primary.flushed();
     relay.wait_flushed(upto);

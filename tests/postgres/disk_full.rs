@@ -156,6 +156,7 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
         wait_until("the reserve to be made again", || reserve.exists());
     }
     // Whoever wants WAL to be kept is refused before WAL is.
+    disk.fill();
     let mut client = RawClient::replication(chain.relay.port).unwrap();
     let refused = client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap_err();
     assert_eq!(

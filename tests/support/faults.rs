@@ -127,16 +127,23 @@ impl SmallDisk {
         assert_eq!(result, 0, "cannot cut the power: {}", std::io::Error::last_os_error());
     }
 
-    /// Fills the disk up to its last block. Removing the file that is returned makes space again.
+    /// Fills the disk up to its last block; also what has become free since an earlier call. Removing the file that is
+    /// returned makes space again.
     pub(crate) fn fill(&self) -> PathBuf {
         use std::io::Write;
         let path = self.mountpoint.join("filler");
-        let mut file = std::fs::File::create(&path).unwrap();
-        for size in [1 << 20, 4096] {
-            while file.write_all(&vec![1; size]).is_ok() {}
+        let mut file = std::fs::File::options().create(true).append(true).open(&path).unwrap();
+        loop {
+            let before = file.metadata().unwrap().len();
+            for size in [1 << 20, 4096] {
+                while file.write_all(&vec![1; size]).is_ok() {}
+            }
+            // Blocks that were freed can be had once the journal has committed that.
+            drop(file.sync_all());
+            if file.metadata().unwrap().len() == before {
+                return path;
+            }
         }
-        drop(file.sync_all());
-        path
     }
 
     /// Takes the last inode. Removing the folder that is returned gives them back.
