@@ -25,14 +25,14 @@ use crate::conninfo::Conninfo;
 use crate::metrics::UpstreamMetrics;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{UpstreamStatus, WalReceiverState};
-use crate::store::{AppendError, BlockId, Condition, Positions, Store, WalWriter};
+use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::Beginning;
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::{
     backoff::Backoff,
     walreceiver::{StreamContext, StreamEnd, WalReceiver},
 };
-use crate::wal::Lsn;
+use crate::wal::{Lsn, SegmentNo};
 
 /// How the upstream is reached and treated.
 #[derive(Clone, Debug)]
@@ -138,7 +138,11 @@ impl Upstream {
         let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
         course.beginning = Beginning::AsPlanned;
         let use_fallback = course.start_at_boundary.take() == Some(plan.held_end);
-        let start = plan.fallback.filter(|_| use_fallback).unwrap_or(plan.start);
+        let start = match plan.fallback.filter(|_| use_fallback) {
+            Some(boundary) => boundary,
+            None if course.corrupt_times(plan.held_end) > 0 => self.wider_start(&plan),
+            None => plan.start,
+        };
         course.fallback_possible = plan.fallback.is_some() && !use_fallback;
         course.held_end = Some(plan.held_end);
         let (host, writable) = (connected.host.clone(), connected.is_writable);
@@ -158,6 +162,15 @@ impl Upstream {
         });
         let receiver_timeout = self.settings.receiver_timeout;
         Ok((streaming, ReceiverSettings { receiver_timeout, status_interval }))
+    }
+
+    /// What the upstream sends does not continue what is held: whether it has other WAL than we do shows only from before
+    /// the first record that differs, so everything in the newest segment is compared.
+    fn wider_start(&self, plan: &ResumePlan) -> Lsn {
+        let size = self.store.identity().map(|identity| identity.segment_size);
+        let segment_start = size.and_then(|size| SegmentNo::ending_at(plan.held_end, size).start(size));
+        let start = segment_start.unwrap_or(plan.start).min(plan.start);
+        self.store.oldest().map_or(start, |oldest| start.max(oldest))
     }
 
     /// The slot to use; one that an earlier session created in vain is dropped, and not created again.
@@ -201,8 +214,10 @@ impl Upstream {
             Err(error) => error,
         };
         self.metrics.errors.increment(1);
-        if matches!(error, UpstreamError::Append(AppendError::Corrupt(_))) {
+        let is_corrupt = matches!(error, UpstreamError::Append(AppendError::Corrupt(_)));
+        if is_corrupt {
             self.metrics.corrupt.increment(1);
+            course.note_corrupt();
         }
         if matches!(error, UpstreamError::WalRemoved { .. }) && course.fallback_possible {
             course.start_at_boundary = course.held_end;
@@ -219,7 +234,11 @@ impl Upstream {
             course.slot_in_vain_at = course.held_end;
             return Duration::ZERO;
         }
-        let (advice, text) = (error.advice(), error.chain());
+        let (mut advice, mut text) = (error.advice(), error.chain());
+        if is_corrupt && course.has_only_corrupt() {
+            advice = Advice::TellAHuman;
+            text.push_str("; it is the same each time it is sent");
+        }
         if course.is_news(&text) {
             match advice {
                 Advice::TellAHuman => tracing::error!(error = %text, "cannot follow the upstream"),
@@ -256,6 +275,8 @@ struct Course {
     slot_to_drop: bool,
     /// No slot is created while our end is this: the WAL that follows is gone.
     slot_in_vain_at: Option<Lsn>,
+    /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
+    corrupt: Option<(Lsn, u32)>,
     last_logged: Option<(String, Instant)>,
 }
 
@@ -271,8 +292,24 @@ impl Course {
             slot_created_at: None,
             slot_to_drop: false,
             slot_in_vain_at: None,
+            corrupt: None,
             last_logged: None,
         }
+    }
+
+    fn note_corrupt(&mut self) {
+        let Some(held_end) = self.held_end else { return };
+        self.corrupt = Some((held_end, self.corrupt_times(held_end).saturating_add(1)));
+    }
+
+    /// How often in a row corrupt WAL came while our end was this.
+    fn corrupt_times(&self, held_end: Lsn) -> u32 {
+        self.corrupt.filter(|(at, _)| *at == held_end).map_or(0, |(_, times)| times)
+    }
+
+    /// A fault of the way would not be there each time.
+    fn has_only_corrupt(&self) -> bool {
+        self.held_end.is_some_and(|held_end| self.corrupt_times(held_end) >= CORRUPT_TIMES_MAX)
     }
 
     /// Whether an error is to be logged: another one than last time, or a while has passed.
@@ -304,6 +341,9 @@ const GOOD_SESSION_TIME_MIN: Duration = Duration::from_secs(10);
 
 /// Status updates where none are asked for; rare enough to count as none.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Corrupt WAL in a row, without any progress, after which somebody is told and nothing is hurried any more.
+const CORRUPT_TIMES_MAX: u32 = 5;
 
 /// The same error is logged again after this time.
 const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);

@@ -117,7 +117,7 @@ fn a_primary_that_lost_wal_the_relay_holds_is_not_followed_and_nothing_is_overwr
     same_wal(&relay.wal_dir(), &lost.join("pg_wal"), MB, held)
         .unwrap_or_else(|complaint| panic!("{complaint}"));
     relay.wait_logged("differs from what is held");
-    assert_eq!(relay.status()["upstream"]["needs_attention"], true);
+    wait_until("the relay to ask for a person", || relay.status()["upstream"]["needs_attention"] == true);
     relay.assert_running();
 }
 
