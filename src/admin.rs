@@ -65,7 +65,7 @@ impl Admin {
         self.listener.local_addr()
     }
 
-    /// Serves until `shutdown`. Requests under way then have [`REQUEST_TIME_MAX`] left.
+    /// Serves until `shutdown`. Requests under way then have a few seconds left.
     pub async fn run(self, shutdown: CancellationToken) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {

@@ -165,7 +165,7 @@ pub enum BehindUpstream {
 pub enum Advice {
     /// Try again, soon at first.
     Retry,
-    /// The server said no: try again, but not within [`REFUSED_DELAY_MIN`].
+    /// The server said no: try again, but not within a second.
     RetryLater,
     /// Somebody must act; look again now and then, in case they did.
     TellAHuman,

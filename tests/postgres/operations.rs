@@ -226,3 +226,17 @@ fn a_data_folder_that_cannot_be_used_is_named() {
     assert!(!status.success());
     assert!(relay.log().contains("/proc/no-such-folder"), "{}", relay.log());
 }
+
+#[test]
+fn the_demo_compares_everything_and_leaves_nothing_behind() {
+    let Some(installation) = Installation::any() else { return };
+    let pgbench = installation.program("pgbench");
+    let folder = pgbench.parent().unwrap().to_str().unwrap().to_owned();
+    let (status, told, complaint) =
+        Relay::command(&["demo", "--once", "--seconds", "2", "--pg-bin", &folder]);
+    assert!(status.success(), "{told}\n{complaint}");
+    for what in ["pgbench_accounts", "relay_1", "relay_2"] {
+        let line = |line: &str| line.starts_with("equal: ") && line.contains(what);
+        assert!(told.lines().any(line), "nothing is said of {what}:\n{told}");
+    }
+}
