@@ -74,27 +74,33 @@ impl Pool {
         size: SegmentSize,
     ) -> Result<Spare, StoreError> {
         let name = self.new_name();
-        let file = make_file(disk, &layout.wal(&name), size)?;
+        let file = make_file(disk, &layout.wal(&name), size, FREE_RESERVE_BYTES)?;
         Ok(Spare { name, file })
     }
 
-    /// Makes the reserve.
+    /// Makes the reserve; of the last space there is, if need be, for without it nothing can be recovered on a full disk.
     pub(super) fn make_reserve(
         disk: &dyn Disk,
         layout: &Layout,
         size: SegmentSize,
     ) -> Result<(), StoreError> {
         let temporary = layout.wal(&format!("{RESERVE_NAME}{TEMPORARY_SUFFIX}"));
-        make_file(disk, &temporary, size)?;
+        make_file(disk, &temporary, size, 0)?;
         disk.rename(&temporary, &layout.wal(RESERVE_NAME)).map_err(StoreError::io("rename", &temporary))
     }
 }
 
-/// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not.
-fn make_file(disk: &dyn Disk, path: &Path, size: SegmentSize) -> Result<Arc<dyn DiskFile>, StoreError> {
+/// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not. `leave_bytes` stay
+/// free.
+fn make_file(
+    disk: &dyn Disk,
+    path: &Path,
+    size: SegmentSize,
+    leave_bytes: u64,
+) -> Result<Arc<dyn DiskFile>, StoreError> {
     let fill = || {
         // Others, and our own state files, need what is left; and a disk that is full is not to be filled each second.
-        let needed = size.bytes().saturating_add(FREE_RESERVE_BYTES);
+        let needed = size.bytes().saturating_add(leave_bytes);
         if path.parent().is_some_and(|dir| disk.free_bytes(dir).is_ok_and(|free| free < needed)) {
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
