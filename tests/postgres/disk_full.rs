@@ -112,9 +112,9 @@ fn started_on_a_full_disk_it_serves_and_heals() {
         return;
     }
     let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) =
-        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
-    else {
+    let Some(mut chain) = chain(|relay| {
+        relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"16MB\"")
+    }) else {
         return;
     };
     write_wal(&chain.primary, 2 * MB);
@@ -136,9 +136,9 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
         return;
     }
     let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) =
-        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
-    else {
+    let Some(mut chain) = chain(|relay| {
+        relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"16MB\"")
+    }) else {
         return;
     };
     let reserve = chain.relay.wal_dir().join("walrelay.reserve");
