@@ -28,7 +28,8 @@ fn killed_under_load_it_loses_nothing_and_asks_for_nothing_twice() {
     relay.set("store.wal_keep_size", "\"64MB\"");
     relay.start();
     let standby = primary.standby("standby", relay.port, "");
-    let load = Load::start(&primary, Duration::ZERO);
+    // Some megabytes a second: enough to be within a write, a sync or a new segment at every kill.
+    let load = Load::start(&primary, Duration::from_millis(5));
     let mut chance = Chance::seeded();
     for round in 1..=rounds("WALRELAY_KILLS", 25) {
         let before = proxy.passed(|passed| passed.flush_max);
