@@ -11,7 +11,7 @@ use crate::support::postgres::{Postgres, Settings};
 use crate::support::proxy::Proxy;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
-use crate::support::wait::{hold, wait_at_most, wait_until};
+use crate::support::wait::{hold, wait_at_most, wait_for, wait_until};
 
 const SHORT_TIMEOUTS: &str = "wal_receiver_timeout = 3s\nwal_receiver_status_interval = 1s";
 
@@ -155,10 +155,15 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
         // Out of the space of the file that was written anew.
         wait_until("the reserve to be made again", || reserve.exists());
     }
-    // Whoever wants WAL to be kept is refused before WAL is.
-    disk.fill();
+    // Whoever wants WAL to be kept is refused before WAL is. What the relay was just making when the disk became full is
+    // removed again: until nothing more comes free, a slot finds its place.
     let mut client = RawClient::replication(chain.relay.port).unwrap();
-    let refused = client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap_err();
+    let mut attempts = 0..;
+    let refused = wait_for("the refusal", || {
+        disk.fill();
+        let slot = format!("keeper{}", attempts.next()?);
+        client.rows(&format!("CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL")).err()
+    });
     assert_eq!(
         (refused.code.as_str(), refused.message.as_str()),
         ("53100", "could not save replication slots")
