@@ -6,6 +6,7 @@
 //! `poll_output` until it answers `None`.
 
 pub mod cut;
+pub mod gather;
 pub mod lag;
 pub mod receiver;
 pub mod sender;

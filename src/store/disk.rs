@@ -47,6 +47,9 @@ pub trait DiskFile: Send + Sync {
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<usize>;
     /// Reads some bytes at `offset`, as `pread`; 0 at the end of the file.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Gives the file its length, the space allocated but not written, as `fallocate`. [`io::ErrorKind::Unsupported`] where
+    /// the file system cannot.
+    fn allocate(&self, bytes: u64) -> io::Result<()>;
     /// Makes the content durable, as `fdatasync`.
     fn sync(&self) -> io::Result<()>;
     /// The length of the file.
@@ -236,6 +239,11 @@ impl DiskFile for RealFile {
                 other => return other,
             }
         }
+    }
+
+    fn allocate(&self, bytes: u64) -> io::Result<()> {
+        let allocate = || rustix::fs::fallocate(&self.0, rustix::fs::FallocateFlags::empty(), 0, bytes);
+        Ok(rustix::io::retry_on_intr(allocate)?)
     }
 
     fn sync(&self) -> io::Result<()> {

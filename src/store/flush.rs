@@ -64,7 +64,10 @@ impl Writer {
         let Some(batch) = &mut self.batch else { return Step::Idle };
         match write_batch(&self.shared, batch, size) {
             Ok(()) => {}
-            Err(Obstacle::NoSpace) => return Step::Later,
+            Err(Obstacle::NoSpace) => {
+                self.shared.unsynced.gather_no_more();
+                return Step::Later;
+            }
             Err(Obstacle::Failed) => return Step::Stop,
         }
         if let Some(batch) = self.batch.take() {
@@ -76,7 +79,7 @@ impl Writer {
     fn publish(&self, batch: &Batch) {
         let shared = &self.shared;
         shared.health.healed();
-        shared.tail.lock().note_written(batch.end, batch.epoch);
+        shared.tail.lock().note_written(batch.end, batch.epoch, batch.follows);
         shared.queue.written(self.batch_bytes);
         // Before the sync step hears of it, so that `flushed` cannot pass `written`.
         shared.publish(|positions| positions.written = batch.verified);
@@ -84,9 +87,10 @@ impl Writer {
             let mut job = shared.unsynced.job.lock();
             job.written = Some(batch.verified);
             job.bytes += self.batch_bytes;
+            job.follows = batch.follows;
         }
         shared.queue.published();
-        shared.unsynced.signal.notify();
+        shared.unsynced.notify();
         #[cfg(test)]
         if shared.mutant == crate::store::simulation::Mutant::AcknowledgeBeforeSync {
             shared.publish(|positions| positions.flushed = batch.verified);
@@ -173,7 +177,10 @@ fn open_segment(
     let target = partial_path(shared, number, size);
     let spare = match shared.pool.take() {
         Some(spare) => spare,
-        None => shared.pool.make(disk, layout, size).map_err(|error| obstacle(shared, error))?,
+        None => shared
+            .pool
+            .make(disk, layout, size, shared.queue.space())
+            .map_err(|error| obstacle(shared, error))?,
     };
     let path = layout.wal(&spare.name);
     if let Err(source) = disk.rename(&path, &target) {

@@ -182,7 +182,7 @@ impl Keeper {
             return Ok(true);
         }
         if shared.pool.count() < wanted {
-            let spare = shared.pool.make(disk, layout, size).map_err(judge)?;
+            let spare = shared.pool.make(disk, layout, size, shared.queue.space()).map_err(judge)?;
             shared.pool.put(spare);
             return Ok(true);
         }

@@ -72,9 +72,10 @@ impl Pool {
         disk: &dyn Disk,
         layout: &Layout,
         size: SegmentSize,
+        space: Space,
     ) -> Result<Spare, StoreError> {
         let name = self.new_name();
-        let file = make_file(disk, &layout.wal(&name), size, FREE_RESERVE_BYTES)?;
+        let file = make_file(disk, &layout.wal(&name), size, space, FREE_RESERVE_BYTES)?;
         Ok(Spare { name, file })
     }
 
@@ -85,17 +86,41 @@ impl Pool {
         size: SegmentSize,
     ) -> Result<(), StoreError> {
         let temporary = layout.wal(&format!("{RESERVE_NAME}{TEMPORARY_SUFFIX}"));
-        make_file(disk, &temporary, size, 0)?;
+        make_file(disk, &temporary, size, Space::Written, 0)?;
         disk.rename(&temporary, &layout.wal(RESERVE_NAME)).map_err(StoreError::io("rename", &temporary))
     }
 }
 
-/// Writes a file full of zeros, so that all of it is allocated, and syncs it, so that later syncs need not. `leave_bytes` stay
-/// free.
+/// How the space of a new file is had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Space {
+    /// Filled with zeros: each later sync is of content alone, and short.
+    Written,
+    /// Allocated, which is quick; the syncs of what is written into it also record that it was. For a segment that is
+    /// filled at once, by few syncs.
+    Allocated,
+}
+
+impl Space {
+    /// Fills a new file.
+    fn fill(self, file: &dyn DiskFile, bytes: u64) -> io::Result<()> {
+        if self == Self::Allocated {
+            match file.allocate(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                done => return done,
+            }
+        }
+        let zeros = vec![0; ZERO_BYTES];
+        (0..bytes).step_by(ZERO_BYTES).try_for_each(|at| write_all_at(file, &zeros, at))
+    }
+}
+
+/// Makes a file of which all is allocated, and syncs it, so that later syncs need not. `leave_bytes` stay free.
 fn make_file(
     disk: &dyn Disk,
     path: &Path,
     size: SegmentSize,
+    space: Space,
     leave_bytes: u64,
 ) -> Result<Arc<dyn DiskFile>, StoreError> {
     let fill = || {
@@ -105,10 +130,7 @@ fn make_file(
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
         let file = disk.open(path, OpenMode::CreateNew)?;
-        let zeros = vec![0; ZERO_BYTES];
-        for at in (0..size.bytes()).step_by(ZERO_BYTES) {
-            write_all_at(&*file, &zeros, at)?;
-        }
+        space.fill(&*file, size.bytes())?;
         file.sync()?;
         Ok(file)
     };

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 
 use crate::store::partials::PartialSegment;
+use crate::store::pool::Space;
 use crate::wal::{Lsn, SegmentNo};
 
 /// Bytes at their position.
@@ -20,6 +21,28 @@ pub(super) struct Piece {
     pub at: Lsn,
     pub bytes: Bytes,
 }
+
+/// Whether more comes at once after a batch, for which its sync may wait.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Follows {
+    #[default]
+    Nothing,
+    More,
+}
+
+impl Follows {
+    /// Memory for what is on its way and what was, of at most `bytes_max`. While the upstream is far ahead, receiving goes
+    /// as fast as writing and no faster: all of it then stays in the processor's cache.
+    pub(super) fn memory_max(self, bytes_max: u64) -> u64 {
+        match self {
+            Self::Nothing => bytes_max,
+            Self::More => bytes_max.min(MEMORY_BYTES_BEFORE_MORE),
+        }
+    }
+}
+
+/// Memory for unwritten WAL, and for the tail, while more follows.
+const MEMORY_BYTES_BEFORE_MORE: u64 = 8 << 20;
 
 /// What was handed over at once.
 #[derive(Debug)]
@@ -31,6 +54,7 @@ pub(super) struct Batch {
     pub verified: Lsn,
     /// Upstream session of the last piece.
     pub epoch: u64,
+    pub follows: Follows,
 }
 
 impl Batch {
@@ -57,6 +81,8 @@ struct Waiting {
 #[derive(Default)]
 struct Room {
     unwritten_bytes: u64,
+    /// Said with what was handed over last.
+    follows: Follows,
     /// The limit was reached, and not enough was written since.
     is_exhausted: bool,
 }
@@ -82,15 +108,23 @@ impl WriteQueue {
     pub(super) fn received(&self, bytes: u64) {
         let mut room = self.room.lock();
         room.unwritten_bytes += bytes;
-        room.is_exhausted |= room.unwritten_bytes >= self.unwritten_bytes_max;
+        room.is_exhausted |= room.unwritten_bytes >= room.follows.memory_max(self.unwritten_bytes_max);
+    }
+
+    /// How a segment that is needed now should have its space.
+    pub(super) fn space(&self) -> Space {
+        match self.room.lock().follows {
+            Follows::Nothing => Space::Written,
+            Follows::More => Space::Allocated,
+        }
     }
 
     /// These bytes wait no longer.
     pub(super) fn written(&self, bytes: u64) {
         let mut room = self.room.lock();
         room.unwritten_bytes -= bytes;
-        room.is_exhausted &=
-            room.unwritten_bytes > 0 && room.unwritten_bytes >= self.unwritten_bytes_max / ROOM_BACK_DIVISOR;
+        let limit = room.follows.memory_max(self.unwritten_bytes_max);
+        room.is_exhausted &= room.unwritten_bytes > 0 && room.unwritten_bytes >= limit / ROOM_BACK_DIVISOR;
     }
 
     /// Whether nothing waits to be written, and nothing that was written waits to be published.
@@ -105,6 +139,7 @@ impl WriteQueue {
     }
 
     pub(super) fn push(&self, batch: Batch) {
+        self.room.lock().follows = batch.follows;
         self.batches.lock().batches.push_back(batch);
         self.signal.notify();
     }
@@ -124,6 +159,7 @@ impl WriteQueue {
             if let Some(next) = batches.pop_front() {
                 all.pieces.extend(next.pieces);
                 (all.end, all.verified, all.epoch) = (next.end, next.verified, next.epoch);
+                all.follows = next.follows;
             }
         }
         Some(all)
@@ -139,13 +175,22 @@ pub(super) struct SyncJob {
     /// How far everything is durable once this is.
     pub written: Option<Lsn>,
     pub bytes: u64,
+    pub follows: Follows,
 }
 
 impl SyncJob {
+    /// Whether it is better to gather more before a sync.
+    fn may_wait(&self) -> bool {
+        self.follows == Follows::More && self.bytes < SYNC_BYTES_WANTED
+    }
+
     fn is_empty(&self) -> bool {
         self.files.is_empty() && !self.has_new_names && self.written.is_none()
     }
 }
+
+/// Bytes that one sync is worth while more follow.
+pub(super) const SYNC_BYTES_WANTED: u64 = 4 << 20;
 
 /// The next sync job, gathering.
 #[derive(Default)]
@@ -159,11 +204,24 @@ pub(super) struct Unsynced {
 impl Unsynced {
     pub(super) fn take(&self) -> Option<SyncJob> {
         let mut job = self.job.lock();
-        if job.is_empty() {
+        if job.is_empty() || job.may_wait() {
             return None;
         }
         self.is_in_hand.store(true, Ordering::Release);
         Some(std::mem::take(&mut *job))
+    }
+
+    /// Wakes the sync thread unless it is better to gather more.
+    pub(super) fn notify(&self) {
+        if !self.job.lock().may_wait() {
+            self.signal.notify();
+        }
+    }
+
+    /// Nothing more follows for now, whatever was said before.
+    pub(super) fn gather_no_more(&self) {
+        self.job.lock().follows = Follows::Nothing;
+        self.signal.notify();
     }
 
     /// What was taken is published.

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 
+use crate::store::queue::Follows;
 use crate::wal::{Lsn, LsnRange};
 
 /// Number of the receive block of which some bytes are a slice. Blocks are filled one after the other.
@@ -30,7 +31,7 @@ pub(super) struct Tail {
     /// Upstream session; what earlier ones still write does not count.
     epoch: u64,
     blocks: u64,
-    blocks_max: u64,
+    bytes_max: u64,
 }
 
 struct Chunk {
@@ -56,14 +57,7 @@ pub(super) struct Located {
 
 impl Tail {
     pub(super) fn new(bytes_max: u64) -> Self {
-        Self {
-            chunks: VecDeque::new(),
-            end: Lsn::MIN,
-            written: Lsn::MIN,
-            epoch: 0,
-            blocks: 0,
-            blocks_max: (bytes_max / RECEIVE_BLOCK_BYTES).max(1),
-        }
+        Self { chunks: VecDeque::new(), end: Lsn::MIN, written: Lsn::MIN, epoch: 0, blocks: 0, bytes_max }
     }
 
     /// A new upstream session: what lies beyond `end` is forgotten. Returns the number of the session.
@@ -100,11 +94,13 @@ impl Tail {
     }
 
     /// The files have everything of session `epoch` up to `end`.
-    pub(super) fn note_written(&mut self, end: Lsn, epoch: u64) {
+    /// The memory depends on what follows.
+    pub(super) fn note_written(&mut self, end: Lsn, epoch: u64, follows: Follows) {
         if epoch == self.epoch {
             self.written = self.written.max(end);
         }
-        while self.blocks > self.blocks_max || self.chunks.len() > CHUNKS_MAX {
+        let blocks_max = follows.memory_max(self.bytes_max) / RECEIVE_BLOCK_BYTES;
+        while self.blocks > blocks_max.max(1) || self.chunks.len() > CHUNKS_MAX {
             match self.chunks.pop_front() {
                 Some(first) if first.end() <= self.written => {
                     if self.chunks.front().is_none_or(|next| next.block != first.block) {
@@ -177,9 +173,9 @@ mod tests {
         for number in 0..8 {
             tail.push(Bytes::from_static(b"xx"), BlockId(number / 2));
         }
-        tail.note_written(at(102), epoch);
+        tail.note_written(at(102), epoch, Follows::Nothing);
         assert_eq!(tail.memory_bytes(), 4 * RECEIVE_BLOCK_BYTES, "half of the first block is unwritten");
-        tail.note_written(at(116), epoch);
+        tail.note_written(at(116), epoch, Follows::Nothing);
         assert_eq!(tail.memory_bytes(), 2 * RECEIVE_BLOCK_BYTES);
         assert_eq!(filled(&tail, 100, 116), (Some(range(100, 108)), b"xxxxxxxx".to_vec()));
     }
@@ -193,9 +189,9 @@ mod tests {
         let new = tail.begin(at(102));
         tail.push(Bytes::from_static(b"CD"), BlockId(3));
         tail.push(Bytes::from_static(b"EF"), BlockId(4));
-        tail.note_written(at(107), old);
+        tail.note_written(at(107), old, Follows::Nothing);
         assert_eq!(filled(&tail, 100, 106), (None, b"abCDEF".to_vec()));
-        tail.note_written(at(104), new);
+        tail.note_written(at(104), new, Follows::Nothing);
         assert_eq!(filled(&tail, 100, 106), (Some(range(100, 104)), b"EF".to_vec()));
         assert_eq!(tail.memory_bytes(), RECEIVE_BLOCK_BYTES);
     }
@@ -206,7 +202,7 @@ mod tests {
         let epoch = tail.begin(at(100));
         tail.push(Bytes::from_static(b"abcd"), BlockId(1));
         tail.push(Bytes::from_static(b"efgh"), BlockId(2));
-        tail.note_written(at(108), epoch);
+        tail.note_written(at(108), epoch, Follows::Nothing);
         tail.begin(at(102));
         assert_eq!(filled(&tail, 98, 102), (Some(range(98, 102)), Vec::new()));
         tail.push(Bytes::from_static(b"X"), BlockId(3));

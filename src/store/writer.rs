@@ -13,7 +13,7 @@ use bytes::Bytes;
 use crate::store::StoreHandle;
 use crate::store::error::{AppendError, StoreError};
 use crate::store::overlap::{Overlap, Verdict};
-use crate::store::queue::{Batch, Piece};
+use crate::store::queue::{Batch, Follows, Piece};
 use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
 use crate::wal::record::{Record, RecordVisitor};
@@ -40,10 +40,12 @@ pub(super) struct Session {
     is_chain_to_prove: bool,
     overlap: Overlap,
     epoch: u64,
-    /// Taken since the last `submit`.
+    /// Taken since the last hand-over.
     pieces: Vec<(Piece, BlockId)>,
-    /// Verified end at the last `submit`.
+    /// Verified end when it was last handed over.
     submitted: Lsn,
+    /// What was said with it.
+    follows: Follows,
 }
 
 /// Where to ask the upstream to start.
@@ -121,6 +123,7 @@ impl WalWriter {
             epoch,
             pieces: Vec::new(),
             submitted: held_end,
+            follows: Follows::Nothing,
         });
         Ok(())
     }
@@ -156,14 +159,26 @@ impl WalWriter {
         result.map_err(AppendError::Corrupt)
     }
 
-    /// Hands what was taken to the writer thread, and makes what is verified readable. To be called when the socket has
-    /// run dry, or enough has gathered.
+    /// Hands what was taken to the writer thread, and makes what is verified readable; all of it becomes durable as soon
+    /// as it can. To be called when the socket has run dry.
     pub fn submit(&mut self) {
+        self.hand_over(Follows::Nothing);
+    }
+
+    /// As `submit`, but the sync may wait until some megabytes are there. The caller knows that more comes, and
+    /// calls `submit` soon if it does not.
+    pub fn submit_before_more(&mut self) {
+        self.hand_over(Follows::More);
+    }
+
+    fn hand_over(&mut self, follows: Follows) {
         let (Some(session), Some(scanner)) = (&mut self.session, &self.scanner) else { return };
         let verified = scanner.verified_end();
-        if session.pieces.is_empty() && verified == session.submitted {
+        let is_sync_due = session.follows == Follows::More && follows == Follows::Nothing;
+        if session.pieces.is_empty() && verified == session.submitted && !is_sync_due {
             return;
         }
+        session.follows = follows;
         let mut pieces = VecDeque::with_capacity(session.pieces.len());
         let mut end = session.submitted;
         {
@@ -182,7 +197,7 @@ impl WalWriter {
             }
         }
         self.shared.publish(|positions| positions.verified = verified);
-        self.shared.queue.push(Batch { pieces, end, verified, epoch: session.epoch });
+        self.shared.queue.push(Batch { pieces, end, verified, epoch: session.epoch, follows });
     }
 
     /// Whether this session has shown that the upstream's WAL is what is held: only then may positions be reported.

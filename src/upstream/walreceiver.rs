@@ -18,6 +18,7 @@ use crate::protocol::{
 };
 use crate::session::{
     Receiver,
+    gather::{Gathering, HandOver},
     receiver::{Output, Progress, Reading, ReceiverSettings, Report, SyncAbility},
 };
 use crate::status::UpstreamStatus;
@@ -54,6 +55,7 @@ pub(crate) struct StreamContext<'a> {
 pub(crate) struct WalReceiver<'a> {
     context: StreamContext<'a>,
     session: Receiver,
+    gathering: Gathering,
     read: ReadHalf,
     write: WriteHalf,
     blocks: BlockReader,
@@ -86,6 +88,7 @@ impl<'a> WalReceiver<'a> {
         stream.push(streaming.already_read, streaming.block.0);
         Self {
             session: Receiver::new(settings, progress, Instant::now()),
+            gathering: Gathering::new(),
             context,
             read,
             write,
@@ -132,7 +135,7 @@ impl<'a> WalReceiver<'a> {
                 Event::Sent => {}
                 Event::Progressed => self.handle_progress(),
                 Event::TimePassed if self.has_stalled() => return Ok(StreamEnd::StoreStalled),
-                Event::TimePassed => {}
+                Event::TimePassed => self.hand_over(),
                 Event::StopRequested => return Ok(StreamEnd::StopRequested),
             }
             self.watch_room();
@@ -160,19 +163,20 @@ impl<'a> WalReceiver<'a> {
 
     fn set_timer(&self, timer: std::pin::Pin<&mut Sleep>) {
         let stall = self.no_room_since.map(|since| since + NO_ROOM_TIME_MAX);
-        let next = [self.session.poll_timeout(), stall].into_iter().flatten().min();
+        let deadlines = [self.session.poll_timeout(), self.gathering.deadline(), stall];
+        let next = deadlines.into_iter().flatten().min();
         let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
         if timer.deadline() != deadline {
             timer.reset(deadline);
         }
     }
 
-    /// Works through everything that has arrived, then hands it over as one batch.
+    /// Works through everything that has arrived, then hands it over, or waits for more to hand over at once.
     fn handle_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
         let copied_before = self.stream.copied_bytes();
         let outcome = self.take_items();
         self.context.metrics.copied_bytes.increment(self.stream.copied_bytes() - copied_before);
-        self.context.writer.submit();
+        self.hand_over();
         if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
             self.session.handle_overlap_proven();
         }
@@ -180,12 +184,21 @@ impl<'a> WalReceiver<'a> {
         outcome
     }
 
+    fn hand_over(&mut self) {
+        let writer = &mut self.context.writer;
+        match self.gathering.decide(Instant::now(), writer.received()) {
+            HandOver::Wait => {}
+            HandOver::MoreFollows => writer.submit_before_more(),
+            HandOver::Now => writer.submit(),
+        }
+    }
+
     fn take_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
         while let Some(item) = self.stream.poll()? {
             match item {
                 StreamItem::WalStart(header, _) => {
                     if let Some(wal_end) = header.wal_end {
-                        self.context.metrics.wal_end.set(position_value(wal_end));
+                        self.note_wal_end(wal_end);
                     }
                 }
                 StreamItem::WalBytes { at, bytes, block } => self.take_wal(at, bytes, BlockId(block))?,
@@ -205,13 +218,19 @@ impl<'a> WalReceiver<'a> {
     fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
         let len = bytes.len() as u64;
         self.context.metrics.received_bytes.increment(len);
+        self.gathering.handle_received(len);
         self.context.metrics.overlap_bytes.increment(self.held_end.bytes_since(at).min(len));
         Ok(self.context.writer.append(at, bytes, block)?)
     }
 
+    fn note_wal_end(&mut self, wal_end: Lsn) {
+        self.gathering.handle_upstream_end(wal_end);
+        self.context.metrics.wal_end.set(position_value(wal_end));
+    }
+
     fn handle_keepalive(&mut self, keepalive: Keepalive) {
         if let Some(wal_end) = keepalive.wal_end {
-            self.context.metrics.wal_end.set(position_value(wal_end));
+            self.note_wal_end(wal_end);
         }
         self.session.handle_keepalive(Instant::now(), keepalive.wal_end, keepalive.reply_requested);
     }

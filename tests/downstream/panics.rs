@@ -86,6 +86,10 @@ impl DiskFile for PanickingFile {
         self.0.read_at(buffer, offset)
     }
 
+    fn allocate(&self, bytes: u64) -> io::Result<()> {
+        self.0.allocate(bytes)
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.0.sync()
     }

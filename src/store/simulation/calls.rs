@@ -192,6 +192,14 @@ impl DiskFile for SimFile {
         Ok(part)
     }
 
+    fn allocate(&self, bytes: u64) -> io::Result<()> {
+        // Space without content reads as zeros, which is all that can be told of it; some file systems cannot.
+        if self.disk.0.lock().random.is_one_in(4) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        super::super::disk::write_all_at(self, &vec![0; usize::try_from(bytes).unwrap()], 0)
+    }
+
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.0.lock();
         let survives = state.change()?;

@@ -12,7 +12,7 @@ use crate::store::control::Identity;
 use crate::store::error::StoreError;
 use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::open::open;
-use crate::store::pool::FREE_RESERVE_BYTES;
+use crate::store::pool::{FREE_RESERVE_BYTES, Space};
 use crate::store::shared::Shared;
 use crate::store::{BlockId, Read, SlotKind, WalReader, WalWriter};
 use crate::wal::builder::WalBuilder;
@@ -217,7 +217,7 @@ fn an_almost_full_disk_is_left_some_space_for_state_files() {
     world.disk.set_free_blocks(Some(blocks - 1));
     let (disk, operations) = (world.disk.clone(), world.disk.operations());
     let shared = world.live().shared.clone();
-    let make = || shared.pool.make(&*shared.disk, &shared.layout, size);
+    let make = || shared.pool.make(&*shared.disk, &shared.layout, size, Space::Written);
     assert!(make().is_err_and(|error| error.is_no_space()));
     assert_eq!(disk.operations(), operations, "nothing was tried");
     shared.slots.create("late", SlotKind::Permanent, None).unwrap();

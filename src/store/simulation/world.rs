@@ -178,7 +178,8 @@ impl World {
                     (self.primary + 1 + self.random.below_len(more)).min(self.truth.ends.len() - 1);
             }
             20..=44 => self.deliver()?,
-            45..=52 => live.wal_writer.submit(),
+            45..=50 => live.wal_writer.submit(),
+            51..=52 => live.wal_writer.submit_before_more(),
             53..=66 => {
                 live.writer.step();
             }
