@@ -11,7 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::disk::{BLOCK, Inode, NameChange, SimDisk, State, apply};
-use crate::store::disk::{DirEntry, Directory, Disk, DiskFile, Mapping, OpenMode};
+use crate::store::disk::{DirEntry, Directory, Disk, DiskFile, Mapping, OpenMode, write_all_at};
 
 fn eio() -> io::Error {
     io::Error::from_raw_os_error(libc::EIO)
@@ -197,7 +197,7 @@ impl DiskFile for SimFile {
         if self.disk.0.lock().random.is_one_in(4) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        super::super::disk::write_all_at(self, &vec![0; usize::try_from(bytes).unwrap()], 0)
+        write_all_at(self, &vec![0; usize::try_from(bytes).unwrap()], 0)
     }
 
     fn sync(&self) -> io::Result<()> {
