@@ -127,6 +127,13 @@ pub enum AppendError {
         /// The timeline.
         timeline: TimelineId,
     },
+    /// Much of what is held, and proved by nothing, differs. What came first of it is replaced; the rest will be when it is
+    /// delivered again.
+    #[error("too much of the WAL that is held unproved differs from what arrived, from {at} on")]
+    TooMuchToReplace {
+        /// What is not replaced begins here.
+        at: Lsn,
+    },
     /// The store cannot take anything.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -88,6 +88,7 @@ impl Writer {
             job.written = Some(batch.verified);
             job.bytes += self.batch_bytes;
             job.follows = batch.follows;
+            job.proof_of = if batch.is_proof { Some(batch.epoch) } else { job.proof_of };
         }
         shared.queue.published();
         shared.unsynced.notify();
@@ -257,6 +258,9 @@ impl Syncer {
             if before.map(segment) != Some(segment(written)) {
                 shared.keeper.notify();
             }
+        }
+        if let Some(epoch) = job.proof_of {
+            shared.prove(epoch);
         }
         shared.unsynced.published();
         Step::Worked

@@ -82,6 +82,10 @@ impl Keeper {
         let Some((number, segment)) = oldest.filter(|(number, _)| number.end(size) <= durable) else {
             return Ok(false);
         };
+        // What it says in there may be replaced yet.
+        if shared.unproven.first().is_some_and(|first| first < number.end(size)) {
+            return Ok(false);
+        }
         let name = SegmentName { timeline: positions.timeline, number };
         let (partial, complete) = (shared.layout.partial(name, size), shared.layout.complete(name, size));
         let crc = segment.crc(size).map_err(|error| shared.health.fail("read", &partial, &error))?;

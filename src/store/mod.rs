@@ -47,6 +47,23 @@
 //! `Failed`, nothing moves any more, and the process ends, for a restart into recovery. Space that cannot be had is
 //! waited for, with the bytes in hand: nothing is lost by it.
 //!
+//! # What nothing proves
+//!
+//! Records are proved by their checksums, but two kinds of bytes belong to no whole record: the rest of one that began
+//! before what is held, and one that was never completed (XLOG_OVERWRITE_CONTRECORD follows). A power cut may tear them
+//! before their first sync, and recovery walks over them. It therefore keeps a list of those that it has found in what it
+//! wrote anew (`unproven`). Until they are proved:
+//!
+//! - they are held, counted and served as they are: behind them lies WAL that may have been acknowledged. A standby
+//!   passes over the record that was never completed, and checks the other if it has the beginning;
+//! - no segment with a part of them is sealed, so that no wrong byte gets a checksum and a final name;
+//! - the upstream is asked for WAL from the first of them on ([`ResumePlan`]). Bytes of theirs that differ are replaced,
+//!   once all that is held was delivered again, verified, and is the same everywhere else. Positions are reported
+//!   upstream when the replacements are synced. Then all are proved, at once.
+//!
+//! If the upstream has not got that WAL any more, the session begins further on, as it would without them; when it has
+//! compared what it can, they are left as they are and the segments are sealed. The upstream's task says so.
+//!
 //! # What a crash leaves
 //!
 //! K: the process is killed, the page cache stays. P: the power fails, and of what was not synced any part may be there,
@@ -61,6 +78,8 @@
 //! | spare renamed to `.partial`, `wal/` not synced | P: the spare's old name, or the new one; the content may be there under either | nothing in it was claimed; a spare is a spare |
 //! | batch written, not synced | K: in the page cache only. P: any of its sectors | walks the records to the last that verifies, copies that much to a new file, syncs, renames, syncs `wal/`; only then are positions reported |
 //! | synced, not yet reported | all of it | as above: reports it now |
+//! | the same, with bytes in it that no checksum covers | P: those may be torn where all around them is whole | keeps them, and the list of them: unproven, as above |
+//! | unproven bytes replaced, not synced, or synced and not yet told | a `.partial` with the old bytes, the new ones, or a mixture | finds them to be unproven as before |
 //! | sync failed | K: the page cache shows what the disk may not have, and another sync would not say so. P: part of it | as above: only what is written anew counts |
 //! | a record goes on over several segments | several `.partial`; P: perhaps not all their names | those with valid WAL are copied; those behind its end become spares |
 //! | complete to its end, not sealed | a `.partial` full of valid WAL | copies it like any other; the keeper seals it |
@@ -110,6 +129,7 @@ mod slots;
 mod state;
 mod tail;
 mod threads;
+mod unproven;
 mod walk;
 mod writer;
 

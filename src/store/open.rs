@@ -23,6 +23,7 @@ use crate::store::recovery::{Recovered, Recovery};
 use crate::store::shared::Shared;
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
+use crate::store::unproven::Unproven;
 use crate::wal::scanner::Scanner;
 
 /// An open store, before its threads run.
@@ -98,6 +99,7 @@ pub(super) fn open(
         positions: Mutex::new(None),
         unsynced: Unsynced::default(),
         partials: Mutex::default(),
+        unproven: Unproven::default(),
         catalog: Mutex::new(Catalog::default()),
         mappings: Mappings::default(),
         pool,
@@ -112,7 +114,7 @@ pub(super) fn open(
     Ok(assemble(shared, recovered, lock))
 }
 
-fn assemble(shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Send + Sync>) -> Opened {
+fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Send + Sync>) -> Opened {
     let Some(recovered) = recovered else {
         return Opened {
             shared: Arc::new(shared),
@@ -122,6 +124,7 @@ fn assemble(shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Se
             notes: Vec::new(),
         };
     };
+    shared.unproven = Unproven::new(recovered.unproven);
     shared.tail.lock().begin(recovered.positions.verified);
     *shared.positions.lock() = Some(recovered.positions);
     *shared.control.lock() = Some(recovered.control);

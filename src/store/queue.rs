@@ -55,6 +55,8 @@ pub(super) struct Batch {
     /// Upstream session of the last piece.
     pub epoch: u64,
     pub follows: Follows,
+    /// Once this is durable, that session has proved all that is held.
+    pub is_proof: bool,
 }
 
 impl Batch {
@@ -157,6 +159,7 @@ impl WriteQueue {
                 break;
             }
             if let Some(next) = batches.pop_front() {
+                all.is_proof = next.is_proof || (all.is_proof && all.epoch == next.epoch);
                 all.pieces.extend(next.pieces);
                 (all.end, all.verified, all.epoch) = (next.end, next.verified, next.epoch);
                 all.follows = next.follows;
@@ -176,6 +179,8 @@ pub(super) struct SyncJob {
     pub written: Option<Lsn>,
     pub bytes: u64,
     pub follows: Follows,
+    /// The upstream session that has proved all that is held, once everything is durable.
+    pub proof_of: Option<u64>,
 }
 
 impl SyncJob {

@@ -21,7 +21,7 @@ use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::walk::{Walk, Walked};
 use crate::wal::scanner::Scanner;
-use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
 
 /// What recovery works on, and what it has found so far.
 pub(super) struct Recovery<'a> {
@@ -53,6 +53,8 @@ pub(super) struct Recovered {
     pub scanner: Scanner,
     pub catalog: Catalog,
     pub partials: BTreeMap<SegmentNo, Arc<PartialSegment>>,
+    /// What no checksum covers, neither of a record nor of a complete segment.
+    pub unproven: Vec<LsnRange>,
     pub index: Index,
     pub has_reserve: bool,
     /// Segments that were not what was written; they were set aside.
@@ -110,6 +112,14 @@ impl<'a> Recovery<'a> {
         self.discard_beyond(end)?;
         self.sync_dir()?;
         let walked = if is_cut || !partials.is_empty() { self.walk_again(end, walked)? } else { walked };
+        let rewritten_from = partials.first_key_value().and_then(|(number, _)| number.start(self.size));
+        let after = |gap: &LsnRange| LsnRange::new(gap.start().max(rewritten_from?), gap.end());
+        let unproven: Vec<_> = walked.gaps.iter().filter_map(after).collect();
+        #[cfg(test)]
+        let unproven = match self.mutant {
+            crate::store::simulation::Mutant::TrustUnproven => Vec::new(),
+            _ => unproven,
+        };
         let (complete, index) = self.settle_index()?;
         let timeline = self.control.timeline;
         let sealed = self.complete.last_key_value().map(|(number, _)| number.end(self.size));
@@ -119,6 +129,7 @@ impl<'a> Recovery<'a> {
             scanner: walked.scanner,
             catalog: Catalog::new(complete, walked.start.start(self.size)),
             partials,
+            unproven,
             index,
             has_reserve: self.has_reserve,
             damaged: self.damaged,

@@ -21,6 +21,7 @@ use crate::store::positions::Positions;
 use crate::store::queue::{Signal, Unsynced, WriteQueue};
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
+use crate::store::unproven::Unproven;
 use crate::wal::SegmentSize;
 
 pub(super) struct Shared {
@@ -39,6 +40,7 @@ pub(super) struct Shared {
     pub queue: WriteQueue,
     pub unsynced: Unsynced,
     pub partials: Partials,
+    pub unproven: Unproven,
     pub catalog: Mutex<Catalog>,
     pub mappings: Mappings,
     pub pool: Pool,
@@ -71,6 +73,14 @@ impl Shared {
             Some(*positions)
         };
         self.health.tell_change(change, |observer, positions| observer.positions_changed(positions));
+    }
+
+    /// What upstream session `epoch` has compared, and what it has replaced and synced, is all that was unproven.
+    pub(super) fn prove(&self, epoch: u64) {
+        if self.unproven.settle(epoch) {
+            self.keeper.notify();
+            self.publish(|_| ());
+        }
     }
 
     pub(super) fn segment_size(&self) -> Result<SegmentSize, StoreError> {

@@ -11,9 +11,10 @@ use crate::store::control::{Control, Layout};
 use crate::store::disk::{Disk, OpenMode, read_full_at};
 use crate::store::error::StoreError;
 use crate::store::partials::READ_BYTES;
+use crate::store::unproven::Gaps;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::scanner::{ScanContext, ScanError, Scanner};
-use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
 
 /// Segment files to be walked, in order and without a gap.
 pub(super) struct Walk<'a> {
@@ -37,6 +38,8 @@ pub(super) struct Walked {
     pub start: SegmentNo,
     /// The complete segment that is not valid to its end, and why.
     pub damaged: Option<(SegmentNo, ScanError)>,
+    /// What no checksum covers.
+    pub gaps: Vec<LsnRange>,
 }
 
 /// Sees whether there are records.
@@ -55,27 +58,31 @@ impl Walk<'_> {
         let begin = self.begin;
         let Some((oldest, newest)) = self.complete else {
             let mut scanner = self.scanner_at(begin);
-            self.feed_partials(&mut scanner, begin)?;
-            return Ok(Walked { scanner, start: begin, damaged: None });
+            let mut seen = Gaps::from(scanner.position());
+            self.feed_partials(&mut scanner, begin, &mut seen)?;
+            let gaps = seen.of(&scanner);
+            return Ok(Walked { scanner, start: begin, damaged: None, gaps });
         };
         let mut start = newest;
         loop {
             let mut scanner = self.scanner_at(start);
-            let mut seen = FirstRecord::default();
+            let mut seen = Gaps::from(scanner.position());
             for number in (start.0..=newest.0).map(SegmentNo) {
                 let path = self.complete_path(number);
                 if let Some(error) = self.feed(&mut scanner, &path, &mut seen)? {
                     if matches!(error, ScanError::WrongSystem { .. }) {
                         self.scan_alone(number, &path)?;
                     }
-                    return Ok(Walked { scanner, start, damaged: Some((number, error)) });
+                    let gaps = seen.of(&scanner);
+                    return Ok(Walked { scanner, start, damaged: Some((number, error)), gaps });
                 }
             }
-            match start.previous().filter(|before| *before >= oldest && seen.0.is_none()) {
+            match start.previous().filter(|before| *before >= oldest && seen.first.is_none()) {
                 Some(before) => start = before,
                 None => {
-                    self.feed_partials(&mut scanner, newest.next())?;
-                    return Ok(Walked { scanner, start, damaged: None });
+                    self.feed_partials(&mut scanner, newest.next(), &mut seen)?;
+                    let gaps = seen.of(&scanner);
+                    return Ok(Walked { scanner, start, damaged: None, gaps });
                 }
             }
         }
@@ -109,12 +116,17 @@ impl Walk<'_> {
         Scanner::at_segment_start(context, number.start(self.size).unwrap_or(self.control.start))
     }
 
-    fn feed_partials(&self, scanner: &mut Scanner, first: SegmentNo) -> Result<(), StoreError> {
+    fn feed_partials(
+        &self,
+        scanner: &mut Scanner,
+        first: SegmentNo,
+        seen: &mut Gaps,
+    ) -> Result<(), StoreError> {
         let mut number = first;
         while self.partials.contains_key(&number) {
             let path = self.partial_path(number);
             // What is not valid here was never finished: that is the end.
-            let error = self.feed(scanner, &path, &mut FirstRecord::default())?;
+            let error = self.feed(scanner, &path, seen)?;
             if matches!(&error, Some(ScanError::WrongSystem { .. })) {
                 self.scan_alone(number, &path)?;
             }
@@ -127,11 +139,11 @@ impl Walk<'_> {
     }
 
     /// Feeds a segment file, as far as it goes but not beyond the segment.
-    fn feed(
+    fn feed<V: RecordVisitor>(
         &self,
         scanner: &mut Scanner,
         path: &Path,
-        seen: &mut FirstRecord,
+        seen: &mut V,
     ) -> Result<Option<ScanError>, StoreError> {
         let file = self.disk.open(path, OpenMode::Read).map_err(StoreError::io("open", path))?;
         let mut buffer = vec![0; READ_BYTES];

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use crate::store::StoreHandle;
 use crate::store::error::{AppendError, StoreError};
 use crate::store::overlap::{Overlap, Verdict};
-use crate::store::queue::{Batch, Follows, Piece};
+use crate::store::queue::{Batch, Follows, Piece, WriteQueue};
 use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
 use crate::wal::record::{Record, RecordVisitor};
@@ -46,6 +46,10 @@ pub(super) struct Session {
     submitted: Lsn,
     /// What was said with it.
     follows: Follows,
+    /// To be written over what is held, once everything is compared.
+    replacements: Vec<Piece>,
+    /// That everything was compared was handed on.
+    is_proof_given: bool,
 }
 
 /// Where to ask the upstream to start.
@@ -57,8 +61,20 @@ pub struct ResumePlan {
     pub held_end: Lsn,
     /// Where to start, so that some of what is held is delivered again and compared.
     pub start: Lsn,
-    /// Where to start if the upstream has no WAL from `start` any more.
+    /// Where to start if the upstream has no WAL from `start` any more: with the newest of what is held.
+    pub newest_start: Lsn,
+    /// Where to start if the upstream has no WAL from there either.
     pub fallback: Option<Lsn>,
+    /// The first byte that only a comparison can prove; a session that starts behind it leaves it as it is.
+    pub unproven: Option<Lsn>,
+}
+
+impl ResumePlan {
+    /// The first place to start that comes after `refused`, or the first of all.
+    pub fn start_after(&self, refused: Option<Lsn>) -> Option<Lsn> {
+        let starts = [self.start, self.newest_start].into_iter().chain(self.fallback);
+        starts.into_iter().find(|start| refused.is_none_or(|refused| *start > refused))
+    }
 }
 
 impl WalWriter {
@@ -81,19 +97,21 @@ impl WalWriter {
         let held_end = scanner.verified_end();
         let oldest = self.shared.oldest()?;
         if held_end <= oldest {
-            return Some(ResumePlan { timeline, held_end, start: held_end, fallback: None });
+            let (start, newest_start) = (held_end, held_end);
+            let (fallback, unproven) = (None, None);
+            return Some(ResumePlan { timeline, held_end, start, newest_start, fallback, unproven });
         }
         // Zeros prove nothing, so from the last record on; but not from before the segment of our end, which the
         // upstream may not have any more.
         let number = SegmentNo::ending_at(held_end, size);
         let segment_start = number.start(size).unwrap_or(oldest);
         let page_start = scanner.last_record().and_then(Lsn::page_start).unwrap_or(segment_start);
-        // The first segment may begin within a record, which nothing here can prove: until it is sealed, and known by its
-        // checksum, all of it is compared.
-        let is_head_unproven = positions.sealed.is_none() && number == SegmentNo::holding(oldest, size);
-        let start = if is_head_unproven { oldest } else { page_start.max(segment_start).max(oldest) };
+        let newest_start = page_start.max(segment_start).max(oldest);
         let fallback = (size.offset_of(held_end) == 0).then_some(held_end);
-        Some(ResumePlan { timeline, held_end, start, fallback })
+        // What only a comparison can prove is compared, however far back it lies.
+        let unproven = self.shared.unproven.first();
+        let start = unproven.and_then(Lsn::page_start).map_or(newest_start, |page| page.min(newest_start));
+        Some(ResumePlan { timeline, held_end, start, newest_start, fallback, unproven })
     }
 
     /// A new upstream session delivers WAL from `start`, which must be held or be the end of what is. What earlier
@@ -114,7 +132,8 @@ impl WalWriter {
         *scanner = Scanner::resume(scanner.context(), scanner.resume_point());
         let is_chain_to_prove = start == held_end && scanner.last_record().is_some();
         let epoch = self.shared.tail.lock().begin(held_end);
-        let overlap = Overlap::new(self.shared.clone(), start, scanner.context());
+        let unproven = self.shared.unproven.begin(epoch);
+        let overlap = Overlap::new(self.shared.clone(), start, scanner.context(), unproven);
         self.session = Some(Session {
             received: start,
             held_end,
@@ -124,6 +143,8 @@ impl WalWriter {
             pieces: Vec::new(),
             submitted: held_end,
             follows: Follows::Nothing,
+            replacements: Vec::new(),
+            is_proof_given: false,
         });
         Ok(())
     }
@@ -137,7 +158,7 @@ impl WalWriter {
         if at != session.received {
             return Err(AppendError::Gap { expected: session.received, got: at });
         }
-        let Some(new) = session.compare(at, bytes)? else { return Ok(()) };
+        let Some(new) = session.compare(at, bytes, &self.shared.queue)? else { return Ok(()) };
         if new.is_empty() {
             return Ok(());
         }
@@ -172,14 +193,21 @@ impl WalWriter {
     }
 
     fn hand_over(&mut self, follows: Follows) {
+        let is_compared = self.is_all_compared();
         let (Some(session), Some(scanner)) = (&mut self.session, &self.scanner) else { return };
         let verified = scanner.verified_end();
+        let is_proof = is_compared && !session.is_proof_given && !self.shared.unproven.is_empty();
+        // Until it is durable nothing can be reported.
+        let follows = if is_proof { Follows::Nothing } else { follows };
         let is_sync_due = session.follows == Follows::More && follows == Follows::Nothing;
-        if session.pieces.is_empty() && verified == session.submitted && !is_sync_due {
+        let has_pieces = !session.pieces.is_empty() || !session.replacements.is_empty();
+        if !has_pieces && verified == session.submitted && !is_proof && !is_sync_due {
             return;
         }
+        session.is_proof_given |= is_compared;
         session.follows = follows;
-        let mut pieces = VecDeque::with_capacity(session.pieces.len());
+        // These first: what is acknowledged because of the others says that all before it is durable.
+        let mut pieces = VecDeque::from(std::mem::take(&mut session.replacements));
         let mut end = session.submitted;
         {
             let mut tail = self.shared.tail.lock();
@@ -197,13 +225,20 @@ impl WalWriter {
             }
         }
         self.shared.publish(|positions| positions.verified = verified);
-        self.shared.queue.push(Batch { pieces, end, verified, epoch: session.epoch, follows });
+        let epoch = session.epoch;
+        self.shared.queue.push(Batch { pieces, end, verified, epoch, follows, is_proof });
     }
 
-    /// Whether this session has shown that the upstream's WAL is what is held: only then may positions be reported.
+    /// Whether this session has shown that the upstream's WAL is what is held, and made it so durably where it was not:
+    /// only then may positions be reported. The observer hears of positions when it is so.
     pub fn is_overlap_proven(&self) -> bool {
+        self.is_all_compared() && self.shared.unproven.is_empty()
+    }
+
+    fn is_all_compared(&self) -> bool {
         let (Some(session), Some(scanner)) = (&self.session, &self.scanner) else { return false };
         !session.overlap.is_disputed()
+            && session.overlap.left().is_none()
             && session.received >= session.held_end
             && (!session.is_chain_to_prove || scanner.verified_end() > session.held_end)
     }
@@ -228,11 +263,17 @@ impl WalWriter {
 
 impl Session {
     pub(super) fn unsubmitted_bytes(&self) -> u64 {
-        self.pieces.iter().map(|(piece, _)| piece.bytes.len() as u64).sum()
+        let pieces = self.pieces.iter().map(|(piece, _)| piece).chain(&self.replacements);
+        pieces.map(|piece| piece.bytes.len() as u64).sum()
     }
 
     /// Compares what is held already; returns what is not, or `None` while other bytes than the held ones are examined.
-    fn compare(&mut self, at: Lsn, mut bytes: Bytes) -> Result<Option<Bytes>, AppendError> {
+    fn compare(
+        &mut self,
+        at: Lsn,
+        mut bytes: Bytes,
+        queue: &WriteQueue,
+    ) -> Result<Option<Bytes>, AppendError> {
         let overlap = usize::try_from(self.held_end.bytes_since(at)).unwrap_or(usize::MAX).min(bytes.len());
         if overlap == 0 && !self.overlap.is_disputed() {
             return Ok(Some(bytes));
@@ -241,9 +282,14 @@ impl Session {
         let held = bytes.split_to(overlap);
         match self.overlap.compare(at, &held, &whole)? {
             Verdict::Same => {
-                self.received = at.advance(overlap as u64);
-                if self.received >= self.held_end {
-                    self.overlap.close();
+                let received = at.advance(overlap as u64);
+                if received >= self.held_end {
+                    self.replacements = self.overlap.close(self.held_end)?;
+                    queue.received(self.replacements.iter().map(|piece| piece.bytes.len() as u64).sum());
+                }
+                self.received = received;
+                if let Some(at) = self.overlap.left().filter(|_| received >= self.held_end) {
+                    return Err(AppendError::TooMuchToReplace { at });
                 }
                 Ok(Some(bytes))
             }

@@ -316,7 +316,7 @@ pub(crate) fn plan_stream(
             "the upstream's slot is ahead of this relay: WAL that was acknowledged has been lost here"
         );
     }
-    if connected.system.flushed < plan.start {
+    if connected.system.flushed < plan.newest_start {
         let upstream = if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
         let flushed = connected.system.flushed;
         return Err(UpstreamError::BehindUs {
@@ -363,7 +363,7 @@ async fn fetch_histories(connected: &mut Connected, store: &Store) -> Result<(),
     Ok(())
 }
 
-/// Starts the stream where the plan says; at an exact segment boundary the WAL before it may be gone, then at the boundary.
+/// Starts the stream at one of the places that the plan names.
 pub(crate) async fn start_streaming(
     connected: Connected,
     plan: &ResumePlan,

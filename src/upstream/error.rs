@@ -185,7 +185,9 @@ impl UpstreamError {
             | Self::Unexpected(_)
             | Self::InvalidAnswer { .. }
             | Self::BehindUs { upstream: BehindUpstream::Standby, .. }
-            | Self::Append(AppendError::Gap { .. } | AppendError::Corrupt(_)) => Advice::Retry,
+            | Self::Append(
+                AppendError::Gap { .. } | AppendError::Corrupt(_) | AppendError::TooMuchToReplace { .. },
+            ) => Advice::Retry,
             Self::Server(error) if error.is(SqlState::CANNOT_CONNECT_NOW) => Advice::Retry,
             Self::Server(_)
             | Self::Scram(_)

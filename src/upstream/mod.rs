@@ -137,13 +137,16 @@ impl Upstream {
         let slot = self.slot(&mut connected, course).await?;
         let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
         course.beginning = Beginning::AsPlanned;
-        let use_fallback = course.start_at_boundary.take() == Some(plan.held_end);
-        let start = match plan.fallback.filter(|_| use_fallback) {
-            Some(boundary) => boundary,
+        let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
+        let start = match refused {
+            Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),
             None if course.corrupt_times(plan.held_end) > 0 => self.wider_start(&plan),
             None => plan.start,
         };
-        course.fallback_possible = plan.fallback.is_some() && !use_fallback;
+        if let Some(unproven) = plan.unproven.filter(|unproven| *unproven < start) {
+            tracing::warn!(%unproven, %start, "the upstream has no WAL any more to compare with some that a crash may have torn");
+        }
+        course.fallback_after = plan.start_after(Some(start)).map(|_| start);
         course.held_end = Some(plan.held_end);
         let (host, writable) = (connected.host.clone(), connected.is_writable);
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
@@ -219,11 +222,11 @@ impl Upstream {
             self.metrics.corrupt.increment(1);
             course.note_corrupt();
         }
-        if matches!(error, UpstreamError::WalRemoved { .. }) && course.fallback_possible {
-            course.start_at_boundary = course.held_end;
+        let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
+        if let Some(start) = course.fallback_after.take().filter(|_| is_removed) {
+            course.refused = course.held_end.map(|held_end| (held_end, start));
             return Duration::ZERO;
         }
-        let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
         if is_removed && self.writer.holds_nothing() {
             tracing::warn!(error = %error.chain(), "nothing is held yet: beginning where the upstream is now");
             course.beginning = Beginning::Anew;
@@ -263,10 +266,10 @@ struct Course {
     /// The next receive block's number.
     block: BlockId,
     held_end: Option<Lsn>,
-    /// The last plan named a segment boundary to start at when the WAL before it is gone.
-    fallback_possible: bool,
-    /// The next session starts at the boundary, if our end is still this.
-    start_at_boundary: Option<Lsn>,
+    /// Where the last session started, if the plan names another place for when the WAL from there on is gone.
+    fallback_after: Option<Lsn>,
+    /// The next session starts at a place after the second one, if our end is still the first.
+    refused: Option<(Lsn, Lsn)>,
     /// Where the next session begins if nothing is held.
     beginning: Beginning,
     /// The slot was created when our end was this.
@@ -286,8 +289,8 @@ impl Course {
             backoff: Backoff::new(retry_interval),
             block: BlockId(1),
             held_end: None,
-            fallback_possible: false,
-            start_at_boundary: None,
+            fallback_after: None,
+            refused: None,
             beginning: Beginning::AsPlanned,
             slot_created_at: None,
             slot_to_drop: false,

@@ -177,9 +177,6 @@ impl<'a> WalReceiver<'a> {
         let outcome = self.take_items();
         self.context.metrics.copied_bytes.increment(self.stream.copied_bytes() - copied_before);
         self.hand_over();
-        if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
-            self.session.handle_overlap_proven();
-        }
         self.handle_progress();
         outcome
     }
@@ -236,6 +233,9 @@ impl<'a> WalReceiver<'a> {
     }
 
     fn handle_progress(&mut self) {
+        if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
+            self.session.handle_overlap_proven();
+        }
         let ability = match *self.context.condition.borrow_and_update() {
             Condition::Healthy => SyncAbility::Able,
             Condition::NoSpace { .. } | Condition::Failed { .. } => SyncAbility::Unable,

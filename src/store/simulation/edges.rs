@@ -141,24 +141,6 @@ fn absurd_starts_are_refused_before_anything_is_written() {
 }
 
 #[test]
-fn until_the_first_segment_is_sealed_all_of_it_is_compared() {
-    let mut world = World::calm(1, 600_000);
-    world.start().unwrap();
-    world.settle().unwrap();
-    let start = world.truth.wal.start();
-    let plan = world.live().wal_writer.plan().unwrap();
-    assert!(plan.held_end > start.advance(100_000));
-    assert_eq!(plan.start, start);
-    world.crash(Crash::PowerCut).unwrap();
-    assert_eq!(world.live().wal_writer.plan().unwrap().start, start);
-    world.grow(2_000_000);
-    world.settle().unwrap();
-    assert!(world.live().shared.positions().unwrap().sealed.is_some());
-    let plan = world.live().wal_writer.plan().unwrap();
-    assert!(plan.start > start.advance(1 << 20));
-}
-
-#[test]
 fn what_survives_behind_a_lost_end_is_used_again_without_alarm() {
     let mut world = settled_within_a_segment();
     let (before, number) = (flushed(&mut world), current(&mut world));

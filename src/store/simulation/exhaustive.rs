@@ -54,7 +54,8 @@ fn operations(seed: u64) -> u64 {
 
 #[test]
 fn a_crash_at_any_change_loses_nothing() {
-    for seed in [1, 2] {
+    // The last has WAL that begins within a record of several segments.
+    for seed in [1, 2, 7] {
         let operations = operations(seed);
         for at in 0..operations {
             for crash in [Crash::Kill, Crash::PowerCut] {

@@ -5,11 +5,13 @@
 //! `WALRELAY_SEED=<seed> cargo test --lib store::simulation`; for more of them: `WALRELAY_SEEDS=<count>`.
 
 mod calls;
+mod content;
 mod disk;
 mod edges;
 mod exhaustive;
 mod named;
 mod random;
+mod torn;
 mod truth;
 mod world;
 
@@ -40,6 +42,8 @@ pub(super) enum Mutant {
     IgnoreSlots,
     /// A segment gets its final name before it is durable to its end.
     SealEarly,
+    /// Recovery believes what no checksum covers.
+    TrustUnproven,
 }
 
 const SEEDS: u64 = 1500;
@@ -98,6 +102,7 @@ fn every_planted_bug_is_found() {
         Mutant::RetrySync,
         Mutant::IgnoreSlots,
         Mutant::SealEarly,
+        Mutant::TrustUnproven,
     ];
     let survivors: Vec<_> = mutants
         .into_iter()

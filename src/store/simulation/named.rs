@@ -269,7 +269,7 @@ fn a_full_disk_stops_acknowledgements_and_nothing_else_and_heals() {
     assert!(!live.wal_writer.has_room(), "reading stops");
     assert!(live.shared.tail.lock().memory_bytes() < 16 << 20, "memory is bounded");
     let oldest = live.shared.oldest().unwrap();
-    live.check_range(truth, oldest, positions.verified).unwrap();
+    live.check_range(truth, None, oldest, positions.verified).unwrap();
     // A restart while it is full: what is held is served.
     world.crash(Crash::PowerCut).unwrap();
     assert!(flushed(&mut world) >= positions.flushed);
@@ -298,5 +298,5 @@ fn a_read_error_ends_one_read_only() {
     assert!(matches!(error, ReadError::Io { .. }), "{error}");
     disk.set_faults(Faults::default());
     cold(world.live()).unwrap();
-    world.live().check_range(truth, oldest, oldest.advance(1_000_000)).unwrap();
+    world.live().check_range(truth, None, oldest, oldest.advance(1_000_000)).unwrap();
 }

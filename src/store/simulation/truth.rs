@@ -4,8 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::OnceLock;
 
 use super::random::Random;
+use crate::store::unproven::Gaps;
 use crate::wal::builder::WalBuilder;
-use crate::wal::{Lsn, PAGE_BYTES};
+use crate::wal::scanner::Scanner;
+use crate::wal::{Lsn, LsnRange, PAGE_BYTES};
 
 pub(super) struct Truth {
     pub wal: WalBuilder,
@@ -18,16 +20,26 @@ pub(super) struct Truth {
 /// Different WAL for tests to choose from.
 pub(super) fn truths() -> &'static [Truth] {
     static TRUTHS: OnceLock<Vec<Truth>> = OnceLock::new();
-    TRUTHS.get_or_init(|| (0..TRUTHS_COUNT).map(Truth::new).collect())
+    TRUTHS.get_or_init(|| (0..TRUTHS_COUNT).map(|seed| Truth::new(seed, WalBuilder::small())).collect())
+}
+
+/// WAL that begins within a record, of a page or of several segments.
+pub(super) fn truths_with_a_head() -> &'static [Truth] {
+    static TRUTHS: OnceLock<Vec<Truth>> = OnceLock::new();
+    let with_head = |(seed, bytes): (u64, usize)| {
+        let mut random = Random::new(seed);
+        let head: Vec<u8> = (0..bytes).map(|_| random.next().to_le_bytes()[0]).collect();
+        Truth::new(seed, WalBuilder::small().continuing(&head))
+    };
+    TRUTHS.get_or_init(|| [(5, 5000), (6, 2_300_001)].into_iter().map(with_head).collect())
 }
 
 const TRUTHS_COUNT: u64 = 4;
 const WAL_BYTES: u64 = 12 << 20;
 
 impl Truth {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, mut wal: WalBuilder) -> Self {
         let mut random = Random::new(seed);
-        let mut wal = WalBuilder::small();
         let size = wal.context().segment_size;
         while wal.end().bytes_since(wal.start()) < WAL_BYTES {
             match random.below(60) {
@@ -63,6 +75,10 @@ impl Truth {
                 }
             }
         }
+        Self::of(wal)
+    }
+
+    pub(super) fn of(wal: WalBuilder) -> Self {
         let mut safe_ends: BTreeSet<Lsn> = wal.safe_ends().into_iter().collect();
         safe_ends.insert(wal.start());
         let after_zeros = |end: Lsn| {
@@ -71,6 +87,14 @@ impl Truth {
         };
         let ends = wal.record_ends().into_iter().map(after_zeros).collect();
         Self { safe_ends, ends, wal }
+    }
+
+    /// What no checksum covers.
+    pub(super) fn gaps(&self) -> Vec<LsnRange> {
+        let mut scanner = Scanner::at_segment_start(self.wal.context(), self.wal.start());
+        let mut gaps = Gaps::from(self.wal.start());
+        scanner.feed(self.wal.bytes(), &mut gaps).unwrap();
+        gaps.of(&scanner)
     }
 
     /// Whether a flipped bit at this position is sure to be noticed: the checksum of its record covers it.

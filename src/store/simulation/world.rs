@@ -5,7 +5,7 @@
 //! again without help.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,20 +13,20 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::Mutant;
+use super::content::check_files;
 use super::disk::{Crash, Faults, SimDisk};
 use super::random::Random;
-use super::truth::{Truth, truths};
+use super::truth::{Truth, truths, truths_with_a_head};
 use crate::store::control::Identity;
-use crate::store::error::{AppendError, ReadError, StoreError};
+use crate::store::error::{AppendError, StoreError};
 use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::health::Observer;
 use crate::store::keeper::Keeper;
 use crate::store::open::{Opened, open};
 use crate::store::queue::SyncJob;
 use crate::store::shared::Shared;
-use crate::store::{BlockId, Condition, Positions, Read, SlotKind, StoreSettings, WalReader, WalWriter};
-use crate::wal::segment::SegmentFile;
-use crate::wal::{Lsn, LsnRange, SegmentName, TimelineId};
+use crate::store::{BlockId, Condition, Positions, SlotKind, StoreSettings, WalReader, WalWriter};
+use crate::wal::{Lsn, SegmentName, TimelineId};
 
 pub(super) type Checked = Result<(), String>;
 
@@ -57,7 +57,7 @@ pub(super) struct Live {
     pub keeper: Keeper,
     pub job: Option<SyncJob>,
     is_connected: bool,
-    reader: WalReader,
+    pub reader: WalReader,
     pub notes: Vec<String>,
 }
 
@@ -65,6 +65,8 @@ pub(super) struct Live {
 #[derive(Default)]
 pub(super) struct Seen {
     pub flushed: Mutex<Option<Lsn>>,
+    /// What was flushed while nothing was unproven: to here every byte on the disk is right, for ever.
+    right: Mutex<Option<Lsn>>,
     broken: Mutex<Option<String>>,
 }
 
@@ -97,7 +99,11 @@ impl World {
         let mut random = Random::new(seed);
         Self {
             disk: SimDisk::new(random.next()),
-            truth: &truths()[random.below_len(truths().len())],
+            truth: match (&truths()[random.below_len(truths().len())], seed % 8) {
+                (_, 6) => &truths_with_a_head()[0],
+                (_, 7) => &truths_with_a_head()[1],
+                (truth, _) => truth,
+            },
             mutant,
             seen: Arc::default(),
             live: None,
@@ -153,6 +159,7 @@ impl World {
     /// What was acknowledged is not held against the store from here on: a test takes it away.
     pub(super) fn excuse_loss(&mut self) {
         *self.seen.flushed.lock() = None;
+        *self.seen.right.lock() = None;
     }
 
     pub(super) fn take_broken(&mut self) -> Option<String> {
@@ -318,7 +325,8 @@ impl World {
         if !live.is_connected {
             let plan = live.wal_writer.plan().ok_or("nothing to resume from")?;
             let start = match plan.fallback {
-                Some(fallback) if self.random.is_one_in(3) => fallback,
+                // Where there is something to be proved, the upstream has the WAL for it.
+                Some(fallback) if self.random.is_one_in(3) && plan.unproven.is_none() => fallback,
                 _ => plan.start,
             };
             match live.wal_writer.begin(start) {
@@ -346,6 +354,7 @@ impl World {
             Ok(()) => {}
             Err(
                 error @ (AppendError::Corrupt(_)
+                | AppendError::TooMuchToReplace { .. }
                 | AppendError::Store(StoreError::Failed(_) | StoreError::Io { .. })),
             ) => {
                 live.is_connected = false;
@@ -371,7 +380,8 @@ impl World {
         }
         let start = oldest.advance(self.random.below(held));
         let end = start.advance(1 + self.random.below(200_000)).min(positions.verified);
-        live.check_range(self.truth, start, end)
+        let right = *self.seen.right.lock();
+        live.check_range(self.truth, right, start, end)
     }
 
     fn use_slots(&mut self) -> Checked {
@@ -421,11 +431,14 @@ impl World {
             let is_kept = live.keeper.step(self.now) == Step::Idle;
             let positions = live.shared.positions().map_err(|error| error.to_string())?;
             let is_healthy = !live.shared.health.has_failed();
-            if is_healthy && is_written && is_synced && is_kept && positions.flushed == primary_end {
+            let is_proved = live.shared.unproven.is_empty();
+            let is_idle = is_written && is_synced && is_kept && is_proved;
+            if is_healthy && is_idle && positions.flushed == primary_end {
                 if live.shared.health.condition() != Condition::Healthy {
                     return Err(format!("not healthy: {:?}", live.shared.health.condition()));
                 }
-                return self.check_claims();
+                self.check_claims()?;
+                return self.check_content();
             }
         }
         let live = self.live.as_ref().map(|live| {
@@ -458,6 +471,10 @@ impl World {
                 return Err(format!("claims {claimed}, where no stream may be cut: {positions:?}"));
             }
         }
+        if live.shared.unproven.is_empty() {
+            let mut right = self.seen.right.lock();
+            *right = (*right).max(Some(flushed));
+        }
         let (needed, oldest) = (live.shared.slots.oldest_needed(), live.shared.oldest());
         if needed.is_some() && needed < oldest {
             return Err(format!("a slot needs {needed:?}, the oldest held is {oldest:?}"));
@@ -486,81 +503,24 @@ impl World {
             }
         }
         self.slots.retain(|_, known| known.is_some());
+        self.check_content()?;
+        self.check_claims()
+    }
+
+    /// Everything that is held is what the primary wrote.
+    fn check_content(&mut self) -> Checked {
+        let Some(live) = &mut self.live else { return Err("no process".to_owned()) };
+        let positions = live.shared.positions().map_err(|error| error.to_string())?;
+        let right = *self.seen.right.lock();
         let faults = self.disk.faults();
         self.disk.set_faults(Faults::default());
         let oldest = live.shared.oldest().ok_or("no oldest segment")?;
-        live.check_range(self.truth, oldest, positions.flushed)?;
+        live.check_range(self.truth, right, oldest, positions.flushed)?;
         // Where a test has tampered, there is something to set aside.
         if self.faults_per_mille > 0 || self.is_untouched() {
             check_files(&self.disk, self.truth)?;
         }
         self.disk.set_faults(faults);
-        self.check_claims()
-    }
-}
-
-impl Live {
-    /// Reads a range and compares it with the truth.
-    pub(super) fn check_range(&mut self, truth: &Truth, start: Lsn, end: Lsn) -> Checked {
-        let mut at = start;
-        while let Some(range) = LsnRange::new(at, at.advance(128 << 10).min(end)) {
-            let read = match self.reader.read(range) {
-                Ok(Read::Ready(parts)) => parts.concat(),
-                Ok(Read::Cold(cold)) => match cold.load() {
-                    Ok(()) => continue,
-                    Err(ReadError::Io { .. }) => return Ok(()),
-                    Err(error) => return Err(format!("cannot read {range:?}: {error}")),
-                },
-                Err(error) => return Err(format!("cannot read {range:?}: {error}")),
-            };
-            if let Some(wrong) = first_wrong(truth, range.start(), &read) {
-                return Err(format!("{range:?} is not what the primary wrote, from {wrong} on"));
-            }
-            at = range.end();
-        }
         Ok(())
     }
-}
-
-/// The first byte that differs from what the primary wrote and that recovery could have told. Bytes of a record that began
-/// before the first segment held, or that was never completed (XLOG_OVERWRITE_CONTRECORD), are covered by no checksum: a
-/// crash before their first sync may have torn them, and only a comparison with the upstream finds that.
-fn first_wrong(truth: &Truth, start: Lsn, held: &[u8]) -> Option<Lsn> {
-    let written = truth.wal.slice(start, start.advance(held.len() as u64));
-    if held == written {
-        return None;
-    }
-    let is_covered = |at: &Lsn| {
-        let holds = |range: &LsnRange| range.start() <= *at && *at < range.end();
-        let is_header = at.page_offset() < 24;
-        is_header || truth.wal.records().iter().any(holds) || truth.wal.zero_tails().iter().any(holds)
-    };
-    let differing = held.iter().zip(written).enumerate().filter(|(_, (held, written))| held != written);
-    differing.map(|(offset, _)| start.advance(offset as u64)).find(is_covered)
-}
-
-/// Every complete file is the primary's, and nothing lies around.
-pub(super) fn check_files(disk: &SimDisk, truth: &Truth) -> Checked {
-    let size = truth.wal.context().segment_size;
-    for path in disk.paths() {
-        if path.parent() != Some(Path::new("/data/wal")) {
-            continue;
-        }
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        match SegmentName::parse(&name, size) {
-            Some((segment, SegmentFile::Complete)) => {
-                let start = segment.number.start(size).unwrap();
-                let content = disk.content(&path).unwrap();
-                if let Some(wrong) = first_wrong(truth, start, &content) {
-                    return Err(format!("{name} is not what the primary wrote, from {wrong} on"));
-                }
-            }
-            Some((_, SegmentFile::Partial)) => {}
-            None if name.starts_with("walrelay.spare.") || name == "walrelay.reserve" => {}
-            // From a directory whose names were made durable out of order.
-            None if name.contains(".partial.detached") => {}
-            None => return Err(format!("{name} lies around")),
-        }
-    }
-    Ok(())
 }

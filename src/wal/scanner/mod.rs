@@ -37,6 +37,7 @@ mod partial;
 pub use error::{PageLocation, ScanError};
 pub use fuzz::fuzz_scan;
 use partial::Partial;
+pub use partial::overwritten_record;
 
 /// What the WAL must belong to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +178,11 @@ impl Scanner {
     /// Start of the last verified record, which may be the one before the point resumed at.
     pub fn last_record(&self) -> Option<Lsn> {
         self.verified.previous_record
+    }
+
+    /// End of the record that began before the first page and was skipped unverified, if there was one and it ended.
+    pub fn head_end(&self) -> Option<Lsn> {
+        self.head_end.after
     }
 
     /// What the WAL must belong to, with what was learnt since the start.

@@ -43,7 +43,7 @@ pub(super) struct HeadEnd {
     /// Bytes of the record on the first page.
     head_bytes: u32,
     bytes: [u8; 8],
-    after: Option<Lsn>,
+    pub(super) after: Option<Lsn>,
 }
 
 impl HeadEnd {

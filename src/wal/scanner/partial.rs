@@ -117,7 +117,7 @@ impl Partial {
 /// not (`VerifyOverwriteContrecord`).
 pub(super) fn check_overwrite(record: &Record<'_>, expected: Option<Overwritten>) -> Result<(), ScanError> {
     let at = record.start;
-    let got = record.header.is_overwrite_contrecord().then(|| overwritten_lsn(record)).flatten();
+    let got = overwritten_record(record);
     let is_right = match expected {
         None => !record.header.is_overwrite_contrecord(),
         Some(Overwritten::Record(start)) => got == Some(start),
@@ -130,8 +130,11 @@ pub(super) fn check_overwrite(record: &Record<'_>, expected: Option<Overwritten>
     if is_right { Ok(()) } else { Err(ScanError::WrongOverwrittenRecord { at, got, expected }) }
 }
 
-/// `xl_overwrite_contrecord.overwritten_lsn`.
-fn overwritten_lsn(record: &Record<'_>) -> Option<Lsn> {
+/// Where the record began of which `record`, an XLOG_OVERWRITE_CONTRECORD, says that it was never completed.
+pub fn overwritten_record(record: &Record<'_>) -> Option<Lsn> {
+    if !record.header.is_overwrite_contrecord() {
+        return None;
+    }
     let main_data = Contents::of(record)?.main_data;
     Lsn::from_wire(u64::from_le_bytes(*main_data.first_chunk()?))
 }
