@@ -78,6 +78,7 @@
 //! | spare renamed to `.partial`, `wal/` not synced | P: the spare's old name, or the new one; the content may be there under either | nothing in it was claimed; a spare is a spare |
 //! | batch written, not synced | K: in the page cache only. P: any of its sectors | walks the records to the last that verifies, copies that much to a new file, syncs, renames, syncs `wal/`; only then are positions reported |
 //! | synced, not yet reported | all of it | as above: reports it now |
+//! | the same, after XLOG_SWITCH, in a segment that was used before | some of the zeros, then anything | writes the rest of the zeros: the record says that there is nothing else |
 //! | the same, with bytes in it that no checksum covers | P: those may be torn where all around them is whole | keeps them, and the list of them: unproven, as above |
 //! | unproven bytes replaced, not synced, or synced and not yet told | a `.partial` with the old bytes, the new ones, or a mixture | finds them to be unproven as before |
 //! | sync failed | K: the page cache shows what the disk may not have, and another sync would not say so. P: part of it | as above: only what is written anew counts |

@@ -150,6 +150,21 @@ fn a_torn_head_of_several_segments_is_replaced() {
 }
 
 #[test]
+fn torn_zeros_after_a_switch_are_made_whole() {
+    let mut wal = WalBuilder::small();
+    wal.noise(100_000);
+    wal.switch();
+    let torn_at = usize::try_from(wal.zero_tails()[0].start().bytes_since(wal.start())).unwrap() + 300_000;
+    let truth: &'static Truth = Box::leak(Box::new(Truth::of(wal)));
+    let mut world = received(truth, 1 << 20);
+    let first = SegmentNo::holding(truth.wal.start(), truth.wal.context().segment_size);
+    world.disk.tamper(&partial(&world, first.0), |content| content[torn_at..].fill(0xEE));
+    world.crash(Crash::PowerCut).unwrap();
+    assert_eq!(flushed(&mut world), truth.wal.end());
+    world.settle().unwrap();
+}
+
+#[test]
 fn nothing_is_reported_before_replaced_bytes_are_durable() {
     let (mut world, gap) = with_an_overwritten_record();
     tear(&mut world, body(gap));
