@@ -91,7 +91,7 @@
 //! | old segment removed, `wal/` not synced | P: it is there again | still held; removed again |
 //! | index rewritten | the old one or the new one | entries without a file mean nothing; a file without an entry is verified and entered |
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
-//! | during recovery | as before, the reserve perhaps used up or holding anything | begins again; what it reads is never what it writes to |
+//! | during recovery | as before, the reserve perhaps used up or holding anything | begins again, with a sync of `wal/`; what it reads is never what it writes to |
 //! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
 //!
 //! What no crash leaves is not repaired in silence: a hole among complete segments, a `.partial` beside its complete

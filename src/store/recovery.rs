@@ -96,6 +96,9 @@ impl<'a> Recovery<'a> {
             #[cfg(test)]
             mutant: crate::store::simulation::Mutant::None,
         };
+        // An earlier process may have left names that are not durable. No file changes its name twice between two syncs, or
+        // it could be left with two.
+        recovery.sync_dir()?;
         recovery.take_in_spares(&inventory.spares, inventory.reserve)?;
         Ok(recovery)
     }

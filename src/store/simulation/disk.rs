@@ -180,6 +180,12 @@ impl SimDisk {
         state.durable_names.remove(path);
     }
 
+    pub(super) fn has_file_with_two_names(&self) -> bool {
+        let state = self.0.lock();
+        let inodes: BTreeSet<_> = state.names.values().collect();
+        inodes.len() < state.names.len()
+    }
+
     pub(super) fn paths(&self) -> Vec<PathBuf> {
         self.0.lock().names.keys().cloned().collect()
     }

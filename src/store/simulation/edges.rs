@@ -158,6 +158,33 @@ fn what_survives_behind_a_lost_end_is_used_again_without_alarm() {
 }
 
 #[test]
+fn no_file_is_left_with_two_names() {
+    for seed in 0..1000 {
+        let disk = SimDisk::new(seed);
+        let (shared, mut wal_writer) = opened(&disk).unwrap();
+        wal_writer.initialize(identity(), TimelineId::FIRST, start_of(7)).unwrap();
+        // The spare with the lower number is taken first, so that it gets another name when it becomes one again.
+        let size = identity().segment_size;
+        let spares = [(); 2].map(|()| shared.pool.make(&disk, &shared.layout, size, Space::Written).unwrap());
+        spares.into_iter().rev().for_each(|spare| shared.pool.put(spare));
+        shared.sync_wal_dir().unwrap();
+        let wal = wal(TimelineId::FIRST, start_of(7), 300_000);
+        wal_writer.begin(start_of(7)).unwrap();
+        let part = Bytes::copy_from_slice(&wal.bytes()[..5000]);
+        wal_writer.append(start_of(7), part, BlockId(1)).unwrap();
+        wal_writer.submit();
+        assert_eq!(Writer::new(shared.clone()).step(), Step::Worked, "a spare became a segment, not synced");
+        drop((shared, wal_writer));
+        disk.restart(Crash::Kill);
+        // Recovery makes it a spare again.
+        disk.crash_after(seed % 12);
+        drop(opened(&disk));
+        disk.restart(Crash::PowerCut);
+        assert!(!disk.has_file_with_two_names(), "{seed}: {:?}", disk.paths());
+    }
+}
+
+#[test]
 fn who_has_caught_up_keeps_no_file_open() {
     let mut world = settled(1);
     let truth = world.truth;
