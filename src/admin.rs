@@ -146,7 +146,7 @@ async fn status(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 /// HTTP connections served at a time; further ones wait in the listen queue.
-const CONNECTIONS_MAX: usize = 32;
+pub const CONNECTIONS_MAX: usize = 16;
 
 /// Longest request head.
 const REQUEST_BYTES_MAX: usize = 16 << 10;

@@ -11,6 +11,7 @@ mod commands;
 mod connection;
 mod handshake;
 mod parameters;
+mod refusals;
 mod registry;
 mod server;
 mod settings;
@@ -35,7 +36,9 @@ use crate::downstream::{
     command::Session,
     connection::{Connection, ConnectionError, Stream},
     handshake::{Handshake, HandshakeError},
+    refusals::Refusals,
     strangers::{Stranger, Strangers},
+    walsender::now,
 };
 use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
@@ -44,6 +47,7 @@ use crate::session::sender::STOPPING_TIME_MAX;
 use crate::status::{ReplicationSlotStatus, WalSenderStatus};
 use crate::store::{Positions, SlotInfo, SlotKind, Store};
 
+pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicy};
 pub use users::{Authentication, InvalidUser, Users};
@@ -122,11 +126,13 @@ impl ColdReads {
 pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, shutdown: CancellationToken) {
     let DownstreamSettings { unauthenticated_max, unauthenticated_per_address_max, .. } = context.settings;
     let strangers = Arc::new(Strangers::new(unauthenticated_max, unauthenticated_per_address_max));
+    let refusals = Arc::new(Refusals::default());
     let mut loops = JoinSet::new();
     for listener in listeners {
         let acceptor = Acceptor {
             context: Arc::clone(&context),
             strangers: Arc::clone(&strangers),
+            refusals: Arc::clone(&refusals),
             shutdown: shutdown.clone(),
         };
         loops.spawn(acceptor.run(listener));
@@ -140,6 +146,7 @@ pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, sh
 struct Acceptor {
     context: Arc<DownstreamContext>,
     strangers: Arc<Strangers>,
+    refusals: Arc<Refusals>,
     shutdown: CancellationToken,
 }
 
@@ -176,13 +183,34 @@ impl Acceptor {
         let Some(stranger) = self.strangers.admit(&peer) else {
             self.context.metrics.refused.increment(1);
             debug!(%peer, "too many connections that are not authenticated");
-            connections.spawn(refuse(socket));
+            if let Some(place) = self.refusals.place() {
+                connections.spawn(async move {
+                    refuse(socket).await;
+                    drop(place);
+                });
+            }
             return;
         };
         let span =
             info_span!("client", %peer, user = tracing::field::Empty, application = tracing::field::Empty);
-        let client = serve_client(Arc::clone(&self.context), socket, peer, stranger, self.shutdown.clone());
+        let guest = Guest { peer, _stranger: stranger, refusals: Arc::clone(&self.refusals) };
+        let client = serve_client(Arc::clone(&self.context), socket, guest, self.shutdown.clone());
         connections.spawn(client.instrument(span));
+    }
+}
+
+/// Somebody who was let in as far as the door.
+struct Guest {
+    peer: Peer,
+    /// Counted until it goes.
+    _stranger: Stranger,
+    refusals: Arc<Refusals>,
+}
+
+impl Guest {
+    /// Whether a line about it may be written, and how many like it were left out before.
+    fn may_log(&self) -> Option<u64> {
+        self.refusals.may_log(&self.peer, now())
     }
 }
 
@@ -208,26 +236,28 @@ async fn refuse<S: Stream>(socket: S) {
 async fn serve_client<S: Stream>(
     context: Arc<DownstreamContext>,
     socket: S,
-    peer: Peer,
-    stranger: Stranger,
+    guest: Guest,
     stop: CancellationToken,
 ) {
     let mut connection = Connection::new(socket);
-    let handshake = Handshake { context: &context, connection: &mut connection, peer: &peer };
+    let handshake = Handshake { context: &context, connection: &mut connection, peer: &guest.peer };
     let outcome = tokio::select! {
         outcome = tokio::time::timeout(context.settings.authentication_timeout, handshake.run()) => outcome,
         () = stop.cancelled() => return,
     };
-    drop(stranger);
     let established = match outcome {
         Ok(Ok(established)) => established,
-        Ok(Err(error)) => return end_handshake(&context, connection, error).await,
+        // A stranger to the end, which may take a while.
+        Ok(Err(error)) => return end_handshake(&context, connection, &guest, error).await,
         Err(_elapsed) => {
             context.metrics.refused.increment(1);
-            info!("client did not authenticate in time");
+            if let Some(left_out) = guest.may_log() {
+                info!(left_out, "client did not authenticate in time");
+            }
             return;
         }
     };
+    drop(guest);
     let span = tracing::Span::current();
     let client = established.registration.client();
     span.record("user", tracing::field::debug(&client.user));
@@ -242,6 +272,7 @@ async fn serve_client<S: Stream>(
 async fn end_handshake<S: Stream>(
     context: &DownstreamContext,
     mut connection: Connection<S>,
+    guest: &Guest,
     error: HandshakeError,
 ) {
     match &error {
@@ -251,15 +282,19 @@ async fn end_handshake<S: Stream>(
         }
         HandshakeError::Refused(told) => {
             context.metrics.refused.increment(1);
-            // The text may repeat what the client sent: shown escaped.
-            warn!(error = ?told.message, "client refused");
+            if let Some(left_out) = guest.may_log() {
+                // The text may repeat what the client sent: shown escaped.
+                warn!(error = ?told.message, left_out, "client refused");
+            }
             connection.outgoing.encode(|out| encode_error_response(told, out));
             // The client may be gone, and is not waited for.
             let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;
         }
         HandshakeError::DirectTls | HandshakeError::Random | HandshakeError::Connection(_) => {
             context.metrics.refused.increment(1);
-            info!(error = &error as &dyn std::error::Error, "handshake failed");
+            if let Some(left_out) = guest.may_log() {
+                info!(error = &error as &dyn std::error::Error, left_out, "handshake failed");
+            }
         }
     }
     let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.shutdown()).await;

@@ -3,6 +3,7 @@
 //! The only place that sees everything. The parts meet here through values: the store's handles, a watch of its positions
 //! and of its condition, a watch of the upstream's state, and one token that ends them all. Decides nothing about WAL.
 
+mod descriptors;
 mod observer;
 
 use std::{
@@ -27,6 +28,7 @@ use crate::downstream::{
 };
 use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
+use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, store_observer};
 use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus, WalReceiverState};
 use crate::store::{
@@ -45,6 +47,9 @@ pub enum RelayError {
         /// Why.
         source: StoreError,
     },
+    /// The system lets the process open too few files.
+    #[error(transparent)]
+    Descriptors(#[from] TooFewDescriptors),
     /// A line of the users file cannot be read.
     #[error(transparent)]
     User(#[from] InvalidUser),
@@ -86,6 +91,7 @@ pub struct Relay {
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
     pub async fn build(config: Config) -> Result<Self, RelayError> {
+        let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
         let (observer, notices) = store_observer(metrics.store.clone());
         let settings = store_settings(&config);
@@ -111,7 +117,7 @@ impl Relay {
             store: store.clone(),
             positions: notices.positions.clone(),
             registry: Arc::new(Registry::default()),
-            settings: DownstreamSettings::of(&config, CLIENT_TCP_OPTIONS),
+            settings: downstream_settings,
             authentication: Authentication::try_from(&config.downstream.authentication)?,
             upstream_writable: Arc::clone(&upstream_writable),
             metrics: metrics.downstream.clone(),
@@ -189,6 +195,15 @@ fn store_settings(config: &Config) -> StoreSettings {
         spare_segments: store.spare_segments,
         max_replication_slots: store.max_replication_slots,
     }
+}
+
+/// As configured, as far as the limit of open files allows.
+fn downstream_settings(config: &Config) -> Result<DownstreamSettings, TooFewDescriptors> {
+    let allowed = descriptors::raise_limit();
+    let set_aside = descriptors::set_aside(config.store.spare_segments, config.downstream.listen.len());
+    let mut settings = DownstreamSettings::of(config, CLIENT_TCP_OPTIONS);
+    descriptors::fit(&mut settings, allowed, set_aside)?;
+    Ok(settings)
 }
 
 fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {

@@ -48,40 +48,96 @@ fn a_log_that_cannot_be_written_stops_nothing() {
 }
 
 #[test]
-fn with_few_descriptors_the_store_keeps_what_it_needs() {
+fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() {
     let Some((primary, mut relay)) = pair(|mut relay| {
-        relay.wrapper = ["prlimit", "--nofile=64:64"].map(str::to_owned).to_vec();
-        relay
+        relay.wrapper = ["prlimit", "--nofile=64:160"].map(str::to_owned).to_vec();
+        relay.with("downstream.max_wal_senders", "1000")
     }) else {
         return;
     };
-    let clients: Vec<RawClient> = (0..200).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
-    write_wal(&primary, 8 * MB);
-    let upto = primary.flushed();
-    primary.wait_reported_flush("relay", upto);
+    relay.wait_logged("max_wal_senders does not fit");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", relay.process().id())).unwrap();
+    let open_files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    assert_eq!(open_files.split_whitespace().nth(3), Some("160"), "{open_files}");
+    let mut sessions = Vec::new();
+    let refused = loop {
+        match RawClient::replication(relay.port) {
+            Ok(session) => sessions.push(session),
+            Err(error) => break error.to_string(),
+        }
+        assert!(sessions.len() < 160, "more clients than descriptors");
+    };
+    assert!(refused.contains("53300"), "{refused}");
+    assert!(sessions.len() > 8, "only {} sessions", sessions.len());
+    let strangers: Vec<RawClient> = (0..200).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
+    // All of them stay, and what counts goes on.
+    for _ in 0..2 {
+        write_wal(&primary, 8 * MB);
+        let upto = primary.flushed();
+        primary.wait_reported_flush("relay", upto);
+        assert_eq!(relay.condition(), "healthy");
+        assert_eq!(http::get(relay.admin_port, "/metrics").unwrap().0, 200);
+        assert_eq!(http::get(relay.admin_port, "/livez").unwrap().0, 200);
+    }
+    for session in &mut sessions {
+        session.rows("IDENTIFY_SYSTEM").unwrap();
+    }
     relay.assert_running();
-    drop(clients);
+    drop((sessions, strangers));
     wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
 }
 
 #[test]
+fn where_nothing_is_left_for_clients_it_does_not_start() {
+    let mut relay = Relay::new("relay", 1);
+    relay.wrapper = ["prlimit", "--nofile=80:80"].map(str::to_owned).to_vec();
+    relay.launch();
+    assert!(!relay.process_mut().wait_for_end().success());
+    let complaint = "insufficient file descriptors available to start server process: system allows 80";
+    assert!(relay.log().contains(complaint), "{}", relay.log());
+}
+
+#[test]
 fn a_storm_of_connections_is_bounded_and_passes() {
-    let Some((primary, mut relay)) = pair(|relay| relay) else { return };
+    allow_many_files();
+    let Some((primary, mut relay)) = pair(|relay| {
+        relay
+            .with("downstream.max_wal_senders", "100")
+            .with("downstream.unauthenticated_connections_max", "1000")
+            .with("downstream.unauthenticated_connections_per_address_max", "1000")
+    }) else {
+        return;
+    };
     let standby = primary.standby("standby", relay.port, "");
     relay.wait_downstream("standby", "streaming");
     let session = relay.downstream("standby")[0]["pid"].clone();
-    let mut clients = Vec::new();
+    let idlers: Vec<RawClient> = (0..64).map(|_| RawClient::replication(relay.port).unwrap()).collect();
+    let mut strangers = Vec::new();
     for _ in 0..1_000 {
-        clients.extend(RawClient::connect(relay.port).ok());
+        strangers.extend(RawClient::connect(relay.port).ok());
     }
+    assert_eq!(strangers.len(), 1_000, "could not connect");
+    // The last stranger is in when the door is closed to the next client.
+    wait_until("all places to be taken", || {
+        let refused = RawClient::replication(relay.port).err();
+        refused.is_some_and(|error| error.to_string().contains("too many clients already"))
+    });
     let memory = relay.process().memory("RssAnon");
     write_wal(&primary, 2 * MB);
     standby.wait_replayed(primary.flushed());
     assert_eq!(relay.downstream("standby")[0]["pid"], session, "the standby was disturbed");
-    assert!(memory < 300 * MB, "{} MB for strangers", memory / MB);
-    drop(clients);
+    assert_eq!(relay.downstream("raw").len(), idlers.len());
+    assert!(memory < 300 * MB, "{} MB for strangers and idlers", memory / MB);
+    drop((idlers, strangers));
     relay.assert_running();
     wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
+}
+
+/// The test itself holds one end of every connection.
+fn allow_many_files() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
 }
 
 #[test]
