@@ -8,16 +8,19 @@
 )]
 #![allow(clippy::disallowed_methods, reason = "looks at the store's files from outside")]
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
+use walrelay::store::disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode};
 use walrelay::store::{
-    AppendError, BlockId, Condition, Identity, Observer, Positions, Read, ReadError, RealDisk, ServerFacts,
-    SlotKind, Store, StoreError, StoreSettings, WalWriter,
+    AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
+    ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
 use walrelay::wal::builder::WalBuilder;
 use walrelay::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, SystemId, TimelineId};
@@ -63,13 +66,18 @@ fn settings(dir: &Path) -> StoreSettings {
         tail_bytes_max: 1 << 20,
         unwritten_bytes_max: 8 << 20,
         spare_segments: 2,
+        reserve_segments: 1,
         max_replication_slots: 4,
     }
 }
 
 fn open_with(settings: StoreSettings) -> Result<Opened, StoreError> {
+    open_on(Arc::new(RealDisk), settings)
+}
+
+fn open_on(disk: Arc<dyn Disk>, settings: StoreSettings) -> Result<Opened, StoreError> {
     let watch = Arc::new(Watch::default());
-    let (store, writer) = walrelay::store::open(settings, Arc::new(RealDisk), watch.clone())?;
+    let (store, writer) = walrelay::store::open(settings, disk, watch.clone())?;
     Ok(Opened { store, writer, watch })
 }
 
@@ -416,4 +424,79 @@ fn at_a_segment_boundary_the_first_record_proves_that_it_continues_ours() {
     let bytes = Bytes::copy_from_slice(wal.slice(boundary, wal.end()));
     opened.writer.append(boundary, bytes, BlockId(2)).unwrap();
     assert!(opened.writer.is_overlap_proven());
+}
+
+/// The real disk; whoever replaces the file of the slots is held up by something.
+#[derive(Default)]
+struct SlowSlots(Mutex<Option<Box<dyn Fn() + Send>>>);
+
+impl Disk for SlowSlots {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir(path)
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        RealDisk.open(path, mode)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        if to.ends_with("walrelay.slots")
+            && let Some(hold_up) = self.0.lock().take()
+        {
+            hold_up();
+        }
+        RealDisk.rename(from, to)
+    }
+
+    fn unlink(&self, path: &Path) -> io::Result<()> {
+        RealDisk.unlink(path)
+    }
+
+    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>> {
+        RealDisk.open_dir(path)
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
+        RealDisk.list(path)
+    }
+
+    fn lock(&self, path: &Path, content: &str) -> io::Result<Box<dyn Any + Send + Sync>> {
+        RealDisk.lock(path, content)
+    }
+
+    fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
+        RealDisk.map(path, bytes)
+    }
+
+    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+        RealDisk.free_bytes(path)
+    }
+}
+
+#[test]
+fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = some_wal(8 << 20);
+    let disk = Arc::new(SlowSlots::default());
+    let settings = StoreSettings { wal_keep_size: 1 << 20, ..settings(dir.path()) };
+    let mut opened = open_on(disk.clone(), settings).unwrap();
+    opened.writer.initialize(identity(&wal), TimelineId::FIRST, wal.start()).unwrap();
+    opened.store.create_slot("early", SlotKind::Temporary { owner: 1 }, true).unwrap();
+    deliver(&mut opened, &wal);
+    opened.watch.wait_until("all", |now| {
+        now.flushed == wal.end() && now.sealed >= Some(wal.start().advance(6 << 20))
+    });
+    // Nobody else needs the oldest segments any more, just when the new slot is written down.
+    let store = opened.store.clone();
+    let (oldest, early) = (store.oldest(), store.slots().acquire("early", 1).unwrap());
+    *disk.0.lock() = Some(Box::new(move || {
+        early.advance(wal.end());
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while store.oldest() == oldest && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }));
+    opened.store.create_slot("late", SlotKind::Permanent, true).unwrap();
+    let promised = opened.store.slots().get("late").unwrap().restart_lsn;
+    assert_eq!((promised, opened.store.oldest()), (oldest, oldest), "the slot points at WAL that is gone");
 }

@@ -189,6 +189,7 @@ fn store(raw: &RawStore) -> Result<Store, Problem> {
         tail_size,
         unwritten_size,
         spare_segments: number("store.spare_segments", raw.spare_segments, 1..=64)?,
+        reserve_segments: number("store.reserve_segments", raw.reserve_segments, 0..=65_536)?,
         max_replication_slots: number("store.max_replication_slots", raw.max_replication_slots, 0..=262_143)?,
     })
 }

@@ -130,6 +130,8 @@ pub struct Store {
     pub unwritten_size: u64,
     /// Segments prepared ahead of time.
     pub spare_segments: u32,
+    /// Segments for which there must be space before a slot may begin to keep WAL.
+    pub reserve_segments: u32,
     /// Most slots.
     pub max_replication_slots: usize,
 }

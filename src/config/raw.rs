@@ -64,6 +64,7 @@ pub(crate) struct RawStore {
     pub(crate) tail_size: Quantity,
     pub(crate) unwritten_size: Quantity,
     pub(crate) spare_segments: i64,
+    pub(crate) reserve_segments: i64,
     pub(crate) max_replication_slots: i64,
 }
 
@@ -119,6 +120,7 @@ impl Default for RawStore {
             tail_size: "64MB".into(),
             unwritten_size: "64MB".into(),
             spare_segments: 2,
+            reserve_segments: 4,
             max_replication_slots: 16,
         }
     }

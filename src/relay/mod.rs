@@ -193,6 +193,7 @@ fn store_settings(config: &Config) -> StoreSettings {
         tail_bytes_max: store.tail_size,
         unwritten_bytes_max: store.unwritten_size,
         spare_segments: store.spare_segments,
+        reserve_segments: store.reserve_segments,
         max_replication_slots: store.max_replication_slots,
     }
 }

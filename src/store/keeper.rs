@@ -121,11 +121,13 @@ impl Keeper {
     fn remove_oldest(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
         let shared = &self.shared;
         let positions = shared.positions()?;
+        let turn = shared.retention.lock();
         let horizon = horizon(shared, positions.flushed);
         let removable = shared.catalog.lock().removable(positions.timeline, horizon, size);
         let Some(name) = removable else { return Ok(false) };
         let (segment, is_mapped) =
             shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
+        drop(turn);
         let path = shared.layout.complete(name, size);
         // More than are made: in a burst segments are taken before others come back, and making one costs as much as
         // filling it with WAL.

@@ -122,6 +122,7 @@ mod positions;
 mod queue;
 mod reader;
 mod recovery;
+mod retention;
 mod rewrite;
 mod shared;
 #[cfg(test)]
@@ -164,6 +165,8 @@ pub struct StoreSettings {
     pub unwritten_bytes_max: u64,
     /// Segment files kept ready; of segments that are no longer needed, twice as many.
     pub spare_segments: u32,
+    /// Segments for which space stays free before anybody may demand that more WAL be kept.
+    pub reserve_segments: u32,
     /// Most slots, permanent and temporary.
     pub max_replication_slots: usize,
 }

@@ -105,6 +105,7 @@ pub(super) fn open(
         pool,
         index: Mutex::new(None),
         slots,
+        retention: Mutex::default(),
         keeper: Signal::default(),
         #[cfg(test)]
         mutant: variant,

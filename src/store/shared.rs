@@ -1,7 +1,7 @@
 //! What the threads, the receiver and the readers of one store have in common.
 //!
-//! Owns nothing but the parts. Order of locks, where two are held at once: `Health::tell*` before any; mappings before
-//! catalog; all others are held alone.
+//! Owns nothing but the parts. Order of locks, where two are held at once: retention, then `Health::tell*`, before any;
+//! mappings before catalog; all others are held alone.
 
 use std::sync::{Arc, OnceLock};
 
@@ -46,6 +46,8 @@ pub(super) struct Shared {
     pub pool: Pool,
     pub index: Mutex<Option<Index>>,
     pub slots: SlotTable,
+    /// Held while somebody decides, by what is needed, which WAL goes, or begins to need what is there.
+    pub retention: Mutex<()>,
     pub keeper: Signal,
     #[cfg(test)]
     pub mutant: crate::store::simulation::Mutant,

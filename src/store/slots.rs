@@ -71,6 +71,14 @@ pub enum SlotError {
     /// The limit is reached.
     #[error("all replication slots are in use")]
     Full,
+    /// Space on the disk is short, and left to the WAL that arrives.
+    #[error("could not reserve WAL for replication slot \"{name}\": No space left on device")]
+    NoSpace {
+        /// The slot.
+        name: String,
+        /// Segments for which there must be space.
+        segments: u32,
+    },
     /// The change could not be made durable, and was not made.
     #[error("could not save replication slots")]
     Store(#[from] StoreError),

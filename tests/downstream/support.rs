@@ -127,6 +127,7 @@ impl Relay {
             tail_bytes_max: options.tail_bytes_max,
             unwritten_bytes_max: 16 << 20,
             spare_segments: 1,
+            reserve_segments: 1,
             max_replication_slots: 4,
         };
         let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));

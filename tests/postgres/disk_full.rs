@@ -9,7 +9,7 @@ use crate::support::lab::{Installation, may_mount};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::proxy::Proxy;
-use crate::support::raw::RawClient;
+use crate::support::raw::{RawClient, error_in};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_at_most, wait_for, wait_until};
 
@@ -155,14 +155,14 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
         // Out of the space of the file that was written anew.
         wait_until("the reserve to be made again", || reserve.exists());
     }
-    // Whoever wants WAL to be kept is refused before WAL is. What the relay was just making when the disk became full is
-    // removed again: until nothing more comes free, a slot finds its place.
+    // What the relay was just making when the disk became full is removed again: until nothing more comes free, a slot
+    // that keeps nothing finds its place.
     let mut client = RawClient::replication(chain.relay.port).unwrap();
     let mut attempts = 0..;
     let refused = wait_for("the refusal", || {
         disk.fill();
         let slot = format!("keeper{}", attempts.next()?);
-        client.rows(&format!("CREATE_REPLICATION_SLOT {slot} PHYSICAL RESERVE_WAL")).err()
+        client.rows(&format!("CREATE_REPLICATION_SLOT {slot} PHYSICAL")).err()
     });
     assert_eq!(
         (refused.code.as_str(), refused.message.as_str()),
@@ -173,6 +173,52 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
     client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap();
     write_wal(&chain.primary, 2 * MB);
     chain.heals();
+}
+
+#[test]
+fn whoever_wants_more_wal_to_be_kept_is_refused_before_wal_is() {
+    if !may_mount() {
+        return;
+    }
+    let disk = SmallDisk::of_megabytes(64);
+    let Some(mut chain) = chain(|relay| {
+        relay
+            .with_data_dir(&disk.path().join("relay"))
+            .with("store.wal_keep_size", "\"16MB\"")
+            .with("store.reserve_segments", "6")
+    }) else {
+        return;
+    };
+    let reserve = chain.relay.wal_dir().join("walrelay.reserve");
+    wait_until("the reserve", || reserve.exists());
+    let (session, mut client) = (chain.session(), RawClient::replication(chain.relay.port).unwrap());
+    let refusal = |client: &mut RawClient| {
+        let refused = client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap_err();
+        (refused.code, refused.message)
+    };
+    let words = "could not reserve WAL for replication slot \"keeper\": No space left on device";
+    let no_space = ("53100".to_owned(), words.to_owned());
+    // Six segments and what the state files need is more than that; one segment and that is less.
+    let filler = disk.fill_but(8 * MB);
+    assert_eq!(refusal(&mut client), no_space);
+    write_wal(&chain.primary, MB);
+    chain.relay.wait_flushed(chain.primary.flushed());
+    assert_eq!(chain.relay.condition(), "healthy", "WAL was refused before slots were");
+    disk.fill_but(4 * MB + MB / 2);
+    write_wal(&chain.primary, 12 * MB);
+    wait_until("the store to notice", || chain.relay.condition() != "healthy");
+    assert_eq!(refusal(&mut client), no_space);
+    // There is space for the slot itself, as long as it keeps nothing.
+    client.rows("CREATE_REPLICATION_SLOT idle PHYSICAL").unwrap();
+    let answer = client.start_replication(Some("idle"), chain.relay.oldest(), 1).unwrap();
+    assert_eq!(error_in(&answer).map(|error| error.code).as_deref(), Some("53100"), "{answer:?}");
+    assert_eq!(chain.session(), session, "the standby was disturbed");
+    std::fs::remove_file(filler).unwrap();
+    wait_until("space to be noticed", || chain.relay.condition() == "healthy");
+    client.rows("CREATE_REPLICATION_SLOT keeper PHYSICAL RESERVE_WAL").unwrap();
+    client.rows("DROP_REPLICATION_SLOT keeper").unwrap();
+    chain.heals();
+    assert_eq!(chain.session(), session, "the standby had to connect again");
 }
 
 #[test]

@@ -146,6 +146,23 @@ impl SmallDisk {
         }
     }
 
+    /// Fills the disk, but for so many bytes. Removing the file that is returned makes space again.
+    pub(crate) fn fill_but(&self, leave: u64) -> PathBuf {
+        use std::io::Write;
+        let path = self.mountpoint.join("filler");
+        let mut file = std::fs::File::options().create(true).append(true).open(&path).unwrap();
+        loop {
+            let figures = rustix::fs::statvfs(&self.mountpoint).unwrap();
+            let Some(excess) =
+                (figures.f_bavail * figures.f_frsize).checked_sub(leave).filter(|bytes| *bytes > 0)
+            else {
+                return path;
+            };
+            file.write_all(&vec![1; usize::try_from(excess).unwrap()]).unwrap();
+            file.sync_all().unwrap();
+        }
+    }
+
     /// Takes the last inode. Removing the folder that is returned gives them back.
     pub(crate) fn fill_inodes(&self) -> PathBuf {
         let path = self.mountpoint.join("fillers");

@@ -32,10 +32,7 @@ pub(super) async fn create<S: Stream>(
         Persistence::Temporary => SlotKind::Temporary { owner: session.registration.pid() },
     };
     let (store, name) = (session.context.store.clone(), slot.clone());
-    let created = run_blocking(move || {
-        let reserve = if reserve_wal { store.oldest() } else { None };
-        store.slots().create(&name, kind, reserve)
-    });
+    let created = run_blocking(move || store.create_slot(&name, kind, reserve_wal));
     created.await?.map_err(|error| slot_error(session, error))?;
     let columns = ["slot_name", "consistent_point", "snapshot_name", "output_plugin"].map(Column::text);
     let nowhere = session.server.lsn_text(None);
@@ -124,6 +121,11 @@ pub(super) fn slot_error<S: Stream>(session: &Session<'_, S>, error: SlotError) 
         SlotError::Full => ServerError::error(SqlState::CONFIGURATION_LIMIT_EXCEEDED, text).with_hint(
             format!("Free one or increase {}.", session.server.quoted_setting("max_replication_slots")),
         ),
+        SlotError::NoSpace { segments, .. } => ServerError::error(SqlState::DISK_FULL, text)
+            .with_detail(format!(
+                "Less space is free than is left to arriving WAL (store.reserve_segments = {segments})."
+            ))
+            .with_hint("Free disk space on the relay, or drop replication slots that are no longer needed."),
         SlotError::Store(source) => {
             let is_full = source.is_no_space();
             let sqlstate = if is_full { SqlState::DISK_FULL } else { SqlState::IO_ERROR };

@@ -63,7 +63,16 @@ async fn check<S: Stream>(
     let StartReplication { slot, start, kind } = command;
     let (store, pid) = (&session.context.store, session.registration.pid());
     let slot = match slot {
-        Some(name) => Some(store.slots().acquire(&name, pid).map_err(|error| slot_error(session, error))?),
+        Some(name) => {
+            let guard = store.slots().acquire(&name, pid).map_err(|error| slot_error(session, error))?;
+            if store.slots().get(&name).is_some_and(|slot| slot.restart_lsn.is_none()) {
+                // From the first report on it keeps WAL.
+                let store = store.clone();
+                let checked = run_blocking(move || store.check_space_to_hold(&name)).await?;
+                checked.map_err(|error| slot_error(session, error))?;
+            }
+            Some(guard)
+        }
         None => None,
     };
     let positions = store.positions().ok_or_else(|| {

@@ -90,6 +90,7 @@ pub(super) fn settings() -> StoreSettings {
         tail_bytes_max: 1 << 19,
         unwritten_bytes_max: 1 << 20,
         spare_segments: 2,
+        reserve_segments: 1,
         max_replication_slots: 3,
     }
 }

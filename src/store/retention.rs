@@ -1,0 +1,38 @@
+//! New demands on the WAL that is held.
+//!
+//! Owns what is asked before a slot begins to keep WAL: that there is space for it, and that the WAL it is promised does
+//! not go at that very moment. Demands that exist are not touched: they were granted.
+
+use crate::store::Store;
+use crate::store::error::Condition;
+use crate::store::pool::FREE_RESERVE_BYTES;
+use crate::store::slots::{SlotError, SlotKind};
+
+impl Store {
+    /// Creates a slot. With `reserve_wal` everything that is held now is kept for it, unless space is short. A permanent
+    /// one is durable on return; blocks.
+    pub fn create_slot(&self, name: &str, kind: SlotKind, reserve_wal: bool) -> Result<(), SlotError> {
+        if !reserve_wal {
+            return self.slots().create(name, kind, None);
+        }
+        if self.slots().get(name).is_none() {
+            self.check_space_to_hold(name)?;
+        }
+        // The oldest segment stays until the slot is there.
+        let _turn = self.shared.retention.lock();
+        self.slots().create(name, kind, self.oldest())
+    }
+
+    /// Whether a slot that keeps nothing yet may begin to keep WAL. Space that is short is left to the WAL that arrives:
+    /// who wants more to be kept is refused before that is. Blocks.
+    pub fn check_space_to_hold(&self, name: &str) -> Result<(), SlotError> {
+        let shared = &self.shared;
+        let segments = shared.settings.reserve_segments;
+        let segment_bytes = shared.segment_size().map_or(0, |size| size.bytes());
+        // More than what ends the preparing of segments.
+        let reserve = FREE_RESERVE_BYTES.saturating_add(segment_bytes.saturating_mul(segments.into()));
+        let is_short = matches!(self.condition(), Condition::NoSpace { .. })
+            || self.free_bytes().is_some_and(|free| free < reserve);
+        if is_short { Err(SlotError::NoSpace { name: name.to_owned(), segments }) } else { Ok(()) }
+    }
+}
