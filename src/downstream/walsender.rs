@@ -81,6 +81,7 @@ enum Event {
     Exchanged(Exchanged),
     Positions,
     Background(Done),
+    BroughtIn,
     Deadline,
     Stop,
 }
@@ -96,6 +97,8 @@ type Background = Pin<Box<dyn Future<Output = Result<Done, StreamError>> + Send>
 /// Everything of a running stream that is not its parts.
 struct Run {
     background: Option<Background>,
+    /// Brings in what will be sent next.
+    ahead: Option<Background>,
     /// The store follows another timeline than this stream's: where was this one left?
     switch_due: Option<TimelineId>,
     client_is_done: bool,
@@ -109,6 +112,7 @@ impl<S: Stream> WalSender<'_, S> {
     pub(super) async fn run(mut self) -> Result<Ended, StreamError> {
         let mut run = Run {
             background: None,
+            ahead: None,
             switch_due: None,
             client_is_done: false,
             is_stopping: false,
@@ -160,7 +164,12 @@ impl<S: Stream> WalSender<'_, S> {
             }
             let Some(next) = self.sender.next_wal() else { break };
             match self.reader.read(next.range)? {
-                Read::Ready(wal) => self.put_wal(next, wal),
+                Read::Ready(wal) => {
+                    self.put_wal(next, wal);
+                    self.start_ahead(run, next);
+                }
+                // It may be on its way.
+                Read::Cold(_) if run.ahead.is_some() => break,
                 Read::Cold(cold) => {
                     self.context.metrics.cold_bytes.increment(next.range.bytes());
                     run.background = Some(Box::pin(load(self.context.cold_reads.semaphore(), cold)));
@@ -173,6 +182,14 @@ impl<S: Stream> WalSender<'_, S> {
             self.publish();
         }
         Ok(None)
+    }
+
+    fn start_ahead(&self, run: &mut Run, sent: NextWal) {
+        if run.ahead.is_none()
+            && let Some(cold) = self.reader.ahead(sent.range.end(), sent.wal_end)
+        {
+            run.ahead = Some(Box::pin(load(self.context.cold_reads.semaphore(), cold)));
+        }
     }
 
     fn put(&mut self, output: Output) -> Option<StreamEnd> {
@@ -211,6 +228,8 @@ impl<S: Stream> WalSender<'_, S> {
             // The sender of positions lives as long as the relay; without it only what is there can be sent.
             Ok(()) = self.positions.changed() => Ok(Event::Positions),
             done = poll_background(&mut run.background) => done.map(Event::Background),
+            // A failure is the failure of the read that comes there.
+            _ = poll_background(&mut run.ahead) => Ok(Event::BroughtIn),
             () = self.stop.cancelled(), if !run.is_stopping => Ok(Event::Stop),
             () = sleep => Ok(Event::Deadline),
         }
@@ -227,7 +246,7 @@ impl<S: Stream> WalSender<'_, S> {
             }
             Event::Exchanged(Exchanged::Closed) => return Err(ConnectionError::Closed.into()),
             Event::Positions => self.follow_positions(run),
-            Event::Background(Done::Loaded) => {}
+            Event::Background(Done::Loaded) | Event::BroughtIn => {}
             Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
                 run.switch_due = None;
                 self.sender.handle_switch(end, next, now);

@@ -34,6 +34,9 @@ pub(super) struct MappedSegment {
     verification: Mutex<()>,
 }
 
+/// Bytes that are looked for at once. What was found may have left when it is sent: only so much of it.
+const RESIDENT_WINDOW_BYTES: usize = 1 << 20;
+
 /// Bytes brought in ahead of a reader, and while a checksum is computed.
 pub(super) const COLD_WINDOW_BYTES: usize = 4 << 20;
 
@@ -96,21 +99,27 @@ impl Mappings {
 }
 
 impl MappedSegment {
-    /// The bytes of a range if they can be had without waiting for the disk.
-    pub(super) fn resident(self: &Arc<Self>, range: Range<usize>) -> Option<Bytes> {
-        self.mapping.is_resident(range.clone()).then(|| self.slice(range)).flatten()
+    /// Up to where the segment is in memory without a gap, from the beginning of `range` on: so far that it need not be
+    /// asked for each message, or to the range's end. `None` when the disk must be waited for.
+    pub(super) fn resident_to(&self, range: Range<usize>) -> Option<usize> {
+        let far = range.end.max(range.start.saturating_add(RESIDENT_WINDOW_BYTES)).min(self.bytes);
+        [far, range.end].into_iter().find(|end| self.mapping.is_resident(range.start..*end))
     }
 
-    /// The bytes of a range that was just brought in.
+    /// The bytes of a range that is in memory.
     pub(super) fn slice(self: &Arc<Self>, range: Range<usize>) -> Option<Bytes> {
         self.is_verified.load(Ordering::Acquire).then(|| self.mapping.slice(range, self.clone())).flatten()
     }
 
-    /// Brings in a range and some more behind it, after the checksum of the segment was compared; blocks.
-    pub(super) fn load(&self, shared: &Shared, range: Range<usize>) -> Result<(), ReadError> {
+    /// Brings in a range and some more behind it, after the checksum of the segment was compared; blocks. Returns how far.
+    pub(super) fn load(&self, shared: &Shared, range: Range<usize>) -> Result<usize, ReadError> {
         self.verify(shared)?;
         let end = range.end.max(range.start.saturating_add(COLD_WINDOW_BYTES)).min(self.bytes);
-        self.mapping.populate(range.start..end).map_err(|error| unreadable(shared, self.name, error))
+        // What the checksum was just computed of is there; asking is cheaper than bringing it in again.
+        if !self.mapping.is_resident(range.start..end) {
+            self.mapping.populate(range.start..end).map_err(|error| unreadable(shared, self.name, error))?;
+        }
+        Ok(end)
     }
 
     fn verify(&self, shared: &Shared) -> Result<(), ReadError> {

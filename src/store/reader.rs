@@ -11,9 +11,9 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::store::error::ReadError;
-use crate::store::mapping::{MappedSegment, offset};
+use crate::store::mapping::{COLD_WINDOW_BYTES, MappedSegment, offset};
 use crate::store::shared::Shared;
-use crate::wal::{LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 /// Reads one timeline's WAL, for one consumer.
 pub struct WalReader {
@@ -22,13 +22,18 @@ pub struct WalReader {
     open: Arc<Mutex<Open>>,
 }
 
-/// The segments a reader is at; at most two, because a range is much shorter than a segment.
+/// The segments a reader is at and will be at; few, because a range is much shorter than a segment.
 #[derive(Default)]
 struct Open {
     segments: Vec<Arc<MappedSegment>>,
-    /// Just brought in: need not be looked for again.
-    loaded: Option<LsnRange>,
+    /// Just found in memory, or brought in: need not be looked for again.
+    resident: Option<LsnRange>,
+    /// Up to here the files were brought in; `None` until the reader has waited for them once.
+    brought_to: Option<Lsn>,
 }
+
+/// How far the files are brought in before the reader comes there.
+const AHEAD_BYTES: u64 = 2 * COLD_WINDOW_BYTES as u64;
 
 /// What a read found.
 #[derive(Debug)]
@@ -45,6 +50,15 @@ pub struct ColdRead {
     timeline: TimelineId,
     range: LsnRange,
     open: Arc<Mutex<Open>>,
+    purpose: Purpose,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// Somebody waits for it.
+    Wanted,
+    /// Somebody will.
+    Ahead,
 }
 
 impl std::fmt::Debug for ColdRead {
@@ -79,22 +93,43 @@ impl WalReader {
             }
             None => {
                 let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
-                Ok(Read::Cold(ColdRead { shared, timeline, range: in_files, open }))
+                let purpose = Purpose::Wanted;
+                Ok(Read::Cold(ColdRead { shared, timeline, range: in_files, open, purpose }))
             }
         }
+    }
+
+    /// What to bring in while the bytes before `position` are sent; WAL up to `limit` may be read. `None` when enough is
+    /// there, or the reader does not read from files. Its failure means nothing yet: the read that comes there fails, too.
+    pub fn ahead(&self, position: Lsn, limit: Lsn) -> Option<ColdRead> {
+        let start = self.open.lock().brought_to?.max(position);
+        let size = self.shared.segment_size().ok()?;
+        let wanted = position.advance(AHEAD_BYTES).min(limit);
+        let range = LsnRange::new(start, wanted.min(SegmentNo::holding(start, size).end(size)))?;
+        let range = self.shared.tail.lock().locate(range).in_files?;
+        let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
+        Some(ColdRead { shared, timeline, range, open, purpose: Purpose::Ahead })
     }
 
     fn read_files(&self, range: LsnRange) -> Option<Vec<Bytes>> {
         let size = self.shared.segment_size().ok()?;
         let mut open = self.open.lock();
-        let is_loaded = open
-            .loaded
-            .take()
-            .is_some_and(|loaded| loaded.start() <= range.start() && range.end() <= loaded.end());
-        let mut all = Vec::new();
+        let first = SegmentNo::holding(range.start(), size);
+        open.segments.retain(|segment| segment.name.number >= first);
+        let is_resident = open
+            .resident
+            .is_some_and(|resident| resident.start() <= range.start() && range.end() <= resident.end());
+        let (mut all, mut resident) = (Vec::new(), range.end());
         for (name, within) in parts(self.timeline, range, size) {
             let segment = open.segments.iter().find(|segment| segment.name == name)?;
-            all.push(if is_loaded { segment.slice(within)? } else { segment.resident(within)? });
+            if !is_resident {
+                let end = segment.resident_to(within.clone())?;
+                resident = name.number.start(size)?.advance(end as u64);
+            }
+            all.push(segment.slice(within)?);
+        }
+        if !is_resident {
+            open.resident = LsnRange::new(range.start(), resident);
         }
         Some(all)
     }
@@ -107,14 +142,39 @@ impl ColdRead {
             let name = SegmentName { timeline: self.timeline, number: SegmentNo(0) };
             return Err(ReadError::Removed(name));
         };
-        let mut segments = Vec::new();
+        let loaded = self.load_parts(size);
+        let mut open = self.open.lock();
+        match (loaded, self.purpose) {
+            (Ok((segments, end)), Purpose::Wanted) => {
+                *open = Open { segments, resident: Some(self.range), brought_to: Some(end) };
+                Ok(())
+            }
+            (Ok((segments, end)), Purpose::Ahead) => {
+                // Unless it has caught up meanwhile.
+                if open.brought_to.is_some() {
+                    open.brought_to = Some(end);
+                    let known: Vec<_> = open.segments.iter().map(|segment| segment.name).collect();
+                    open.segments.extend(segments.into_iter().filter(|new| !known.contains(&new.name)));
+                }
+                Ok(())
+            }
+            (Err(error), _) => {
+                open.brought_to = None;
+                Err(error)
+            }
+        }
+    }
+
+    /// Also returns how far more than the range was brought in.
+    fn load_parts(&self, size: SegmentSize) -> Result<(Vec<Arc<MappedSegment>>, Lsn), ReadError> {
+        let (mut segments, mut end) = (Vec::new(), self.range.end());
         for (name, within) in parts(self.timeline, self.range, size) {
             let segment = self.shared.mappings.open(&self.shared, name)?;
-            segment.load(&self.shared, within)?;
+            let brought = segment.load(&self.shared, within)?;
+            end = name.number.start(size).map_or(end, |start| start.advance(brought as u64));
             segments.push(segment);
         }
-        *self.open.lock() = Open { segments, loaded: Some(self.range) };
-        Ok(())
+        Ok((segments, end))
     }
 }
 
