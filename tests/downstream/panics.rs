@@ -16,6 +16,7 @@ use std::{
 use bytes::Bytes;
 use tokio::io::AsyncReadExt;
 use walrelay::protocol::frontend::Message;
+use walrelay::session::cut::WAL_DATA_BYTES_MAX;
 use walrelay::store::{
     Condition, Disk, RealDisk,
     disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode},
@@ -26,8 +27,8 @@ use crate::support::{Options, PATIENCE, Relay, eventually};
 /// What panics, once switched on.
 #[derive(Default)]
 pub(crate) struct Panics {
-    /// The question whether mapped WAL is in memory: asked by the task of a session.
-    question: AtomicBool,
+    /// Cutting a message out of mapped WAL: done by the task of a session.
+    slice: AtomicBool,
     /// A write: done by a thread of the store.
     write: AtomicBool,
 }
@@ -101,11 +102,13 @@ impl DiskFile for PanickingFile {
 
 impl Mapping for PanickingMapping {
     fn slice(&self, range: Range<usize>, keep: Arc<dyn Any + Send + Sync>) -> Option<Bytes> {
+        // A session cuts messages; whole segments are cut for their checksum, elsewhere.
+        let is_session = range.len() <= usize::try_from(WAL_DATA_BYTES_MAX).unwrap();
+        assert!(!(is_session && self.1.slice.load(Ordering::SeqCst)), "as a bug in a session would");
         self.0.slice(range, keep)
     }
 
     fn is_resident(&self, range: Range<usize>) -> bool {
-        assert!(!self.1.question.load(Ordering::SeqCst), "as a bug in a session would");
         self.0.is_resident(range)
     }
 
@@ -135,7 +138,7 @@ async fn a_panic_in_a_session_ends_that_session_and_no_other() {
     let mut victim = relay.client().await;
     let registry = relay.registry.clone();
     eventually("two sessions", || registry.statuses().len() == 2).await;
-    panics.question.store(true, Ordering::SeqCst);
+    panics.slice.store(true, Ordering::SeqCst);
     let command = Message::Query(format!("START_REPLICATION {start} TIMELINE 1").into_bytes().into());
     victim.send(&command).await;
     // Whatever was sent before, even part of a message: the connection ends.
@@ -147,7 +150,7 @@ async fn a_panic_in_a_session_ends_that_session_and_no_other() {
     let (wal, _) = healthy.receive_wal(end, next).await;
     assert!(wal == relay.wal.slice(end, next));
     // Nobody is turned away, either.
-    panics.question.store(false, Ordering::SeqCst);
+    panics.slice.store(false, Ordering::SeqCst);
     let mut another = relay.client().await;
     another.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
     let (wal, _) = another.receive_wal(start, next).await;
