@@ -134,6 +134,12 @@ pub struct UpstreamMetrics {
     pub status_updates: Counter,
     /// End of the WAL that the upstream has sent or flushed, as it says.
     pub wal_end: Gauge,
+    /// WAL that the upstream keeps for our slot, as far as it was told.
+    pub slot_retained: Gauge,
+    /// WAL that was acknowledged, has been lost here and is not fetched again yet.
+    pub lost: Gauge,
+    /// 1 while a person must look at the upstream connection.
+    pub needs_attention: Gauge,
 }
 
 impl UpstreamMetrics {
@@ -156,6 +162,21 @@ impl UpstreamMetrics {
                 .counter("walrelay_upstream_corrupt_total", "Streams ended by WAL that did not verify"),
             status_updates: metrics.counter("walrelay_upstream_status_updates_total", "Status updates sent"),
             wal_end: metrics.gauge("walrelay_upstream_wal_end_bytes", bytes, "End of WAL at the upstream"),
+            slot_retained: metrics.gauge(
+                "walrelay_upstream_slot_retained_bytes",
+                bytes,
+                "WAL kept by the upstream for the relay's slot, as last heard",
+            ),
+            lost: metrics.gauge(
+                "walrelay_upstream_lost_bytes",
+                bytes,
+                "WAL acknowledged earlier, lost here and not fetched again yet",
+            ),
+            needs_attention: metrics.gauge(
+                "walrelay_upstream_needs_attention",
+                None,
+                "1 while a person must look at the upstream connection",
+            ),
         }
     }
 }
@@ -217,6 +238,12 @@ impl Default for AllMetrics {
 #[allow(clippy::cast_precision_loss)] // a gauge is a double by Prometheus' format
 pub fn position_value(position: crate::wal::Lsn) -> f64 {
     position.get() as f64
+}
+
+/// A number of bytes as a gauge's value; exact up to 2^53.
+#[allow(clippy::cast_precision_loss)] // a gauge is a double by Prometheus' format
+pub fn bytes_value(bytes: u64) -> f64 {
+    bytes as f64
 }
 
 /// How often [`Metrics::run_upkeep`] is to be called.

@@ -64,6 +64,15 @@ pub enum WalReceiverState {
     Stopped,
 }
 
+/// WAL that was acknowledged, by what the upstream's slot says, and is not held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LostWal {
+    /// End of what is held.
+    pub from: Lsn,
+    /// What the slot says was acknowledged.
+    pub to: Lsn,
+}
+
 /// What operators see of the upstream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct UpstreamStatus {
@@ -79,9 +88,13 @@ pub struct UpstreamStatus {
     pub is_writable: bool,
     /// Sessions that reached streaming.
     pub sessions: u64,
+    /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
+    pub lost: Option<LostWal>,
+    /// The data directory was empty when the process started, though the upstream's slot had been in use.
+    pub started_empty: bool,
     /// Why the last attempt or session ended.
     pub last_error: Option<String>,
-    /// Whether a person must act before it can go on.
+    /// Whether a person must look at it: before it can go on, or because something was lost.
     pub needs_attention: bool,
 }
 

@@ -57,7 +57,8 @@ fn relay(raw: &RawRelay, directory: &Path) -> Result<Relay, Problem> {
         return Err(Problem::invalid("relay.name", name, advice));
     }
     let data_dir = required(&raw.data_dir, "relay.data_dir", "data_dir = \"/var/lib/walrelay\"")?;
-    Ok(Relay { name: name.to_owned(), data_dir: directory.join(data_dir) })
+    let (name, data_dir) = (name.to_owned(), directory.join(data_dir));
+    Ok(Relay { name, data_dir, data_must_exist: raw.data_must_exist })
 }
 
 fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> Result<Upstream, Problem> {

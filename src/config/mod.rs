@@ -61,6 +61,8 @@ pub struct Relay {
     pub name: String,
     /// Where the WAL is.
     pub data_dir: PathBuf,
+    /// Whether an empty directory is an error, and not the beginning.
+    pub data_must_exist: bool,
 }
 
 /// Where WAL comes from.

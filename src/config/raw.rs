@@ -27,6 +27,7 @@ pub(crate) struct Raw {
 pub(crate) struct RawRelay {
     pub(crate) name: Option<String>,
     pub(crate) data_dir: Option<String>,
+    pub(crate) data_must_exist: bool,
 }
 
 /// `[upstream]`

@@ -61,7 +61,7 @@ impl Surroundings for ProcessSurroundings {
     fn user_name(&self) -> Option<String> {
         // Users of a directory service are not in the file; service managers and shells name them in LOGNAME.
         let from_login = || self.variable("LOGNAME").or_else(|| self.variable("USER"));
-        self.passwd_field(0).or_else(from_login).filter(|name| !name.is_empty())
+        self.passwd_field(self.user_id(), 0).or_else(from_login).filter(|name| !name.is_empty())
     }
 
     fn user_id(&self) -> u32 {
@@ -69,7 +69,7 @@ impl Surroundings for ProcessSurroundings {
     }
 
     fn user_home(&self) -> Option<PathBuf> {
-        self.passwd_field(5).filter(|home| !home.is_empty()).map(PathBuf::from)
+        self.passwd_field(self.user_id(), 5).filter(|home| !home.is_empty()).map(PathBuf::from)
     }
 
     fn read(&self, path: &Path) -> io::Result<FoundFile> {
@@ -78,10 +78,15 @@ impl Surroundings for ProcessSurroundings {
 }
 
 impl ProcessSurroundings {
-    /// A field of our own line in the user database (passwd(5)).
-    fn passwd_field(&self, field: usize) -> Option<String> {
+    /// Name of an operating system user.
+    pub fn name_of_user(&self, user_id: u32) -> Option<String> {
+        if user_id == self.user_id() { self.user_name() } else { self.passwd_field(user_id, 0) }
+    }
+
+    /// A field of a user's line in the user database (passwd(5)).
+    fn passwd_field(&self, user_id: u32, field: usize) -> Option<String> {
         let Ok(FoundFile::Plain { text, .. }) = self.read(Path::new("/etc/passwd")) else { return None };
-        let user_id = self.user_id().to_string();
+        let user_id = user_id.to_string();
         let line = text.lines().find(|line| line.split(':').nth(2) == Some(&user_id))?;
         line.split(':').nth(field).map(str::to_owned)
     }

@@ -121,6 +121,14 @@ impl Socket {
         UnixStream::connect(path).await.map(Self::Unix)
     }
 
+    /// The operating system user at the other end; `None` where that cannot be known.
+    pub fn peer_user_id(&self) -> io::Result<Option<u32>> {
+        match self {
+            Self::Tcp(_) => Ok(None),
+            Self::Unix(stream) => stream.peer_cred().map(|credentials| Some(credentials.uid())),
+        }
+    }
+
     /// Two halves that read and write independently, without a lock.
     pub fn into_split(self) -> (ReadHalf, WriteHalf) {
         match self {

@@ -50,6 +50,14 @@ pub enum RelayError {
     /// The system lets the process open too few files.
     #[error(transparent)]
     Descriptors(#[from] TooFewDescriptors),
+    /// WAL should be there, and is not.
+    #[error(
+        "data directory \"{directory}\" holds no WAL, and relay.data_must_exist is set: mount its disk, or unset it to begin anew"
+    )]
+    NoData {
+        /// The directory.
+        directory: String,
+    },
     /// A line of the users file cannot be read.
     #[error(transparent)]
     User(#[from] InvalidUser),
@@ -100,7 +108,11 @@ impl Relay {
             store::open(settings, Arc::new(RealDisk), Arc::new(observer))
         });
         let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
-        let (store, writer) = opened.map_err(|source| RelayError::OpenStore { directory, source })?;
+        let (store, writer) =
+            opened.map_err(|source| RelayError::OpenStore { directory: directory.clone(), source })?;
+        if config.relay.data_must_exist && store.identity().is_none() {
+            return Err(RelayError::NoData { directory });
+        }
         for note in store.recovery_notes() {
             tracing::warn!(note, "recovery of the store");
         }

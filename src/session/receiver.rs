@@ -93,6 +93,8 @@ pub struct Receiver {
     asked: Option<Lsn>,
     /// Positions moved since the last report.
     moved: bool,
+    /// Nothing is vouched for until this is flushed: it was acknowledged before, and has been lost since.
+    vouch_from: Lsn,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +130,13 @@ impl Receiver {
             answer_owed: false,
             asked: None,
             moved: true,
+            vouch_from: Lsn::MIN,
         }
+    }
+
+    /// Up to here WAL was acknowledged before and has been lost since: until it is flushed again, nothing is vouched for.
+    pub fn vouch_only_from(&mut self, acknowledged: Lsn) {
+        self.vouch_from = acknowledged;
     }
 
     /// Anything at all came from the upstream.
@@ -248,6 +256,9 @@ impl Receiver {
                 (self.asked.filter(|asked| *asked == self.start), None)
             }
             Stage::Comparing | Stage::VouchingForNothing { .. } => (Some(self.progress.received), None),
+            Stage::Reporting { .. } if self.progress.flushed < self.vouch_from => {
+                (self.delivered(self.progress.written), None)
+            }
             Stage::Reporting { .. } => {
                 (self.delivered(self.progress.written), self.delivered(self.progress.flushed))
             }
@@ -490,5 +501,20 @@ mod tests {
         receiver.handle_heard(start + Duration::from_secs(9));
         assert_eq!(receiver.poll_output(start + Duration::from_secs(9)), None);
         assert_eq!(receiver.poll_output(start + Duration::from_secs(10)), sent(100, 100));
+    }
+
+    #[test]
+    fn what_was_lost_is_vouched_for_only_when_it_is_there_again() {
+        let mut now = Instant::now();
+        let mut receiver = Receiver::new(SETTINGS, progress(100, 100, 100), now);
+        receiver.vouch_only_from(lsn(300));
+        receiver.handle_overlap_proven();
+        for (flushed, told) in [(200, None), (296, None), (304, Some(lsn(304))), (400, Some(lsn(400)))] {
+            receiver.handle_progress(progress(500, 400, flushed));
+            now += SETTINGS.status_interval;
+            receiver.handle_heard(now);
+            let Some(Output::Send(report)) = receiver.poll_output(now) else { panic!("nothing is told") };
+            assert_eq!((report.write, report.flush), (Some(lsn(400)), told));
+        }
     }
 }

@@ -109,6 +109,7 @@ pub mod disk;
 mod error;
 mod flush;
 mod health;
+mod histories;
 mod index;
 mod initialize;
 mod inventory;
@@ -145,11 +146,9 @@ pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
 pub use writer::{ResumePlan, WalWriter};
 
-use disk::{read_small, replace_durably};
 use shared::Shared;
 use threads::Threads;
 
-use crate::wal::timeline::HISTORY_BYTES_MAX;
 use crate::wal::{Lsn, TimelineId};
 
 /// How a store is to work.
@@ -252,26 +251,6 @@ impl Store {
     /// Start of the oldest segment that is held on the current timeline.
     pub fn oldest(&self) -> Option<Lsn> {
         self.shared.oldest()
-    }
-
-    /// The history file of a timeline, as the upstream sent it; `None` if it is not held. Blocks.
-    pub fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
-        let path = self.shared.layout.wal(&timeline.history_file_name());
-        read_small(&*self.shared.disk, &path, HISTORY_BYTES_MAX).map_err(StoreError::io("read", &path))
-    }
-
-    /// Stores the history file of a timeline; durable on return. Blocks. A stored one is never changed.
-    pub fn store_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), StoreError> {
-        self.shared.health.check()?;
-        let (name, dir) = (timeline.history_file_name(), &self.shared.layout.wal_dir);
-        match self.history(timeline)? {
-            Some(held) if held == content => return Ok(()),
-            Some(_) => return Err(StoreError::OtherHistory(timeline)),
-            None => {}
-        }
-        replace_durably(&*self.shared.disk, dir, &name, content)
-            .map_err(StoreError::io("write", &dir.join(&name)))
-            .map_err(|error| self.shared.health.judge(error))
     }
 
     /// A reader of one timeline's WAL, for one consumer.

@@ -1,15 +1,15 @@
 //! Startup and authentication towards the upstream.
 //!
-//! Owns the order of messages up to the first ReadyForQuery. Never sends a password to a method that `require_auth`
-//! excludes, and never keeps one.
+//! Owns the order of messages up to the first ReadyForQuery. Never sends a password to a method that `require_auth` or
+//! `channel_binding` excludes, and never keeps one.
 
 use aws_lc_rs::rand;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::conninfo::{AuthRequest, RequireAuth};
 use crate::protocol::{
-    backend::{Authentication, Message},
-    frontend::{self, FirstPacket, Password},
+    backend::{Authentication, Message, NegotiateProtocolVersion},
+    frontend::{self, FirstPacket, Password, ProtocolVersion},
     md5,
     scram::{self, ChannelBinding, ChannelBindingPolicy},
 };
@@ -23,6 +23,10 @@ pub(crate) struct Credentials<'a> {
     pub(crate) require_auth: &'a RequireAuth,
     /// Whether SCRAM has to be bound to TLS.
     pub(crate) channel_binding: ChannelBindingPolicy,
+    /// The protocol that the startup packet asks for.
+    pub(crate) requested_version: ProtocolVersion,
+    /// The oldest that is accepted.
+    pub(crate) min_version: ProtocolVersion,
 }
 
 /// Opens the session: from the startup packet to the first ReadyForQuery.
@@ -44,15 +48,23 @@ pub(crate) async fn open_session(
 }
 
 async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Result<(), UpstreamError> {
-    let mut proved = false;
+    let (mut proved, mut negotiated) = (false, false);
     loop {
         let request = match dialog.receive().await? {
             Message::Authentication(request) => request,
+            Message::NegotiateProtocolVersion(answer) if !proved && !negotiated => {
+                check_negotiation(&answer, credentials)?;
+                negotiated = true;
+                continue;
+            }
             Message::ErrorResponse(error) => return Err(UpstreamError::Server(Box::new(error))),
             other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),
         };
         if let Some(asked) = auth_request(&request, proved) {
             credentials.require_auth.check(asked)?;
+        }
+        if credentials.channel_binding == ChannelBindingPolicy::Require {
+            check_channel_binding(&request)?;
         }
         match request {
             Authentication::Ok => return Ok(()),
@@ -74,6 +86,46 @@ async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Res
         }
         proved = true;
     }
+}
+
+/// What libpq accepts of a server that does not speak the protocol it was asked for, in libpq's words. Nothing is asked for
+/// beside a version, so nothing can be declined.
+fn check_negotiation(
+    answer: &NegotiateProtocolVersion,
+    credentials: &Credentials<'_>,
+) -> Result<(), UpstreamError> {
+    const NEVER_EXISTED: ProtocolVersion = ProtocolVersion { major: 3, minor: 1 };
+    let (got, min) = (answer.version, credentials.min_version);
+    let reason = if got > credentials.requested_version {
+        "server requested downgrade to a higher-numbered version".to_owned()
+    } else if got < ProtocolVersion::V3_0 {
+        "server requested downgrade to pre-3.0 protocol version".to_owned()
+    } else if got == NEVER_EXISTED {
+        "server requested downgrade to non-existent 3.1 protocol version".to_owned()
+    } else if got == credentials.requested_version && answer.unrecognized.is_empty() {
+        "server negotiated but asks for no changes".to_owned()
+    } else if got < min {
+        return Err(UpstreamError::OldProtocol { got, min });
+    } else if let Some(name) = answer.unrecognized.first() {
+        format!("server reported an unsupported parameter that was not requested (\"{name}\")")
+    } else {
+        return Ok(());
+    };
+    Err(UpstreamError::Negotiation(reason))
+}
+
+/// `channel_binding=require` where there is no TLS to bind to: whatever the server asks for is refused, before anything
+/// secret is sent.
+fn check_channel_binding(request: &Authentication) -> Result<(), UpstreamError> {
+    Err(UpstreamError::NoChannelBinding(match request {
+        Authentication::Sasl(_) | Authentication::SaslContinue(_) | Authentication::SaslFinal(_) => {
+            "channel binding required, but SSL not in use"
+        }
+        Authentication::Ok => {
+            "channel binding required, but server authenticated client without channel binding"
+        }
+        _ => "channel binding required but not supported by server's authentication request",
+    }))
 }
 
 /// What `require_auth` has to say about; `None` for what is refused anyway.

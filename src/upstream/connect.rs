@@ -3,34 +3,36 @@
 //! Owns the order of checks on every connect: session attributes, system identifier, segment size, timeline, histories,
 //! slot, starting point. Writes nothing but history files, server facts and, on the first start, the store's identity.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use tokio::{task::block_in_place, time::timeout};
 
-use crate::conninfo::{ChannelBinding, Conninfo, Host, HostAddress, ProcessSurroundings, TargetSessionAttrs};
-use crate::net::{Socket, TcpOptions};
+use crate::conninfo::{Conninfo, Host, ProcessSurroundings, TargetSessionAttrs};
+use crate::net::Socket;
 use crate::protocol::{
     Command, ServerError, SqlState,
     command::{StartReplication, StreamKind},
-    frontend::{FirstPacket, Startup},
-    scram::ChannelBindingPolicy,
 };
+use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{
     UpstreamError, UpstreamSettings,
-    authenticate::{Credentials, open_session},
+    dial::log_in,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
+    histories::{NewestHistory, check_newest},
 };
-use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineHistory, TimelineId};
+use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
 
 /// A server that answers, and what it says of itself.
 pub(crate) struct Connected {
     pub(crate) dialog: Dialog,
     pub(crate) host: String,
     pub(crate) system: IdentifySystem,
+    /// Where its timeline began; the lowest position for the first, and until the history is known.
+    pub(crate) switch_lsn: Lsn,
     pub(crate) segment_size: SegmentSize,
     pub(crate) is_writable: bool,
     /// The server's `wal_sender_timeout`; `None` when it has none.
@@ -84,76 +86,15 @@ pub(crate) async fn connect(settings: &UpstreamSettings, random: u64) -> Result<
     Err(last)
 }
 
-enum Address {
-    Tcp(SocketAddr),
-    Unix(PathBuf),
-}
-
 async fn connect_to_host(
     conninfo: &Conninfo,
     host: &Host,
     wanted: TargetSessionAttrs,
 ) -> Result<Connected, UpstreamError> {
-    let mut last = UpstreamError::NoHost;
-    for address in addresses(host).await? {
-        let limit = conninfo.connect_timeout.unwrap_or(CONNECT_TIME_MAX);
-        match timeout(limit, log_in(conninfo, host, &address)).await {
-            // As libpq: a server that answers but will not do ends the attempt at this host.
-            Ok(Ok(dialog)) => return interrogate(dialog, wanted, host).await,
-            Ok(Err(error)) => last = error,
-            Err(_) => last = UpstreamError::ConnectTimeout { host: host.to_string() },
-        }
-    }
-    Err(last)
-}
-
-async fn addresses(host: &Host) -> Result<Vec<Address>, UpstreamError> {
-    match &host.address {
-        HostAddress::UnixSocket(path) => Ok(vec![Address::Unix(path.clone())]),
-        HostAddress::Ip(ip) => Ok(vec![Address::Tcp(SocketAddr::new(*ip, host.port))]),
-        HostAddress::Name(name) => {
-            let resolved = tokio::net::lookup_host((name.as_str(), host.port)).await;
-            let resolved =
-                resolved.map_err(|source| UpstreamError::Resolve { host: name.clone(), source })?;
-            Ok(resolved.take(ADDRESSES_MAX).map(Address::Tcp).collect())
-        }
-    }
-}
-
-async fn log_in(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Dialog, UpstreamError> {
-    let mut dialog = Dialog::new(dial(conninfo, host, address).await?);
-    let startup = FirstPacket::Startup(Startup::new(conninfo.startup_parameters()));
-    let credentials = Credentials {
-        user: &conninfo.user,
-        password: conninfo.password_for(host),
-        require_auth: &conninfo.require_auth,
-        channel_binding: match conninfo.channel_binding {
-            ChannelBinding::Disable => ChannelBindingPolicy::Disable,
-            ChannelBinding::Prefer => ChannelBindingPolicy::Prefer,
-            ChannelBinding::Require => ChannelBindingPolicy::Require,
-        },
-    };
-    open_session(&mut dialog, &startup, &credentials).await?;
-    Ok(dialog)
-}
-
-async fn dial(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Socket, UpstreamError> {
-    let outcome = match address {
-        Address::Tcp(address) => Socket::connect_tcp(*address, &tcp_options(conninfo)).await,
-        Address::Unix(path) => Socket::connect_unix(path).await,
-    };
-    outcome.map_err(|source| UpstreamError::Connect { host: host.to_string(), source })
-}
-
-fn tcp_options(conninfo: &Conninfo) -> TcpOptions {
-    let keepalives = conninfo.keepalives.unwrap_or_default();
-    TcpOptions {
-        keepalives: conninfo.keepalives.is_some(),
-        keepalives_idle: keepalives.idle,
-        keepalives_interval: keepalives.interval,
-        keepalives_count: keepalives.count,
-        tcp_user_timeout: conninfo.tcp_user_timeout,
-    }
+    // As libpq: a server that answers but will not do ends the attempt at this host.
+    let dialog = log_in(conninfo, host).await?;
+    let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, host)).await;
+    interrogation.map_err(|_| UpstreamError::OpeningTimeout)?
 }
 
 /// Asks the server what it is, and whether it is of the kind that was asked for.
@@ -176,7 +117,8 @@ async fn interrogate(
     let sender_timeout = parse_milliseconds(&dialog.show("wal_sender_timeout").await?);
     let facts = server_facts(&mut dialog).await?;
     let (host, is_writable) = (host.to_string(), !read_only);
-    Ok(Connected { dialog, host, system, segment_size, is_writable, sender_timeout, facts })
+    let switch_lsn = Lsn::MIN;
+    Ok(Connected { dialog, host, system, switch_lsn, segment_size, is_writable, sender_timeout, facts })
 }
 
 fn check_session_attributes(
@@ -241,13 +183,12 @@ fn parse_milliseconds(text: &str) -> Option<Duration> {
     (count > 0).then(|| Duration::from_millis(count.saturating_mul(milliseconds)))
 }
 
-/// Checks that the server is the one whose WAL is held, and fetches what histories are missing. Changes nothing on the
-/// server, and nothing in an empty store.
+/// Checks that the server is the one whose WAL is held. Changes nothing on the server, and nothing in the store.
 pub(crate) async fn check_server(
     connected: &mut Connected,
     store: &Store,
     writer: &WalWriter,
-) -> Result<(), UpstreamError> {
+) -> Result<NewestHistory, UpstreamError> {
     let found = identity(connected);
     if let Some(held) = store.identity() {
         if held.system_id != found.system_id {
@@ -267,7 +208,9 @@ pub(crate) async fn check_server(
             return Err(UpstreamError::TimelineAhead { expected: plan.timeline, got });
         }
     }
-    fetch_histories(connected, store).await
+    let newest = check_newest(connected, store).await?;
+    connected.switch_lsn = newest.switch_lsn;
+    Ok(newest)
 }
 
 /// Where an empty store begins.
@@ -279,6 +222,16 @@ pub(crate) enum Beginning {
     Anew,
 }
 
+/// Where a stream goes on, and what is wrong beside that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StreamPlan {
+    pub(crate) resume: ResumePlan,
+    /// What the upstream's slot says was acknowledged, and is not held.
+    pub(crate) lost: Option<LostWal>,
+    /// The store was begun just now although the upstream's slot has been in use up to here.
+    pub(crate) replaces: Option<Lsn>,
+}
+
 /// Gives an empty store its identity and start, and finds out where to go on.
 pub(crate) fn plan_stream(
     connected: &Connected,
@@ -286,36 +239,16 @@ pub(crate) fn plan_stream(
     writer: &mut WalWriter,
     slot: UpstreamSlot,
     beginning: Beginning,
-) -> Result<ResumePlan, UpstreamError> {
-    let found = identity(connected);
-    let got = connected.system.timeline;
-    let reserved = slot.restart_lsn;
-    let held_before = writer.plan().is_some();
-    let begins_anew = beginning == Beginning::Anew && writer.holds_nothing();
-    if !held_before || begins_anew {
-        if let Some(slot_restart_lsn) = reserved.filter(|_| slot.origin == SlotOrigin::Found) {
-            tracing::warn!(
-                %slot_restart_lsn,
-                "the data directory is empty, but the upstream's slot has been in use: if this relay has run before, \
-                 its directory was lost or is not mounted"
-            );
-        }
-        // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
-        let reserved = reserved.filter(|_| !begins_anew);
-        let first = reserved.unwrap_or(connected.system.flushed).max(switch_lsn(store, got)?);
-        let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
-        block_in_place(|| writer.initialize(found, got, start.unwrap_or(Lsn::MIN)))?;
+) -> Result<StreamPlan, UpstreamError> {
+    let had_wal = !writer.holds_nothing();
+    let used_until = slot.restart_lsn.filter(|_| slot.origin == SlotOrigin::Found);
+    let begins_anew = beginning == Beginning::Anew && !had_wal;
+    let begins = begins_anew || writer.plan().is_none();
+    if begins {
+        begin_store(connected, writer, slot.restart_lsn.filter(|_| !begins_anew))?;
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    if let Some(reserved) = reserved
-        .filter(|&reserved| held_before && slot.origin == SlotOrigin::Found && reserved > plan.held_end)
-    {
-        tracing::error!(
-            slot_restart_lsn = %reserved, held_end = %plan.held_end,
-            "the upstream's slot is ahead of this relay: WAL that was acknowledged has been lost here"
-        );
-    }
     if connected.system.flushed < plan.newest_start {
         let upstream = if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
         let flushed = connected.system.flushed;
@@ -326,41 +259,27 @@ pub(crate) fn plan_stream(
             upstream,
         });
     }
-    Ok(plan)
+    let lost = used_until.filter(|&to| had_wal && to > plan.held_end);
+    let lost = lost.map(|to| LostWal { from: plan.held_end, to });
+    Ok(StreamPlan { resume: plan, lost, replaces: used_until.filter(|_| begins) })
+}
+
+/// Begins the store with the segment of what the slot keeps, else of where the upstream is now.
+fn begin_store(
+    connected: &Connected,
+    writer: &mut WalWriter,
+    reserved: Option<Lsn>,
+) -> Result<(), UpstreamError> {
+    let found = identity(connected);
+    // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
+    let first = reserved.unwrap_or(connected.system.flushed).max(connected.switch_lsn);
+    let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
+    let start = start.unwrap_or(Lsn::MIN);
+    Ok(block_in_place(|| writer.initialize(found, connected.system.timeline, start))?)
 }
 
 fn identity(connected: &Connected) -> Identity {
     Identity { system_id: connected.system.system_id, segment_size: connected.segment_size }
-}
-
-/// Where a timeline began; the lowest position for the first.
-fn switch_lsn(store: &Store, timeline: TimelineId) -> Result<Lsn, UpstreamError> {
-    let Some(content) = block_in_place(|| store.history(timeline))? else { return Ok(Lsn::MIN) };
-    let history = TimelineHistory::parse(timeline, &content)?;
-    Ok(history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn))
-}
-
-/// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:
-/// standbys ask for each number in turn. A missing one that is not an ancestor's is passed over.
-async fn fetch_histories(connected: &mut Connected, store: &Store) -> Result<(), UpstreamError> {
-    let newest = connected.system.timeline.get();
-    for timeline in (2..=newest).filter_map(TimelineId::new) {
-        if block_in_place(|| store.history(timeline))?.is_some() {
-            continue;
-        }
-        let rows = match connected.dialog.query(&Command::TimelineHistory(timeline)).await {
-            Ok(rows) => rows,
-            Err(UpstreamError::Server(error))
-                if error.is(SqlState::UNDEFINED_FILE) && timeline.get() < newest =>
-            {
-                continue;
-            }
-            Err(error) => return Err(error),
-        };
-        let content = rows.first().and_then(|row| row.value(1)).cloned().unwrap_or_default();
-        block_in_place(|| store.store_history(timeline, &content))?;
-    }
-    Ok(())
 }
 
 /// Starts the stream at one of the places that the plan names.
@@ -383,6 +302,11 @@ pub(crate) async fn start_streaming(
         }
         Err(StartCopyError::Refused(dialog, error)) => {
             dialog.terminate().await;
+            if error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
+                && let Some(slot) = &settings.slot
+            {
+                return Err(UpstreamError::SlotInvalidated { slot: slot.clone(), source: error });
+            }
             Err(stream_refused(*error, plan.held_end))
         }
         Err(StartCopyError::TimelineEndsHere) => {
@@ -401,11 +325,9 @@ pub(crate) fn stream_refused(error: ServerError, held_end: Lsn) -> UpstreamError
     UpstreamError::Server(Box::new(error))
 }
 
-/// Addresses tried of one host name.
-const ADDRESSES_MAX: usize = 16;
-
-/// Time to connect and authenticate where the connection string sets none; libpq would wait for ever.
-const CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
+/// Longest time for the questions that are asked of a server that has let us in, before WAL flows; each answer has its own,
+/// but a server could take that for every one of them.
+pub(crate) const OPENING_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Settings of the upstream that clients ask of the relay.
 const MIRRORED_SETTINGS: &[&str] =

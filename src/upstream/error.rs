@@ -5,7 +5,7 @@
 use std::{io, time::Duration};
 
 use crate::conninfo::ConninfoError;
-use crate::protocol::{DecodeError, ServerError, SqlState, scram::ClientError};
+use crate::protocol::{DecodeError, ServerError, SqlState, frontend::ProtocolVersion, scram::ClientError};
 use crate::store::{AppendError, StoreError};
 use crate::wal::timeline::HistoryError;
 use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
@@ -35,12 +35,43 @@ pub enum UpstreamError {
         /// Host and port, or socket, as libpq names them.
         host: String,
     },
+    /// The server let us in, but did not answer all that is asked then.
+    #[error("the upstream did not answer what is asked before a stream in time")]
+    OpeningTimeout,
     /// A host name stands for no address.
     #[error("no host to connect to")]
     NoHost,
     /// The connection string excludes what would have to be done.
     #[error(transparent)]
     Conninfo(#[from] ConninfoError),
+    /// The system does not tell who is at the other end of a Unix socket.
+    #[error("could not get peer credentials")]
+    PeerCredentials(#[source] io::Error),
+    /// Somebody without a name is at the other end of a Unix socket.
+    #[error("local user with ID {0} does not exist")]
+    UnknownPeer(u32),
+    /// The server runs as somebody else than `requirepeer` says.
+    #[error("requirepeer specifies \"{wanted}\", but actual peer user name is \"{actual}\"")]
+    WrongPeer {
+        /// What the connection string says.
+        wanted: String,
+        /// Who it is.
+        actual: String,
+    },
+    /// `channel_binding=require`, and the server wants to do without.
+    #[error("{0}")]
+    NoChannelBinding(&'static str),
+    /// The server speaks only older protocols than are accepted.
+    #[error("server only supports protocol version {got}, but \"min_protocol_version\" was set to {min}")]
+    OldProtocol {
+        /// What it speaks.
+        got: ProtocolVersion,
+        /// What the connection string says.
+        min: ProtocolVersion,
+    },
+    /// The server's answer to our protocol version makes no sense.
+    #[error("received invalid protocol negotiation message: {0}")]
+    Negotiation(String),
     /// The session is not of the kind that `target_session_attrs` asks for.
     #[error("{0}")]
     WrongSessionAttributes(&'static str),
@@ -126,6 +157,14 @@ pub enum UpstreamError {
         "replication slot \"{0}\" does not exist on the upstream, which has removed WAL that this relay needs; it is not created again"
     )]
     SlotGone(String),
+    /// The slot is there and keeps nothing any more.
+    #[error("replication slot \"{slot}\" on the upstream has been invalidated")]
+    SlotInvalidated {
+        /// The slot.
+        slot: String,
+        /// The server's words.
+        source: Box<ServerError>,
+    },
     /// A history file of the upstream cannot be read.
     #[error("could not read a timeline history file")]
     History(#[from] HistoryError),
@@ -178,11 +217,13 @@ impl UpstreamError {
             Self::Connect { .. }
             | Self::Resolve { .. }
             | Self::ConnectTimeout { .. }
+            | Self::OpeningTimeout
             | Self::NoHost
             | Self::Io(_)
             | Self::Closed
             | Self::Protocol(_)
             | Self::Unexpected(_)
+            | Self::Negotiation(_)
             | Self::InvalidAnswer { .. }
             | Self::BehindUs { upstream: BehindUpstream::Standby, .. }
             | Self::Append(
@@ -194,6 +235,11 @@ impl UpstreamError {
             | Self::NoPassword
             | Self::NoRandomness
             | Self::Conninfo(_)
+            | Self::PeerCredentials(_)
+            | Self::UnknownPeer(_)
+            | Self::WrongPeer { .. }
+            | Self::NoChannelBinding(_)
+            | Self::OldProtocol { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
             Self::Unsupported(_)
             | Self::WrongSystem { .. }
@@ -202,10 +248,32 @@ impl UpstreamError {
             | Self::TimelineAhead { .. }
             | Self::WalRemoved { .. }
             | Self::SlotGone(_)
+            | Self::SlotInvalidated { .. }
             | Self::History(_)
             | Self::BehindUs { upstream: BehindUpstream::Primary, .. }
             | Self::Append(AppendError::Diverged { .. } | AppendError::Store(_))
             | Self::Store(_) => Advice::TellAHuman,
+        }
+    }
+
+    /// Whether the server, or what the connection string demands of it, will most likely refuse the next attempt too. Only
+    /// when this comes several times in a row must somebody act: they may be in the middle of a change.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            Self::Server(error) => {
+                error.is(SqlState::INVALID_AUTHORIZATION_SPECIFICATION)
+                    || error.is(SqlState::INVALID_PASSWORD)
+                    || error.is(SqlState::INSUFFICIENT_PRIVILEGE)
+            }
+            Self::Scram(_)
+            | Self::NoPassword
+            | Self::Conninfo(_)
+            | Self::PeerCredentials(_)
+            | Self::UnknownPeer(_)
+            | Self::WrongPeer { .. }
+            | Self::NoChannelBinding(_)
+            | Self::OldProtocol { .. } => true,
+            _ => false,
         }
     }
 

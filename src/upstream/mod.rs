@@ -6,8 +6,12 @@
 mod authenticate;
 mod backoff;
 mod connect;
+mod course;
+mod dial;
 mod dialog;
 mod error;
+mod histories;
+mod retained;
 mod slot;
 mod walreceiver;
 
@@ -16,22 +20,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 pub use error::{Advice, UpstreamError};
 
 use crate::conninfo::Conninfo;
-use crate::metrics::UpstreamMetrics;
+use crate::metrics::{UpstreamMetrics, bytes_value};
 use crate::session::receiver::ReceiverSettings;
-use crate::status::{UpstreamStatus, WalReceiverState};
+use crate::status::{LostWal, UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
-use crate::upstream::connect::Beginning;
+use crate::upstream::connect::{Beginning, Connected, StreamPlan};
+use crate::upstream::course::Course;
+use crate::upstream::retained::Retained;
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
-use crate::upstream::{
-    backoff::Backoff,
-    walreceiver::{StreamContext, StreamEnd, WalReceiver},
-};
+use crate::upstream::walreceiver::{StreamContext, StreamEnd, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
 /// How the upstream is reached and treated.
@@ -109,12 +112,13 @@ impl Upstream {
         self.status.send_modify(|status| status.state = WalReceiverState::Connecting);
         let shutdown = self.shutdown.clone();
         let opening = self.open(course);
-        let (streaming, receiver_settings) = tokio::select! {
+        let opened = tokio::select! {
             () = shutdown.cancelled() => return Ok(StreamEnd::StopRequested),
             opened = opening => opened?,
         };
         self.metrics.streaming.set(1.0);
         self.metrics.sessions.increment(1);
+        course.note_streaming();
         let context = StreamContext {
             writer: &mut self.writer,
             positions: self.positions.clone(),
@@ -123,20 +127,30 @@ impl Upstream {
             metrics: &self.metrics,
             shutdown: self.shutdown.clone(),
         };
-        let (outcome, block) = WalReceiver::new(context, streaming, receiver_settings).run().await;
+        let (outcome, block) = WalReceiver::new(context, opened).run().await;
         course.block = BlockId(block.0 + 1);
         outcome
     }
 
-    async fn open(
+    async fn open(&mut self, course: &mut Course) -> Result<Opened, UpstreamError> {
+        let connected = connect::connect(&self.settings, random()).await?;
+        let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, course)).await;
+        opening.map_err(|_| UpstreamError::OpeningTimeout)?
+    }
+
+    async fn open_stream(
         &mut self,
+        mut connected: Connected,
         course: &mut Course,
-    ) -> Result<(connect::Streaming, ReceiverSettings), UpstreamError> {
-        let mut connected = connect::connect(&self.settings, random()).await?;
-        connect::check_server(&mut connected, &self.store, &self.writer).await?;
+    ) -> Result<Opened, UpstreamError> {
+        let newest = connect::check_server(&mut connected, &self.store, &self.writer).await?;
         let slot = self.slot(&mut connected, course).await?;
-        let plan = connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
+        histories::store_missing(&mut connected, &self.store, newest).await?;
+        let planned =
+            connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
+        course.replaces = course.replaces.or(planned.replaces);
         course.beginning = Beginning::AsPlanned;
+        let plan = planned.resume;
         let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
         let start = match refused {
             Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),
@@ -148,23 +162,49 @@ impl Upstream {
         }
         course.fallback_after = plan.start_after(Some(start)).map(|_| start);
         course.held_end = Some(plan.held_end);
-        let (host, writable) = (connected.host.clone(), connected.is_writable);
+        let (host, is_writable) = (connected.host.clone(), connected.is_writable);
+        let upstream_end = connected.system.flushed;
+        let retained = self.settings.slot.as_ref().map(|_| Retained::new(slot.restart_lsn, upstream_end));
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
         course.block = BlockId(course.block.0 + 1);
         self.writer.begin(streaming.start)?;
         tracing::info!(%host, start = %streaming.start, timeline = %plan.timeline, held_end = %plan.held_end, "started streaming WAL from upstream");
+        self.tell_streaming(&planned, course, host, is_writable);
+        let receiver_timeout = self.settings.receiver_timeout;
+        let settings = ReceiverSettings { receiver_timeout, status_interval };
+        Ok(Opened { streaming, settings, lost: planned.lost, retained })
+    }
+
+    /// Logs what is wrong although WAL flows, and publishes the state.
+    fn tell_streaming(&self, planned: &StreamPlan, course: &Course, host: String, is_writable: bool) {
+        if let Some(LostWal { from, to }) = planned.lost {
+            tracing::error!(
+                slot_restart_lsn = %to, held_end = %from,
+                "the upstream's slot is ahead of this relay: WAL that was acknowledged has been lost here"
+            );
+        }
+        if let Some(slot_restart_lsn) = planned.replaces {
+            tracing::warn!(
+                %slot_restart_lsn,
+                "the data directory is empty, but the upstream's slot has been in use: if this relay has run before, \
+                 its directory was lost or is not mounted"
+            );
+        }
+        let needs_attention = planned.lost.is_some() || course.replaces.is_some();
+        self.metrics.needs_attention.set(f64::from(u8::from(needs_attention)));
+        self.metrics.lost.set(planned.lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Streaming;
             status.host = Some(host);
-            status.timeline = Some(plan.timeline);
-            status.is_writable = writable;
+            status.timeline = Some(planned.resume.timeline);
+            status.is_writable = is_writable;
             status.sessions += 1;
-            status.needs_attention = false;
+            status.lost = planned.lost;
+            status.started_empty = course.replaces.is_some();
+            status.needs_attention = needs_attention;
         });
-        let receiver_timeout = self.settings.receiver_timeout;
-        Ok((streaming, ReceiverSettings { receiver_timeout, status_interval }))
     }
 
     /// What the upstream sends does not continue what is held: whether it has other WAL than we do shows only from before
@@ -190,6 +230,11 @@ impl Upstream {
         let is_in_vain = course.slot_in_vain_at.is_some() && course.slot_in_vain_at == held_end;
         let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
         let mut slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
+        if slot.keeps_nothing(connected) && self.settings.create_slot && !self.writer.holds_nothing() {
+            // It was invalidated, or made by hand and never used: from 16 on the first never keeps anything again.
+            slot::drop_slot(connected, &self.settings).await?;
+            slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
+        }
         match slot.origin {
             SlotOrigin::Created => course.slot_created_at = held_end,
             // The last attempt may have created it, and got no further.
@@ -237,7 +282,14 @@ impl Upstream {
             course.slot_in_vain_at = course.held_end;
             return Duration::ZERO;
         }
-        let (mut advice, mut text) = (error.advice(), error.chain());
+        let is_invalidated = matches!(error, UpstreamError::SlotInvalidated { .. });
+        if is_invalidated && self.settings.create_slot && course.slot_created_at != course.held_end {
+            // What it kept may be there still. If not, that shows when the next one is used.
+            tracing::warn!(error = %error.chain(), "the replication slot is made again");
+            course.slot_to_drop = true;
+            return course.backoff.next_delay(Advice::RetryLater, random());
+        }
+        let (mut advice, mut text) = (course.advice(&error), error.chain());
         if is_corrupt && course.has_only_corrupt() {
             advice = Advice::TellAHuman;
             text.push_str("; it is the same each time it is sent");
@@ -253,79 +305,23 @@ impl Upstream {
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Waiting;
             status.is_writable = false;
-            status.needs_attention = advice == Advice::TellAHuman;
+            let is_hurt = status.lost.is_some() || status.started_empty;
+            status.needs_attention = is_hurt || advice == Advice::TellAHuman;
+            self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
             status.last_error = Some(text);
         });
         course.backoff.next_delay(advice, random())
     }
 }
 
-/// What is remembered from session to session.
-struct Course {
-    backoff: Backoff,
-    /// The next receive block's number.
-    block: BlockId,
-    held_end: Option<Lsn>,
-    /// Where the last session started, if the plan names another place for when the WAL from there on is gone.
-    fallback_after: Option<Lsn>,
-    /// The next session starts at a place after the second one, if our end is still the first.
-    refused: Option<(Lsn, Lsn)>,
-    /// Where the next session begins if nothing is held.
-    beginning: Beginning,
-    /// The slot was created when our end was this.
-    slot_created_at: Option<Lsn>,
-    /// The slot that was created keeps nothing that we need.
-    slot_to_drop: bool,
-    /// No slot is created while our end is this: the WAL that follows is gone.
-    slot_in_vain_at: Option<Lsn>,
-    /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
-    corrupt: Option<(Lsn, u32)>,
-    last_logged: Option<(String, Instant)>,
-}
-
-impl Course {
-    fn new(retry_interval: Duration) -> Self {
-        Self {
-            backoff: Backoff::new(retry_interval),
-            block: BlockId(1),
-            held_end: None,
-            fallback_after: None,
-            refused: None,
-            beginning: Beginning::AsPlanned,
-            slot_created_at: None,
-            slot_to_drop: false,
-            slot_in_vain_at: None,
-            corrupt: None,
-            last_logged: None,
-        }
-    }
-
-    fn note_corrupt(&mut self) {
-        let Some(held_end) = self.held_end else { return };
-        self.corrupt = Some((held_end, self.corrupt_times(held_end).saturating_add(1)));
-    }
-
-    /// How often in a row corrupt WAL came while our end was this.
-    fn corrupt_times(&self, held_end: Lsn) -> u32 {
-        self.corrupt.filter(|(at, _)| *at == held_end).map_or(0, |(_, times)| times)
-    }
-
-    /// A fault of the way would not be there each time.
-    fn has_only_corrupt(&self) -> bool {
-        self.held_end.is_some_and(|held_end| self.corrupt_times(held_end) >= CORRUPT_TIMES_MAX)
-    }
-
-    /// Whether an error is to be logged: another one than last time, or a while has passed.
-    fn is_news(&mut self, text: &str) -> bool {
-        let repeated = self
-            .last_logged
-            .as_ref()
-            .is_some_and(|(last, at)| last == text && at.elapsed() < SAME_ERROR_LOG_INTERVAL);
-        if !repeated {
-            self.last_logged = Some((text.to_owned(), Instant::now()));
-        }
-        !repeated
-    }
+/// A stream that has been opened, and what is known of it.
+struct Opened {
+    streaming: connect::Streaming,
+    settings: ReceiverSettings,
+    /// What the slot says was acknowledged, and is not held.
+    lost: Option<LostWal>,
+    /// What the upstream keeps for our slot; `None` without a slot.
+    retained: Option<Retained>,
 }
 
 /// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.
@@ -344,12 +340,6 @@ const GOOD_SESSION_TIME_MIN: Duration = Duration::from_secs(10);
 
 /// Status updates where none are asked for; rare enough to count as none.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
-
-/// Corrupt WAL in a row, without any progress, after which somebody is told and nothing is hurried any more.
-const CORRUPT_TIMES_MAX: u32 = 5;
-
-/// The same error is logged again after this time.
-const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often the store is asked whether it has room again, beside its own notices.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(500);

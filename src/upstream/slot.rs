@@ -17,6 +17,14 @@ pub(crate) struct UpstreamSlot {
     pub(crate) restart_lsn: Option<Lsn>,
 }
 
+impl UpstreamSlot {
+    /// Whether the server says that the slot keeps no WAL.
+    pub(crate) fn keeps_nothing(&self, connected: &Connected) -> bool {
+        let tells = connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE;
+        tells && self.origin == SlotOrigin::Found && self.restart_lsn.is_none()
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SlotOrigin {
     /// It was there.
@@ -79,7 +87,8 @@ async fn read_slot(dialog: &mut Dialog, slot: &str) -> Result<Option<Option<Lsn>
     Ok(exists.then_some(restart_lsn))
 }
 
-/// Drops the slot that an earlier session created in vain.
+/// Drops the slot, which keeps nothing that we need: an earlier session created it in vain, or the upstream has invalidated
+/// it.
 pub(crate) async fn drop_slot(
     connected: &mut Connected,
     settings: &UpstreamSettings,
@@ -88,7 +97,7 @@ pub(crate) async fn drop_slot(
     let drop = Command::DropReplicationSlot { slot: slot.clone(), when_active: WhenActive::Fail };
     match connected.dialog.query(&drop).await {
         Ok(_) => {
-            tracing::warn!(slot, "dropped the replication slot just created, which can keep nothing we need")
+            tracing::warn!(slot, "dropped the replication slot on the upstream: it keeps nothing we need")
         }
         Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_OBJECT) => {}
         Err(error) => return Err(error),

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{UpstreamMetrics, position_value};
+use crate::metrics::{UpstreamMetrics, bytes_value, position_value};
 use crate::net::{BlockReader, ReadHalf, WriteHalf};
 use crate::protocol::{
     CopyStream, StreamItem, backend, frontend,
@@ -19,11 +19,12 @@ use crate::protocol::{
 use crate::session::{
     Receiver,
     gather::{Gathering, HandOver},
-    receiver::{Output, Progress, Reading, ReceiverSettings, Report, SyncAbility},
+    receiver::{Output, Progress, Reading, Report, SyncAbility},
 };
-use crate::status::UpstreamStatus;
+use crate::status::{LostWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
-use crate::upstream::{UpstreamError, connect::Streaming};
+use crate::upstream::retained::Retained;
+use crate::upstream::{Opened, UpstreamError};
 use crate::wal::{Lsn, PgTimestamp};
 
 /// Why a stream ended although nothing failed.
@@ -55,6 +56,10 @@ pub(crate) struct StreamContext<'a> {
 pub(crate) struct WalReceiver<'a> {
     context: StreamContext<'a>,
     session: Receiver,
+    /// What the slot says was acknowledged, and is not held yet.
+    lost: Option<LostWal>,
+    /// What the upstream keeps for our slot; `None` without a slot.
+    retained: Option<Retained>,
     gathering: Gathering,
     read: ReadHalf,
     write: WriteHalf,
@@ -77,7 +82,8 @@ enum Event {
 
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
-    pub(crate) fn new(context: StreamContext<'a>, streaming: Streaming, settings: ReceiverSettings) -> Self {
+    pub(crate) fn new(context: StreamContext<'a>, opened: Opened) -> Self {
+        let Opened { streaming, settings, lost, retained } = opened;
         let progress = progress(&context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -86,8 +92,17 @@ impl<'a> WalReceiver<'a> {
         let (read, write) = streaming.socket.into_split();
         let mut stream = CopyStream::new();
         stream.push(streaming.already_read, streaming.block.0);
+        let mut session = Receiver::new(settings, progress, Instant::now());
+        if let Some(lost) = lost {
+            session.vouch_only_from(lost.to);
+        }
+        if let Some(retained) = &retained {
+            retained.publish(context.metrics);
+        }
         Self {
-            session: Receiver::new(settings, progress, Instant::now()),
+            session,
+            lost,
+            retained,
             gathering: Gathering::new(),
             context,
             read,
@@ -223,6 +238,10 @@ impl<'a> WalReceiver<'a> {
     fn note_wal_end(&mut self, wal_end: Lsn) {
         self.gathering.handle_upstream_end(wal_end);
         self.context.metrics.wal_end.set(position_value(wal_end));
+        if let Some(retained) = &mut self.retained {
+            retained.note_upstream_end(wal_end);
+            retained.publish(self.context.metrics);
+        }
     }
 
     fn handle_keepalive(&mut self, keepalive: Keepalive) {
@@ -243,6 +262,7 @@ impl<'a> WalReceiver<'a> {
         self.session.handle_sync_ability(ability);
         if let Some(progress) = progress(&self.context) {
             self.session.handle_progress(progress);
+            self.note_regained(progress.flushed);
             self.context.status.send_if_modified(|status| {
                 let changed = status.received != Some(progress.received);
                 status.received = Some(progress.received);
@@ -252,7 +272,28 @@ impl<'a> WalReceiver<'a> {
         self.context.positions.mark_unchanged();
     }
 
+    /// What was lost comes back from the upstream, if it still has it.
+    fn note_regained(&mut self, flushed: Lsn) {
+        let Some(lost) = self.lost else { return };
+        let metrics = self.context.metrics;
+        metrics.lost.set(bytes_value(lost.to.bytes_since(flushed)));
+        if flushed < lost.to {
+            return;
+        }
+        self.lost = None;
+        tracing::info!(lost_from = %lost.from, lost_to = %lost.to, "the WAL that had been lost is here again");
+        self.context.status.send_modify(|status| {
+            status.lost = None;
+            status.needs_attention = status.started_empty;
+            metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+        });
+    }
+
     fn queue_report(&mut self, report: Report) {
+        if let (Some(retained), Some(flush)) = (&mut self.retained, report.flush) {
+            retained.note_reported(flush);
+            retained.publish(self.context.metrics);
+        }
         let update = StandbyStatusUpdate {
             write: report.write,
             flush: report.flush,

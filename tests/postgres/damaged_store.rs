@@ -10,6 +10,7 @@ use crate::support::postgres::{Postgres, Settings, copy_folder};
 use crate::support::proxy::Proxy;
 use crate::support::raw::{Event, RawClient, error_in, identify_system};
 use crate::support::relay::Relay;
+use crate::support::wait::wait_until;
 use crate::support::{MB, lsn};
 
 /// A relay that holds some twenty segments, the older ones not in memory.
@@ -166,41 +167,90 @@ fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again()
 }
 
 #[test]
-fn an_older_copy_of_the_folder_is_told_and_filled_up() {
-    let Some((primary, proxy, mut relay)) = filled() else { return };
+fn an_older_copy_of_the_folder_is_told_and_filled_up_before_anything_is_acknowledged() {
+    let faults = Faults::new();
+    let Some((primary, proxy, mut relay)) = filled_with(&faults) else { return };
     relay.terminate();
     let copy = relay.data_dir().with_extension("copy");
     copy_folder(relay.data_dir(), &copy);
     relay.start();
+    let held = primary.flushed();
     write_wal(&primary, 3 * MB);
     let upto = primary.flushed();
     primary.wait_reported_flush("relay", upto);
     relay.terminate();
+    proxy.close();
     std::fs::remove_dir_all(relay.data_dir()).unwrap();
     std::fs::rename(&copy, relay.data_dir()).unwrap();
-    relay.start();
+    relay.launch();
+    relay.wait_serving();
+    // What comes again cannot be made durable yet.
+    faults.set("sync_hangs", 0);
+    proxy.open();
     relay.wait_logged("lost");
+    relay.wait_needs_attention();
+    let lost = relay.status()["upstream"]["lost"].clone();
+    let end = |name: &str| lsn(lost[name].as_str().unwrap());
+    assert!(end("from") <= held && held < end("to") && end("to") <= upto, "{lost}");
+    assert!(relay.metric("walrelay_upstream_lost_bytes").unwrap() > 0.0);
+    primary.wait_for_sql(REPORTED, "0");
+    faults.clear("sync_hangs");
     relay.wait_flushed(upto);
+    primary.wait_reported_flush("relay", upto);
+    wait_until("nothing to be lost any more", || {
+        relay.status()["upstream"]["lost"].is_null() && !relay.needs_attention()
+    });
+    assert_eq!(relay.metric("walrelay_upstream_lost_bytes"), Some(0.0));
     assert_same_wal(&relay.wal_dir(), &primary, upto);
-    // No position below an earlier one is told as if it were progress.
-    drop(proxy);
+    proxy.assert_honest();
 }
+
+/// Sessions of the relay that have told where they are and vouch for something.
+const REPORTED: &str = "select count(flush_lsn) from pg_stat_replication where application_name = 'relay' and flush_lsn <> '0/0'";
 
 #[test]
 fn an_empty_folder_where_wal_was_is_told_and_filled_from_where_the_slot_is() {
     let Some((primary, _proxy, mut relay)) = filled() else { return };
+    assert!(!relay.needs_attention());
     let upto = primary.flushed();
     primary.wait_reported_flush("relay", upto);
     relay.terminate();
     std::fs::remove_dir_all(relay.data_dir()).unwrap();
     relay.start();
     relay.wait_logged("its directory was lost or is not mounted");
+    relay.wait_needs_attention();
+    assert_eq!(relay.status()["upstream"]["started_empty"], true);
     // All that the primary still keeps for it, and nothing that it does not have is claimed.
     let restart = lsn(&primary.sql("select restart_lsn from pg_replication_slots where slot_name = 'relay'"));
     assert!(relay.oldest() <= restart && restart - relay.oldest() < 2 * MB);
     write_wal(&primary, MB);
     relay.wait_flushed(primary.flushed());
     assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+    relay.terminate();
+    relay.start();
+    wait_until("the relay to stream", || relay.status()["upstream"]["state"] == "streaming");
+    assert!(!relay.needs_attention(), "the folder is not empty any more");
+}
+
+#[test]
+fn an_empty_folder_is_refused_where_wal_must_be() {
+    let Some((_primary, proxy, mut relay)) = filled() else { return };
+    relay.terminate();
+    relay.set("relay.data_must_exist", "true");
+    relay.start();
+    relay.terminate();
+    let away = relay.data_dir().with_extension("away");
+    std::fs::rename(relay.data_dir(), &away).unwrap();
+    let tried = proxy.connections();
+    for _ in 0..2 {
+        relay.launch();
+        assert!(!relay.wait_for_end().success());
+        assert!(relay.log().contains("relay.data_must_exist"), "{}", relay.log());
+    }
+    assert_eq!(proxy.connections(), tried, "it asked the primary for something");
+    std::fs::remove_dir_all(relay.data_dir()).unwrap();
+    std::fs::rename(&away, relay.data_dir()).unwrap();
+    relay.start();
 }
 
 #[test]

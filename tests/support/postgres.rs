@@ -219,6 +219,22 @@ impl Postgres {
         self.postmaster().signal(Signal::HUP);
     }
 
+    /// Puts lines before those of pg_hba.conf, and waits until they hold; what they ask of `user` cannot be trust.
+    pub(crate) fn demand(&self, rules: &str, user: &str) {
+        let path = self.data().join("pg_hba.conf");
+        let rest = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(path, format!("{rules}\n{rest}")).unwrap();
+        self.reload();
+        wait_until("the rules to hold", || {
+            RawClient::login(self.port, &[("user", user), ("replication", "true")]).is_err()
+        });
+    }
+
+    /// Folder of the Unix socket.
+    pub(crate) fn socket_folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     pub(crate) fn promote(&self) {
         self.sql("select pg_promote(true, 60)");
     }

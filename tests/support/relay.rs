@@ -70,6 +70,12 @@ impl Relay {
         self.settings.insert(key.to_owned(), value.to_owned());
     }
 
+    /// The connection string, as in a primary_conninfo.
+    pub(crate) fn with_conninfo(mut self, conninfo: &str) -> Self {
+        self.set("upstream.conninfo", &format!("{conninfo:?}"));
+        self
+    }
+
     pub(crate) fn unset(&mut self, key: &str) {
         self.settings.remove(key);
     }
@@ -212,6 +218,17 @@ impl Relay {
     /// `healthy`, or what is wrong with the store.
     pub(crate) fn condition(&self) -> String {
         self.status()["store"]["condition"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Whether somebody must look at the upstream connection, by /status, which /metrics never contradicts for long.
+    pub(crate) fn needs_attention(&self) -> bool {
+        self.status()["upstream"]["needs_attention"] == true
+    }
+
+    pub(crate) fn wait_needs_attention(&self) {
+        wait_until("the relay to ask for a person", || {
+            self.needs_attention() && self.metric("walrelay_upstream_needs_attention") == Some(1.0)
+        });
     }
 
     /// Start of the first segment held.

@@ -7,6 +7,7 @@
  *   sync_full      they fail with ENOSPC
  *   sync_lies      they return success and do nothing
  *   sync_slow      they take that many milliseconds
+ *   sync_hangs     they return when the fault is switched off
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *
@@ -89,6 +90,7 @@ static int spoiled_sync(int fd, int (*real)(int)) {
   if (trigger("sync_full") >= 0) { errno = ENOSPC; return -1; }
   long slow = trigger("sync_slow");
   if (slow > 0) nanosleep(&(struct timespec){slow / 1000, slow % 1000 * 1000000}, NULL);
+  while (trigger("sync_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
   int result = trigger("sync_lies") >= 0 ? 0 : real(fd);
   step("sync", "after");
   return result;

@@ -1,0 +1,50 @@
+//! History files: kept exactly as the upstream sent them.
+//!
+//! Owns reading and storing them, and that none of another cluster stays. Does not understand what is in them.
+
+use crate::store::disk::{read_small, replace_durably, sync_dir};
+use crate::store::{Store, StoreError};
+use crate::wal::TimelineId;
+use crate::wal::timeline::HISTORY_BYTES_MAX;
+
+impl Store {
+    /// The history file of a timeline, as the upstream sent it; `None` if it is not held. Blocks.
+    pub fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.shared.layout.wal(&timeline.history_file_name());
+        read_small(&*self.shared.disk, &path, HISTORY_BYTES_MAX).map_err(StoreError::io("read", &path))
+    }
+
+    /// Stores the history file of a timeline; durable on return. Blocks. A stored one is never changed.
+    pub fn store_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), StoreError> {
+        self.shared.health.check()?;
+        let (name, dir) = (timeline.history_file_name(), &self.shared.layout.wal_dir);
+        match self.history(timeline)? {
+            Some(held) if held == content => return Ok(()),
+            Some(_) => return Err(StoreError::OtherHistory(timeline)),
+            None => {}
+        }
+        replace_durably(&*self.shared.disk, dir, &name, content)
+            .map_err(StoreError::io("write", &dir.join(&name)))
+            .map_err(|error| self.shared.health.judge(error))
+    }
+
+    /// In a directory that is no cluster's yet, removes the history files of whatever upstream an earlier attempt may have
+    /// talked to; durable on return. Blocks. Does nothing once the directory is a cluster's.
+    pub fn forget_unowned_histories(&self) -> Result<(), StoreError> {
+        self.shared.health.check()?;
+        if self.identity().is_some() {
+            return Ok(());
+        }
+        let (disk, dir) = (&*self.shared.disk, &self.shared.layout.wal_dir);
+        let entries = disk.list(dir).map_err(StoreError::io("list", dir))?;
+        let unowned =
+            entries.iter().filter(|entry| TimelineId::parse_history_file_name(&entry.name).is_some());
+        let mut removed = false;
+        for entry in unowned {
+            let path = dir.join(&entry.name);
+            disk.unlink(&path).map_err(StoreError::io("remove", &path))?;
+            removed = true;
+        }
+        if removed { sync_dir(disk, dir).map_err(StoreError::io("sync directory", dir)) } else { Ok(()) }
+    }
+}

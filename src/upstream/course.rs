@@ -1,0 +1,107 @@
+//! What is remembered from session to session.
+//!
+//! Owns what the last sessions teach the next one: where to start, what to do about the slot, and whether the same error
+//! keeps coming. Nothing of it outlives the process.
+
+use std::time::{Duration, Instant};
+
+use crate::store::BlockId;
+use crate::upstream::Advice;
+use crate::upstream::UpstreamError;
+use crate::upstream::backoff::Backoff;
+use crate::upstream::connect::Beginning;
+use crate::wal::Lsn;
+
+/// What is remembered from session to session.
+pub(super) struct Course {
+    pub(super) backoff: Backoff,
+    /// The next receive block's number.
+    pub(super) block: BlockId,
+    pub(super) held_end: Option<Lsn>,
+    /// Where the last session started, if the plan names another place for when the WAL from there on is gone.
+    pub(super) fallback_after: Option<Lsn>,
+    /// The next session starts at a place after the second one, if our end is still the first.
+    pub(super) refused: Option<(Lsn, Lsn)>,
+    /// Where the next session begins if nothing is held.
+    pub(super) beginning: Beginning,
+    /// The slot was created when our end was this.
+    pub(super) slot_created_at: Option<Lsn>,
+    /// The slot that was created keeps nothing that we need.
+    pub(super) slot_to_drop: bool,
+    /// No slot is created while our end is this: the WAL that follows is gone.
+    pub(super) slot_in_vain_at: Option<Lsn>,
+    /// The store was begun by this process although the slot had been in use up to here.
+    pub(super) replaces: Option<Lsn>,
+    /// How often in a row the upstream refused us.
+    refusals: u32,
+    /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
+    corrupt: Option<(Lsn, u32)>,
+    last_logged: Option<(String, Instant)>,
+}
+
+impl Course {
+    pub(super) fn new(retry_interval: Duration) -> Self {
+        Self {
+            backoff: Backoff::new(retry_interval),
+            block: BlockId(1),
+            held_end: None,
+            fallback_after: None,
+            refused: None,
+            beginning: Beginning::AsPlanned,
+            slot_created_at: None,
+            slot_to_drop: false,
+            slot_in_vain_at: None,
+            replaces: None,
+            refusals: 0,
+            corrupt: None,
+            last_logged: None,
+        }
+    }
+
+    /// The upstream streams: what it refused before is settled.
+    pub(super) fn note_streaming(&mut self) {
+        self.refusals = 0;
+    }
+
+    /// What to do about an error, knowing those before it.
+    pub(super) fn advice(&mut self, error: &UpstreamError) -> Advice {
+        self.refusals = if error.is_refusal() { self.refusals.saturating_add(1) } else { 0 };
+        if self.refusals >= REFUSALS_MAX { Advice::TellAHuman } else { error.advice() }
+    }
+
+    pub(super) fn note_corrupt(&mut self) {
+        let Some(held_end) = self.held_end else { return };
+        self.corrupt = Some((held_end, self.corrupt_times(held_end).saturating_add(1)));
+    }
+
+    /// How often in a row corrupt WAL came while our end was this.
+    pub(super) fn corrupt_times(&self, held_end: Lsn) -> u32 {
+        self.corrupt.filter(|(at, _)| *at == held_end).map_or(0, |(_, times)| times)
+    }
+
+    /// A fault of the way would not be there each time.
+    pub(super) fn has_only_corrupt(&self) -> bool {
+        self.held_end.is_some_and(|held_end| self.corrupt_times(held_end) >= CORRUPT_TIMES_MAX)
+    }
+
+    /// Whether an error is to be logged: another one than last time, or a while has passed.
+    pub(super) fn is_news(&mut self, text: &str) -> bool {
+        let repeated = self
+            .last_logged
+            .as_ref()
+            .is_some_and(|(last, at)| last == text && at.elapsed() < SAME_ERROR_LOG_INTERVAL);
+        if !repeated {
+            self.last_logged = Some((text.to_owned(), Instant::now()));
+        }
+        !repeated
+    }
+}
+
+/// Corrupt WAL in a row, without any progress, after which somebody is told and nothing is hurried any more.
+const CORRUPT_TIMES_MAX: u32 = 5;
+
+/// The same error is logged again after this time.
+const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Refusals in a row after which somebody is told: fewer may come while roles and rules are being changed.
+const REFUSALS_MAX: u32 = 5;

@@ -1,0 +1,118 @@
+//! From a host of the connection string to a session that is logged in.
+//!
+//! Owns addresses, sockets and what the connection string demands of the other end before anything is asked of it
+//! (`requirepeer`, protocol versions, authentication). Every wait here is inside `connect_timeout`. Knows nothing of WAL.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use tokio::time::timeout;
+
+use crate::conninfo;
+use crate::conninfo::{Conninfo, Host, HostAddress, ProcessSurroundings};
+use crate::net::{Socket, TcpOptions};
+use crate::protocol::{
+    frontend::{FirstPacket, ProtocolVersion, Startup},
+    scram::ChannelBindingPolicy,
+};
+use crate::upstream::UpstreamError;
+use crate::upstream::authenticate::{Credentials, open_session};
+use crate::upstream::dialog::Dialog;
+
+enum Address {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+/// Logs in at the first address of the host that lets us in; `connect_timeout` holds for each.
+pub(crate) async fn log_in(conninfo: &Conninfo, host: &Host) -> Result<Dialog, UpstreamError> {
+    let limit = conninfo.connect_timeout.unwrap_or(CONNECT_TIME_MAX);
+    let timed_out = || UpstreamError::ConnectTimeout { host: host.to_string() };
+    let mut last = UpstreamError::NoHost;
+    for address in timeout(limit, addresses(host)).await.map_err(|_| timed_out())?? {
+        match timeout(limit, log_in_at(conninfo, host, &address)).await {
+            Ok(Ok(dialog)) => return Ok(dialog),
+            Ok(Err(error)) => last = error,
+            Err(_) => last = timed_out(),
+        }
+    }
+    Err(last)
+}
+
+async fn addresses(host: &Host) -> Result<Vec<Address>, UpstreamError> {
+    match &host.address {
+        HostAddress::UnixSocket(path) => Ok(vec![Address::Unix(path.clone())]),
+        HostAddress::Ip(ip) => Ok(vec![Address::Tcp(SocketAddr::new(*ip, host.port))]),
+        HostAddress::Name(name) => {
+            let resolved = tokio::net::lookup_host((name.as_str(), host.port)).await;
+            let resolved =
+                resolved.map_err(|source| UpstreamError::Resolve { host: name.clone(), source })?;
+            Ok(resolved.take(ADDRESSES_MAX).map(Address::Tcp).collect())
+        }
+    }
+}
+
+async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Dialog, UpstreamError> {
+    let mut dialog = Dialog::new(dial(conninfo, host, address).await?);
+    let mut startup = Startup::new(conninfo.startup_parameters());
+    startup.version = protocol_version(conninfo.max_protocol_version);
+    let credentials = Credentials {
+        user: &conninfo.user,
+        password: conninfo.password_for(host),
+        require_auth: &conninfo.require_auth,
+        channel_binding: match conninfo.channel_binding {
+            conninfo::ChannelBinding::Disable => ChannelBindingPolicy::Disable,
+            conninfo::ChannelBinding::Prefer => ChannelBindingPolicy::Prefer,
+            conninfo::ChannelBinding::Require => ChannelBindingPolicy::Require,
+        },
+        requested_version: startup.version,
+        min_version: protocol_version(conninfo.min_protocol_version),
+    };
+    open_session(&mut dialog, &FirstPacket::Startup(startup), &credentials).await?;
+    Ok(dialog)
+}
+
+fn protocol_version(version: conninfo::ProtocolVersion) -> ProtocolVersion {
+    match version {
+        conninfo::ProtocolVersion::V3_0 => ProtocolVersion::V3_0,
+        conninfo::ProtocolVersion::V3_2 => ProtocolVersion::V3_2,
+    }
+}
+
+async fn dial(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Socket, UpstreamError> {
+    let outcome = match address {
+        Address::Tcp(address) => Socket::connect_tcp(*address, &tcp_options(conninfo)).await,
+        Address::Unix(path) => Socket::connect_unix(path).await,
+    };
+    let socket = outcome.map_err(|source| UpstreamError::Connect { host: host.to_string(), source })?;
+    if let Some(wanted) = &conninfo.requirepeer {
+        check_peer(&socket, wanted)?;
+    }
+    Ok(socket)
+}
+
+/// As libpq: only the owner of a Unix socket's other end can be known, and nothing is sent before it is.
+fn check_peer(socket: &Socket, wanted: &str) -> Result<(), UpstreamError> {
+    let Some(user_id) = socket.peer_user_id().map_err(UpstreamError::PeerCredentials)? else { return Ok(()) };
+    let actual = ProcessSurroundings.name_of_user(user_id).ok_or(UpstreamError::UnknownPeer(user_id))?;
+    if actual != wanted {
+        return Err(UpstreamError::WrongPeer { wanted: wanted.to_owned(), actual });
+    }
+    Ok(())
+}
+
+fn tcp_options(conninfo: &Conninfo) -> TcpOptions {
+    let keepalives = conninfo.keepalives.unwrap_or_default();
+    TcpOptions {
+        keepalives: conninfo.keepalives.is_some(),
+        keepalives_idle: keepalives.idle,
+        keepalives_interval: keepalives.interval,
+        keepalives_count: keepalives.count,
+        tcp_user_timeout: conninfo.tcp_user_timeout,
+    }
+}
+
+/// Addresses tried of one host name.
+const ADDRESSES_MAX: usize = 16;
+
+/// Time to connect and authenticate where the connection string sets none; libpq would wait for ever.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(30);

@@ -1,0 +1,90 @@
+//! The history files of the upstream's timelines.
+//!
+//! Owns fetching them, and the check that those held are those of this upstream. Every file is stored before WAL of a later
+//! timeline is, and none stays that came from another server than the one that is streamed from.
+
+use bytes::Bytes;
+use tokio::task::block_in_place;
+
+use crate::protocol::Command;
+use crate::protocol::SqlState;
+use crate::store::Store;
+use crate::store::StoreError;
+use crate::upstream::UpstreamError;
+use crate::upstream::connect::Connected;
+use crate::upstream::dialog::Dialog;
+use crate::wal::{Lsn, TimelineHistory, TimelineId};
+
+/// The history of the timeline that the upstream is on now.
+#[derive(Debug)]
+pub(crate) struct NewestHistory {
+    timeline: TimelineId,
+    /// Absent for the first timeline, which has none.
+    content: Option<Bytes>,
+    /// Where the timeline began.
+    pub(crate) switch_lsn: Lsn,
+}
+
+/// Fetches the newest history, and compares it with the one held, if it is: a number can stand for two histories, and what
+/// was fetched from one server must never be served beside the WAL of another.
+pub(crate) async fn check_newest(
+    connected: &mut Connected,
+    store: &Store,
+) -> Result<NewestHistory, UpstreamError> {
+    let timeline = connected.system.timeline;
+    if timeline.get() > TIMELINES_MAX {
+        return Err(UpstreamError::InvalidAnswer {
+            command: "IDENTIFY_SYSTEM",
+            field: "timeline",
+            value: timeline.to_string(),
+        });
+    }
+    if timeline == TimelineId::FIRST {
+        return Ok(NewestHistory { timeline, content: None, switch_lsn: Lsn::MIN });
+    }
+    let content = fetch(&mut connected.dialog, timeline).await?;
+    let history = TimelineHistory::parse(timeline, &content)?;
+    let switch_lsn = history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn);
+    // Whatever lies in a directory that belongs to no cluster yet is nobody's.
+    if store.identity().is_some()
+        && let Some(held) = block_in_place(|| store.history(timeline))?
+        && held != content
+    {
+        return Err(StoreError::OtherHistory(timeline).into());
+    }
+    Ok(NewestHistory { timeline, content: Some(content), switch_lsn })
+}
+
+/// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:
+/// standbys ask for each number in turn. A missing one that is not an ancestor's is passed over. In a directory that
+/// belongs to no cluster yet everything is fetched anew.
+pub(crate) async fn store_missing(
+    connected: &mut Connected,
+    store: &Store,
+    newest: NewestHistory,
+) -> Result<(), UpstreamError> {
+    block_in_place(|| store.forget_unowned_histories())?;
+    for timeline in (2..newest.timeline.get()).filter_map(TimelineId::new) {
+        if block_in_place(|| store.history(timeline))?.is_some() {
+            continue;
+        }
+        let content = match fetch(&mut connected.dialog, timeline).await {
+            Ok(content) => content,
+            Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_FILE) => continue,
+            Err(error) => return Err(error),
+        };
+        block_in_place(|| store.store_history(timeline, &content))?;
+    }
+    if let Some(content) = newest.content {
+        block_in_place(|| store.store_history(newest.timeline, &content))?;
+    }
+    Ok(())
+}
+
+async fn fetch(dialog: &mut Dialog, timeline: TimelineId) -> Result<Bytes, UpstreamError> {
+    let rows = dialog.query(&Command::TimelineHistory(timeline)).await?;
+    Ok(rows.first().and_then(|row| row.value(1)).cloned().unwrap_or_default())
+}
+
+/// Timelines that a cluster may have gone through; a server that tells of more cannot mean it, and each costs a question.
+const TIMELINES_MAX: u32 = 10_000;

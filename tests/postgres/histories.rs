@@ -1,0 +1,124 @@
+//! History files come from the upstream that is streamed from, and from no other.
+
+use crate::support::MB;
+use crate::support::faults::Faults;
+use crate::support::lab::Installation;
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::proxy::{Proxy, Verdict};
+use crate::support::raw::RawClient;
+use crate::support::relay::Relay;
+use crate::support::wait::wait_until;
+
+/// A cluster on timeline 2, which left timeline 1 after so much WAL. All of them share a system identifier.
+fn promoted_after(installation: &Installation, bytes: u64, settings: &str) -> Postgres {
+    let first = Settings::new().segment_size_mb(1).start(installation);
+    write_wal(&first, bytes);
+    let promoted = first.standby("promoted", first.port, settings);
+    promoted.promote();
+    promoted
+}
+
+fn history(port: u16) -> Vec<Vec<Option<String>>> {
+    RawClient::replication(port).unwrap().rows("TIMELINE_HISTORY 2").unwrap()
+}
+
+fn conninfo(server: &Postgres) -> String {
+    format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", server.port)
+}
+
+#[test]
+fn nothing_stays_of_a_server_that_was_never_streamed_from() {
+    let Some(installation) = Installation::any() else { return };
+    let wrong = promoted_after(&installation, 0, "max_replication_slots = 0");
+    let right = promoted_after(&installation, 3 * MB, "");
+    assert_ne!(history(wrong.port), history(right.port));
+
+    // The first attempt fails at the slot, or the process dies when the history is there and nothing else.
+    for faults in [None, Some(Faults::kill_at("rename:1:after"))] {
+        let mut relay = Relay::new("relay", wrong.port);
+        match &faults {
+            None => {
+                relay.launch();
+                relay.wait_logged("max_replication_slots");
+                relay.terminate();
+            }
+            Some(faults) => {
+                relay = relay.with_faults(faults);
+                relay.unset("upstream.slot");
+                relay.launch();
+                assert!(!relay.wait_for_end().success());
+                assert!(relay.wal_dir().join("00000002.history").exists(), "killed too early");
+                relay.environment.clear();
+            }
+        }
+        relay.set("upstream.conninfo", &conninfo(&right));
+        relay.start();
+        write_wal(&right, MB);
+        relay.wait_flushed(right.flushed());
+        assert_eq!(history(relay.port), history(right.port), "the history of another server is served");
+        relay.terminate();
+    }
+}
+
+#[test]
+fn a_server_whose_timeline_has_another_history_is_refused() {
+    let Some(installation) = Installation::any() else { return };
+    let (right, wrong) = (promoted_after(&installation, 0, ""), promoted_after(&installation, 3 * MB, ""));
+    let mut relay = Relay::streaming_from("relay", right.port);
+    write_wal(&right, MB);
+    relay.wait_flushed(right.flushed());
+    relay.terminate();
+    let held = history(right.port);
+    relay.set("upstream.conninfo", &conninfo(&wrong));
+    relay.launch();
+    relay.wait_logged("history file of timeline 2 differs from the one that is stored");
+    relay.wait_needs_attention();
+    assert_eq!(history(relay.port), held);
+    assert_eq!(wrong.sql("select count(*) from pg_replication_slots"), "0", "it left something there");
+}
+
+#[test]
+fn a_timeline_beyond_all_reason_is_no_reason_to_ask_for_its_histories() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let identifier = primary.sql("select system_identifier from pg_control_system()");
+    proxy.edit(move |message| {
+        let text = String::from_utf8_lossy(message).into_owned();
+        if message[0] == b'D' && text.contains(&identifier) {
+            *message = with_field(message, 1, b"4294967295");
+        }
+        Verdict::Forward
+    });
+    let mut relay = Relay::new("relay", proxy.port);
+    relay.launch();
+    relay.wait_logged("invalid timeline in the upstream's answer to IDENTIFY_SYSTEM: \\\"4294967295\\\"");
+    let tried = proxy.connections();
+    wait_until("the next attempt", || proxy.connections() > tried);
+    proxy.edit_nothing();
+    relay.wait_ready();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+}
+
+/// A DataRow with another text in one column.
+fn with_field(row: &[u8], column: usize, value: &[u8]) -> Vec<u8> {
+    let mut body = row[5..7].to_vec();
+    let mut rest = &row[7..];
+    for index in 0..u16::from_be_bytes([row[5], row[6]]) as usize {
+        let length = i32::from_be_bytes(rest[..4].try_into().unwrap());
+        let end = 4 + usize::try_from(length).unwrap_or(0);
+        if index == column {
+            body.extend(u32::try_from(value.len()).unwrap().to_be_bytes());
+            body.extend(value);
+        } else {
+            body.extend(&rest[..end]);
+        }
+        rest = &rest[end..];
+    }
+    let mut message = vec![b'D'];
+    message.extend(u32::try_from(body.len() + 4).unwrap().to_be_bytes());
+    message.extend(body);
+    message
+}

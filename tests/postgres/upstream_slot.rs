@@ -1,0 +1,126 @@
+//! The slot on the primary: invalidated it is made again where that helps, and what cannot be had any more is told.
+
+use std::time::Duration;
+
+use crate::support::MB;
+use crate::support::compare::assert_same_wal;
+use crate::support::faults::Faults;
+use crate::support::lab::{Installation, chosen_majors};
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::proxy::Proxy;
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+
+/// A relay that was cut off, with its slot idle.
+fn cut_off(installation: &Installation, settings: Settings, prepare: impl FnOnce(Relay) -> Relay) -> Chain {
+    let primary = settings.segment_size_mb(1).start(installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port));
+    relay.start();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    primary.wait_reported_flush("relay", primary.flushed());
+    proxy.close();
+    primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
+    Chain { primary, proxy, relay }
+}
+
+struct Chain {
+    primary: Postgres,
+    proxy: Proxy,
+    relay: Relay,
+}
+
+/// A primary that keeps next to nothing for slots.
+fn sparing() -> Settings {
+    Settings::new()
+        .line("wal_keep_size = 0")
+        .line("max_wal_size = 32MB")
+        .line("min_wal_size = 2MB")
+        .line("max_slot_wal_keep_size = 2MB")
+}
+
+fn lose_the_slot(primary: &Postgres) {
+    for _ in 0..4 {
+        write_wal(primary, 3 * MB);
+        primary.switch_wal();
+        primary.checkpoint();
+    }
+    primary.wait_for_sql("select wal_status from pg_replication_slots where slot_name = 'relay'", "lost");
+}
+
+#[test]
+fn an_invalidated_slot_whose_wal_is_gone_is_told_as_a_gap_and_left_behind_nowhere() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let Chain { primary, proxy, mut relay } = cut_off(&installation, sparing(), |relay| relay);
+        let held = relay.flushed();
+        lose_the_slot(&primary);
+        proxy.open();
+        relay.wait_needs_attention();
+        relay.wait_logged("has removed WAL that this relay needs; it is not created again");
+        assert_eq!(relay.flushed(), held, "WAL from beyond the gap");
+        assert_eq!(primary.sql("select count(*) from pg_replication_slots"), "0");
+        relay.assert_running();
+    }
+}
+
+#[test]
+fn an_invalidated_slot_that_may_not_be_made_again_is_told() {
+    let Some(installation) = Installation::since(18) else { return };
+    let chain = cut_off(&installation, sparing(), |relay| relay.with("upstream.slot", "\"relay\""));
+    let Chain { primary, proxy, mut relay } = chain;
+    relay.terminate();
+    relay.set("upstream.create_slot", "false");
+    lose_the_slot(&primary);
+    relay.launch();
+    relay.wait_serving();
+    let held = relay.flushed();
+    proxy.open();
+    relay.wait_logged("replication slot \\\"relay\\\" on the upstream has been invalidated");
+    relay.wait_needs_attention();
+    let tried = proxy.connections();
+    hold("no storm of attempts", Duration::from_secs(3), || proxy.connections() <= tried + 1);
+    assert_eq!(relay.flushed(), held);
+    primary.wait_for_sql("select count(*) from pg_replication_slots where slot_name = 'relay'", "1");
+}
+
+#[test]
+fn a_slot_that_was_idle_for_too_long_is_made_again_and_nothing_is_lost() {
+    let Some(installation) = Installation::since(18) else { return };
+    let settings = Settings::new().line("idle_replication_slot_timeout = 1s");
+    let Chain { primary, proxy, relay } = cut_off(&installation, settings, |relay| relay);
+    wait_until("the slot to be invalidated", || {
+        primary.checkpoint();
+        primary.sql("select invalidation_reason from pg_replication_slots") == "idle_timeout"
+    });
+    write_wal(&primary, 2 * MB);
+    proxy.open();
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    primary.wait_reported_flush("relay", upto);
+    let state = "select active::text || coalesce(invalidation_reason, '') from pg_replication_slots";
+    assert_eq!(primary.sql(state), "true");
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+    assert!(!relay.needs_attention());
+}
+
+#[test]
+fn what_the_primary_keeps_for_the_relay_is_shown() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let faults = Faults::new();
+    let mut relay = Relay::new("relay", primary.port).with_faults(&faults);
+    relay.start();
+    let retained = || relay.metric("walrelay_upstream_slot_retained_bytes").unwrap_or(-1.0);
+    let megabytes = |count: u32| f64::from(count) * f64::from(1 << 20);
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    wait_until("next to nothing to be kept", || (0.0..megabytes(1)).contains(&retained()));
+    faults.set("sync_hangs", 0);
+    write_wal(&primary, 4 * MB);
+    wait_until("it to grow", || retained() >= megabytes(3));
+    faults.clear("sync_hangs");
+    wait_until("next to nothing to be kept again", || (0.0..megabytes(1)).contains(&retained()));
+}
