@@ -194,6 +194,8 @@ pub struct DownstreamMetrics {
     pub sent_bytes: Counter,
     /// WAL bytes sent that were read from files instead of memory.
     pub cold_bytes: Counter,
+    /// WAL bytes copied in user space, for clients that take nothing.
+    pub copied_bytes: Counter,
 }
 
 impl DownstreamMetrics {
@@ -206,6 +208,10 @@ impl DownstreamMetrics {
             sent_bytes: metrics.counter("walrelay_downstream_sent_bytes_total", "WAL sent, in bytes"),
             cold_bytes: metrics
                 .counter("walrelay_downstream_cold_bytes_total", "WAL read from files, in bytes"),
+            copied_bytes: metrics.counter(
+                "walrelay_downstream_copied_bytes_total",
+                "WAL copied for clients that take nothing, in bytes",
+            ),
         }
     }
 }

@@ -26,7 +26,8 @@ const SAMPLES: u64 = 8;
 const ROWS_PER_STEP: u64 = 2000;
 /// The relay's memory may grow by its limits (`tail_size` and `unwritten_size`, 64 MiB each), and not with the lag.
 const GROWTH_MAX_MEGABYTES: f64 = 160.0;
-const COPIED_METRIC: &str = "walrelay_upstream_copied_bytes_total";
+const COPIED_METRICS: [&str; 2] =
+    ["walrelay_upstream_copied_bytes_total", "walrelay_downstream_copied_bytes_total"];
 const RECEIVED_METRIC: &str = "walrelay_upstream_received_bytes_total";
 const COPIED_PER_BYTE_MAX: f64 = 0.05;
 
@@ -151,12 +152,14 @@ fn copies(relay: &Relay, table: &mut Table) {
             .find(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])))?;
         line.rsplit(' ').next()?.parse::<f64>().ok()
     };
-    match (counter(COPIED_METRIC), counter(RECEIVED_METRIC)) {
+    let copied: Option<f64> = COPIED_METRICS.iter().map(|name| counter(name)).sum();
+    match (copied, counter(RECEIVED_METRIC)) {
         (Some(copied), Some(received)) if received > 0.0 => {
             let what = "user-space copies per byte of WAL received";
             table.target(what, copied / received, Target::AtMost(COPIED_PER_BYTE_MAX));
         }
-        _ => table.note(format!("user-space copies per byte of WAL: not exposed ({COPIED_METRIC})")),
+        _ => table
+            .note(format!("user-space copies per byte of WAL: not exposed ({})", COPIED_METRICS.join(", "))),
     }
 }
 

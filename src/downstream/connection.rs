@@ -197,13 +197,16 @@ impl Outgoing {
         self.bytes == 0
     }
 
-    /// Copies everything into memory of its own: a client that takes nothing must not hold the store's memory.
-    pub(super) fn detach(&mut self) {
+    /// Copies everything into memory of its own: a client that takes nothing must not hold the store's memory. Returns how
+    /// many bytes.
+    pub(super) fn detach(&mut self) -> u64 {
         let mut own = BytesMut::with_capacity(self.bytes);
         self.pieces.drain(..).for_each(|piece| own.extend_from_slice(&piece));
         own.extend_from_slice(&self.control);
         self.control.clear();
+        let copied = own.len() as u64;
         self.pieces.push_back(own.freeze());
+        copied
     }
 
     fn seal_control(&mut self) {

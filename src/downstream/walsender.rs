@@ -353,7 +353,7 @@ impl<S: Stream> WalSender<'_, S> {
 
     fn detach_if_stalled(&mut self, run: &mut Run, now: Instant) {
         if !run.is_detached && run.unsent_since.is_some_and(|since| now >= since + DETACH_AFTER) {
-            self.connection.outgoing.detach();
+            self.context.metrics.copied_bytes.increment(self.connection.outgoing.detach());
             run.is_detached = true;
         }
     }

@@ -19,12 +19,16 @@ pub struct BlockReader {
     number: u64,
     /// Blocks that were filled, oldest first; most are still in use.
     filled: VecDeque<BytesMut>,
+    filled_max: usize,
 }
 
 impl BlockReader {
-    /// `first_block` must not have been used before in this process: memory is accounted by block number.
-    pub fn new(first_block: BlockId) -> Self {
-        Self { block: BytesMut::new(), number: first_block.0, filled: VecDeque::new() }
+    /// `first_block` must not have been used before in this process: memory is accounted by block number. Blocks of
+    /// `kept_bytes` in all, as many as the store keeps in use, are remembered to be filled again.
+    pub fn new(first_block: BlockId, kept_bytes: u64) -> Self {
+        let filled_max =
+            usize::try_from(kept_bytes / store::RECEIVE_BLOCK_BYTES).unwrap_or(usize::MAX).max(1);
+        Self { block: BytesMut::new(), number: first_block.0, filled: VecDeque::new(), filled_max }
     }
 
     /// Waits for bytes; `None` at the end of the stream. Cancel-safe: nothing is lost when the future is dropped.
@@ -43,7 +47,7 @@ impl BlockReader {
         self.number += 1;
         let next = self.reclaimed().unwrap_or_else(|| BytesMut::with_capacity(RECEIVE_BLOCK_BYTES));
         let filled = std::mem::replace(&mut self.block, next);
-        if self.filled.len() == FILLED_BLOCKS_MAX {
+        if self.filled.len() == self.filled_max {
             self.filled.pop_front();
         }
         self.filled.push_back(filled);
@@ -71,10 +75,6 @@ impl BlockReader {
 #[allow(clippy::cast_possible_truncation)] // a quarter of a megabyte
 const RECEIVE_BLOCK_BYTES: usize = store::RECEIVE_BLOCK_BYTES as usize;
 
-/// Filled blocks remembered; 256 MiB. The tail keeps fewer alive unless it was made larger, and then only the newest of them
-/// are filled again.
-const FILLED_BLOCKS_MAX: usize = 1024;
-
 /// Blocks looked at for one that can be filled again.
 const RECLAIM_TRIES: usize = 4;
 
@@ -91,7 +91,7 @@ mod tests {
     async fn everything_sent_arrives_in_order_and_blocks_are_numbered() {
         let sent: Vec<u8> = (0..3 * RECEIVE_BLOCK_BYTES).map(|i| u8::try_from(i % 251).unwrap()).collect();
         let mut source = &sent[..];
-        let mut reader = BlockReader::new(BlockId(7));
+        let mut reader = BlockReader::new(BlockId(7), 1 << 20);
         let (mut received, mut blocks) = (Vec::new(), Vec::new());
         while let Some((bytes, block)) = reader.read(&mut source).await.unwrap() {
             received.extend_from_slice(&bytes);
@@ -105,7 +105,7 @@ mod tests {
     #[tokio::test]
     async fn a_block_is_filled_again_only_when_nobody_holds_a_slice_of_it() {
         let mut source = tokio::io::repeat(7);
-        let mut reader = BlockReader::new(BlockId(0));
+        let mut reader = BlockReader::new(BlockId(0), 4 << 20);
         let (kept, _) = reader.read(&mut source).await.unwrap().unwrap();
         let mut addresses = Vec::new();
         for _ in 0..50 {

@@ -36,8 +36,9 @@ const WRITE_BATCH_BYTES_MAX: u64 = 4 << 20;
 pub(super) struct Writer {
     shared: Arc<Shared>,
     batch: Option<Batch>,
-    /// Bytes of the batch when it was taken.
+    /// Bytes of the batch when it was taken, and the memory it stood for.
     batch_bytes: u64,
+    batch_memory_bytes: u64,
 }
 
 /// Why a batch could not be written.
@@ -48,7 +49,7 @@ enum Obstacle {
 
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, batch: None, batch_bytes: 0 }
+        Self { shared, batch: None, batch_bytes: 0, batch_memory_bytes: 0 }
     }
 
     /// Writes one batch.
@@ -60,6 +61,7 @@ impl Writer {
         if self.batch.is_none() {
             self.batch = self.shared.queue.take(WRITE_BATCH_BYTES_MAX);
             self.batch_bytes = self.batch.as_ref().map_or(0, Batch::bytes);
+            self.batch_memory_bytes = self.batch.as_ref().map_or(0, Batch::memory_bytes);
         }
         let Some(batch) = &mut self.batch else { return Step::Idle };
         match write_batch(&self.shared, batch, size) {
@@ -80,7 +82,7 @@ impl Writer {
         let shared = &self.shared;
         shared.health.healed();
         shared.tail.lock().note_written(batch.end, batch.epoch, batch.follows);
-        shared.queue.written(self.batch_bytes);
+        shared.queue.written(self.batch_memory_bytes);
         // Before the sync step hears of it, so that `flushed` cannot pass `written`.
         shared.publish(|positions| positions.written = batch.verified);
         {

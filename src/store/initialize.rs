@@ -78,7 +78,7 @@ impl WalWriter {
     /// Removes what was written of a first record that never became whole.
     fn forget_provisional(&mut self) -> Result<(), StoreError> {
         if let Some(session) = self.session.take() {
-            self.shared.queue.written(session.unsubmitted_bytes());
+            self.shared.queue.written(session.unsubmitted_memory_bytes());
         }
         let shared = &self.shared;
         let (Ok(size), Ok(positions)) = (shared.segment_size(), shared.positions()) else { return Ok(()) };

@@ -268,7 +268,7 @@ impl Store {
         self.shared.tail.lock().memory_bytes()
     }
 
-    /// Bytes received and not yet written.
+    /// Memory held by what was received and is not yet written, in bytes.
     pub fn unwritten_bytes(&self) -> u64 {
         self.shared.queue.unwritten_bytes()
     }

@@ -22,6 +22,16 @@ pub(super) struct Piece {
     pub bytes: Bytes,
 }
 
+impl Piece {
+    /// The memory it stands for: small messages cost more than their bytes.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.bytes.len() as u64 + PIECE_OVERHEAD_BYTES
+    }
+}
+
+/// What a piece costs beside its bytes: itself, its place in the tail, and the head of its message in the receive block.
+const PIECE_OVERHEAD_BYTES: u64 = 160;
+
 /// Whether more comes at once after a batch, for which its sync may wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Follows {
@@ -63,6 +73,10 @@ impl Batch {
     pub(super) fn bytes(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.bytes.len() as u64).sum()
     }
+
+    pub(super) fn memory_bytes(&self) -> u64 {
+        self.pieces.iter().map(Piece::memory_bytes).sum()
+    }
 }
 
 /// Batches to be written.
@@ -82,6 +96,7 @@ struct Waiting {
 
 #[derive(Default)]
 struct Room {
+    /// Memory of what waits, in bytes.
     unwritten_bytes: u64,
     /// Said with what was handed over last.
     follows: Follows,

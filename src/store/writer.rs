@@ -174,8 +174,9 @@ impl WalWriter {
         };
         if !taken.is_empty() {
             session.received = at.advance(taken.len() as u64);
-            self.shared.queue.received(taken.len() as u64);
-            session.pieces.push((Piece { at, bytes: taken }, block));
+            let piece = Piece { at, bytes: taken };
+            self.shared.queue.received(piece.memory_bytes());
+            session.pieces.push((piece, block));
         }
         result.map_err(AppendError::Corrupt)
     }
@@ -255,6 +256,11 @@ impl WalWriter {
         self.shared.queue.has_room()
     }
 
+    /// Most memory for received bytes, in the tail and waiting to be written.
+    pub fn memory_bytes_max(&self) -> u64 {
+        self.shared.settings.tail_bytes_max.saturating_add(self.shared.settings.unwritten_bytes_max)
+    }
+
     /// The context of the scan, with what was learnt from the WAL (its format).
     pub fn context(&self) -> Option<ScanContext> {
         self.scanner.as_ref().map(Scanner::context)
@@ -262,9 +268,9 @@ impl WalWriter {
 }
 
 impl Session {
-    pub(super) fn unsubmitted_bytes(&self) -> u64 {
+    pub(super) fn unsubmitted_memory_bytes(&self) -> u64 {
         let pieces = self.pieces.iter().map(|(piece, _)| piece).chain(&self.replacements);
-        pieces.map(|piece| piece.bytes.len() as u64).sum()
+        pieces.map(Piece::memory_bytes).sum()
     }
 
     /// Compares what is held already; returns what is not, or `None` while other bytes than the held ones are examined.
@@ -285,7 +291,7 @@ impl Session {
                 let received = at.advance(overlap as u64);
                 if received >= self.held_end {
                     self.replacements = self.overlap.close(self.held_end)?;
-                    queue.received(self.replacements.iter().map(|piece| piece.bytes.len() as u64).sum());
+                    queue.received(self.replacements.iter().map(Piece::memory_bytes).sum());
                 }
                 self.received = received;
                 if let Some(at) = self.overlap.left().filter(|_| received >= self.held_end) {

@@ -71,6 +71,28 @@ fn begun(disk: &SimDisk) -> (Arc<Shared>, WalWriter) {
 }
 
 #[test]
+fn small_messages_exhaust_the_room_by_the_memory_that_they_take() {
+    let (_, mut wal_writer) = begun(&SimDisk::new(1));
+    let wal = wal(TimelineId::FIRST, start_of(7), 300_000);
+    let at = wal_writer.plan().unwrap().held_end;
+    wal_writer.begin(at).unwrap();
+    let mut taken = 0;
+    for piece in wal.bytes().chunks(8) {
+        if !wal_writer.has_room() {
+            break;
+        }
+        let piece = Bytes::copy_from_slice(piece);
+        wal_writer.append(at.advance(taken), piece, BlockId(1)).unwrap();
+        taken += 8;
+    }
+    assert!(!wal_writer.has_room());
+    let pieces = taken / 8;
+    // A handle of the bytes in the batch, another in the tail, each with its position.
+    let handles = 2 * (size_of::<Bytes>() + size_of::<Lsn>()) as u64;
+    assert!(pieces * (8 + handles) <= settings().unwritten_bytes_max, "{pieces} pieces");
+}
+
+#[test]
 fn a_store_that_holds_nothing_can_begin_elsewhere_whatever_crashes() {
     for crash in [Crash::Kill, Crash::PowerCut] {
         for operations in 0.. {
