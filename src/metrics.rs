@@ -82,6 +82,8 @@ pub struct StoreMetrics {
     pub sealed_segments: Counter,
     /// Segments found damaged.
     pub suspect_segments: Counter,
+    /// Reads that the disk answered with an error.
+    pub read_errors: Counter,
     /// 1 while no space can be had for new WAL.
     pub no_space: Gauge,
     /// 1 once a sync failed.
@@ -107,6 +109,8 @@ impl StoreMetrics {
             sealed_segments: metrics.counter("walrelay_store_sealed_segments_total", "Segments sealed"),
             suspect_segments: metrics
                 .counter("walrelay_store_suspect_segments_total", "Segments found damaged"),
+            read_errors: metrics
+                .counter("walrelay_store_read_errors_total", "Reads of WAL that failed on the disk"),
             no_space: metrics.gauge("walrelay_store_no_space", None, "1 while no space can be had for WAL"),
             failed: metrics.gauge("walrelay_store_failed", None, "1 once the store has failed"),
         }
@@ -216,6 +220,21 @@ impl DownstreamMetrics {
     }
 }
 
+/// What the process as a whole does.
+#[derive(Clone)]
+pub struct ProcessMetrics {
+    /// Log lines that were dropped because nobody took them.
+    pub log_lines_dropped: Gauge,
+}
+
+impl ProcessMetrics {
+    /// Registers the process's metrics.
+    pub fn register(metrics: &Metrics) -> Self {
+        let name = "walrelay_log_lines_dropped";
+        Self { log_lines_dropped: metrics.gauge(name, None, "Log lines dropped since the start") }
+    }
+}
+
 /// Registers every part's metrics with one registry.
 pub struct AllMetrics {
     /// The registry.
@@ -226,6 +245,8 @@ pub struct AllMetrics {
     pub upstream: UpstreamMetrics,
     /// The downstream's.
     pub downstream: DownstreamMetrics,
+    /// The process's.
+    pub process: ProcessMetrics,
 }
 
 impl Default for AllMetrics {
@@ -235,6 +256,7 @@ impl Default for AllMetrics {
             store: StoreMetrics::register(&registry),
             upstream: UpstreamMetrics::register(&registry),
             downstream: DownstreamMetrics::register(&registry),
+            process: ProcessMetrics::register(&registry),
             registry,
         }
     }

@@ -13,7 +13,7 @@ use crate::relay::Relay;
 /// Runs the relay until it is told to stop.
 pub fn run(config: &Path) -> anyhow::Result<()> {
     let config = Config::load(config)?;
-    let _logs = logging::start(config.log.format, config.log.level.as_str())?;
+    let logs = logging::start(config.log.format, config.log.level.as_str())?;
     for warning in &config.warnings {
         tracing::warn!("{warning}");
     }
@@ -22,7 +22,9 @@ pub fn run(config: &Path) -> anyhow::Result<()> {
         .thread_name("walrelay")
         .build()
         .context("could not start the runtime")?;
-    let outcome = runtime.block_on(async { Relay::build(config).await?.run().await });
+    let dropped = logs.dropped.clone();
+    let lines_dropped = Box::new(move || dropped.dropped_lines());
+    let outcome = runtime.block_on(async { Relay::build(config, lines_dropped).await?.run().await });
     // A thread that hangs in a system call does not keep the process from ending.
     runtime.shutdown_timeout(LAST_TASKS_TIME_MAX);
     Ok(outcome?)

@@ -96,21 +96,20 @@ impl<S: Stream> Handshake<'_, S> {
         self.authenticate(&identity).await?;
         let client = Client {
             user: user.to_owned(),
-            application_name: clean_ascii(&startup.application_name()),
+            application_name: clean_ascii(&startup.application_name(), &server),
             peer: self.peer.clone(),
         };
         let registration = self.register(client, negotiation.version, &server)?;
         let settings = startup.settings();
         let own_timeout = settings.get("wal_sender_timeout").and_then(|text| parse_timeout(text));
+        let client_encoding = settings.get("client_encoding");
         Ok(Established {
             registration,
+            client_encoding: client_encoding.map_or("UTF8".to_owned(), |text| clean_ascii(text, &server)),
             server,
             version: negotiation.version,
             database: (mode == ReplicationMode::Database)
                 .then(|| startup.database().unwrap_or_default().to_owned()),
-            client_encoding: settings
-                .get("client_encoding")
-                .map_or("UTF8".to_owned(), |text| clean_ascii(text)),
             wal_sender_timeout: own_timeout.unwrap_or(self.context.settings.wal_sender_timeout),
         })
     }

@@ -37,6 +37,7 @@ use crate::downstream::{
     connection::{Connection, ConnectionError, Stream},
     handshake::{Handshake, HandshakeError},
     refusals::Refusals,
+    server::Server,
     strangers::{Stranger, Strangers},
     walsender::now,
 };
@@ -92,6 +93,11 @@ impl DownstreamContext {
             restart_lsn: slot.restart_lsn,
         };
         self.store.slots().list().into_iter().map(status).collect()
+    }
+
+    /// Whether clients are let in: an upstream was heard once, and there is WAL to serve, wherever the upstream is now.
+    pub fn can_serve(&self) -> bool {
+        Server::of(self).is_some()
     }
 
     fn streaming(&self) -> Streaming<'_> {

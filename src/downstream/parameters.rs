@@ -104,7 +104,6 @@ impl Parameters<'_> {
             "application_name" => self.client.application_name.clone(),
             "client_encoding" => self.client_encoding.to_owned(),
             "datestyle" => "ISO, MDY".to_owned(),
-            "data_directory_mode" => "0700".to_owned(),
             "default_transaction_read_only" | "is_superuser" => "off".to_owned(),
             "hot_standby" | "integer_datetimes" | "standard_conforming_strings" => "on".to_owned(),
             "in_hot_standby" if server.is_at_least(14) => writable.in_hot_standby().to_owned(),
@@ -119,6 +118,8 @@ impl Parameters<'_> {
             "wal_keep_size" => print_bytes(settings.wal_keep_size),
             "wal_segment_size" => server.identity.segment_size.to_string(),
             "wal_sender_timeout" => print_duration(self.wal_sender_timeout),
+            // What a client that copies WAL makes its files by.
+            "data_directory_mode" => return told("0700"),
             "server_encoding" => return told("UTF8"),
             "timezone" => return told("GMT"),
             "wal_level" => return told("replica"),
@@ -179,10 +180,19 @@ pub(super) fn parse_timeout(text: &str) -> Option<Option<Duration>> {
     Some((ms > 0).then(|| Duration::from_millis(ms)))
 }
 
-/// A client's text as PostgreSQL keeps names: printable ASCII, at most 63 bytes (`pg_clean_ascii`).
-pub(super) fn clean_ascii(text: &str) -> String {
-    let clean = |byte: u8| if matches!(byte, b' '..=b'~') { char::from(byte) } else { '?' };
-    text.bytes().take(NAME_BYTES_MAX).map(clean).collect()
+/// A client's text as PostgreSQL keeps names: at most 63 bytes, of which those that are not printable ASCII are replaced
+/// (`pg_clean_ascii`), since 16 in a way that shows what they were.
+pub(super) fn clean_ascii(text: &str, server: &Server) -> String {
+    let end = text.floor_char_boundary(NAME_BYTES_MAX);
+    let mut clean = String::new();
+    for byte in text.bytes().take(end) {
+        match byte {
+            b' '..=b'~' => clean.push(char::from(byte)),
+            _ if server.is_at_least(16) => clean.push_str(&format!("\\x{byte:02x}")),
+            _ => clean.push('?'),
+        }
+    }
+    clean
 }
 
 /// `INT_MAX`, PostgreSQL's limit of `wal_sender_timeout`.
@@ -214,8 +224,14 @@ mod tests {
     }
 
     #[test]
-    fn names_are_made_printable() {
-        assert_eq!(clean_ascii("dc2\n\u{1b}[1m"), "dc2??[1m");
-        assert_eq!(clean_ascii(&"a".repeat(100)).len(), 63);
+    fn names_are_made_printable_as_the_version_does_it() {
+        let (old, new) = (Server::of_version(150_018), Server::of_version(160_014));
+        assert_eq!(clean_ascii("dc2\n\u{1b}[1m", &old), "dc2??[1m");
+        assert_eq!(clean_ascii("dc2\nü", &new), "dc2\\x0a\\xc3\\xbc");
+        assert_eq!(clean_ascii(&"a".repeat(100), &old).len(), 63);
+        // No character is cut in two, and what it is replaced by is not cut at all.
+        let text = "a".repeat(61) + "üü";
+        assert_eq!(clean_ascii(&text, &old), "a".repeat(61) + "??");
+        assert_eq!(clean_ascii(&text, &new), "a".repeat(61) + "\\xc3\\xbc");
     }
 }

@@ -52,3 +52,17 @@ impl Server {
         if self.is_at_least(17) { format!("\"{name}\"") } else { name.to_owned() }
     }
 }
+
+#[cfg(test)]
+impl Server {
+    /// For tests of what depends on the version alone.
+    pub(super) fn of_version(version_num: u32) -> Self {
+        let identity = Identity {
+            system_id: crate::wal::SystemId(1),
+            segment_size: crate::wal::SegmentSize::new(1 << 20).unwrap(),
+        };
+        let facts =
+            ServerFacts { version: String::new(), version_num, settings: std::collections::BTreeMap::new() };
+        Self { identity, facts, major: version_num / 10_000 }
+    }
+}

@@ -26,11 +26,11 @@ use crate::config::{self, Config};
 use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
+use crate::metrics::{AllMetrics, Metrics, ProcessMetrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, store_observer};
-use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus, WalReceiverState};
+use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus};
 use crate::store::{
     self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
@@ -98,7 +98,7 @@ pub struct Relay {
 
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
-    pub async fn build(config: Config) -> Result<Self, RelayError> {
+    pub async fn build(config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
         let (observer, notices) = store_observer(metrics.store.clone());
@@ -142,6 +142,8 @@ impl Relay {
             status: status.subscribe(),
             downstream: Arc::clone(&downstream),
             registry: Arc::clone(&metrics.registry),
+            process: metrics.process.clone(),
+            log_lines_dropped,
         });
         let admin = match config.admin.listen {
             Some(address) => {
@@ -282,19 +284,27 @@ struct RelayPages {
     status: watch::Receiver<UpstreamStatus>,
     downstream: Arc<DownstreamContext>,
     registry: Arc<Metrics>,
+    process: ProcessMetrics,
+    log_lines_dropped: LinesDropped,
 }
+
+/// Tells how many log lines were dropped so far.
+pub type LinesDropped = Box<dyn Fn() -> usize + Send + Sync>;
 
 impl Pages for RelayPages {
     fn readiness(&self) -> Result<(), String> {
         if let Condition::Failed { .. } = self.store.condition() {
             return Err(condition_text(&self.store.condition()));
         }
-        let status = self.status.borrow();
-        let has_streamed = status.sessions > 0 || status.state == WalReceiverState::Streaming;
-        if has_streamed { Ok(()) } else { Err("no WAL has been streamed from the upstream yet".to_owned()) }
+        if self.downstream.can_serve() {
+            return Ok(());
+        }
+        Err("nothing is held yet: no upstream has been streamed from".to_owned())
     }
 
     fn metrics(&self) -> String {
+        let dropped = u32::try_from((self.log_lines_dropped)()).unwrap_or(u32::MAX);
+        self.process.log_lines_dropped.set(dropped);
         self.registry.render()
     }
 

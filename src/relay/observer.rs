@@ -3,6 +3,7 @@
 //! Turns its notices into watches, metrics and log lines. Called from the store's threads: must not block, and never
 //! writes a line per segment or per sync.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -25,13 +26,22 @@ pub(super) struct StoreObserver {
     metrics: StoreMetrics,
     /// The last failure of work that can wait, which is tried again every second, and when it was logged.
     housekeeping: Mutex<Option<(String, Instant)>>,
+    /// Segments that the disk could not give back, each told of once: every client that wants them meets the error again.
+    unreadable: Mutex<BTreeSet<SegmentName>>,
 }
 
 pub(super) fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) {
     let (positions, positions_watch) = watch::channel(None);
     let (condition, condition_watch) = watch::channel(Condition::Healthy);
     let notices = Notices { positions: positions_watch, condition: condition_watch };
-    (StoreObserver { positions, condition, metrics, housekeeping: Mutex::default() }, notices)
+    let observer = StoreObserver {
+        positions,
+        condition,
+        metrics,
+        housekeeping: Mutex::default(),
+        unreadable: Mutex::default(),
+    };
+    (observer, notices)
 }
 
 impl Observer for StoreObserver {
@@ -76,6 +86,18 @@ impl Observer for StoreObserver {
         tracing::error!(%timeline, number = number.0, detail, "WAL segment is damaged and is not served");
     }
 
+    fn unreadable(&self, name: SegmentName, error: &std::io::Error) {
+        self.metrics.read_errors.increment(1);
+        let mut told = self.unreadable.lock();
+        if told.len() >= SEGMENTS_REMEMBERED_MAX {
+            told.clear();
+        }
+        if told.insert(name) {
+            let SegmentName { timeline, number } = name;
+            tracing::error!(%timeline, number = number.0, %error, "could not read WAL segment");
+        }
+    }
+
     fn housekeeping_failed(&self, error: &StoreError) {
         let text = error_text(error);
         let mut last = self.housekeeping.lock();
@@ -103,6 +125,9 @@ fn error_text(error: &StoreError) -> String {
     let cause = std::error::Error::source(error);
     cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
+
+/// Segments that are remembered as told of.
+const SEGMENTS_REMEMBERED_MAX: usize = 4096;
 
 /// The same failure is logged again after this time.
 const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);

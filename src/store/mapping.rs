@@ -160,7 +160,10 @@ fn unreadable(shared: &Shared, name: SegmentName, error: io::Error) -> ReadError
             ReadError::Removed(name)
         }
         io::ErrorKind::UnexpectedEof => suspect(shared, name, error.to_string()),
-        _ => ReadError::Io { name, source: error },
+        _ => {
+            shared.health.observer.unreadable(name, &error);
+            ReadError::Io { name, source: error }
+        }
     }
 }
 

@@ -108,12 +108,27 @@ async fn what_is_no_replication_command_is_refused_and_the_session_stays() {
         ("IDENTIFY_SYSTEM; IDENTIFY_SYSTEM", "42601"),
         ("IDENTIFY_SYSTEM x", "42601"),
         ("BASE_BACKUP ( LABEL 'pg_basebackup base backup',  PROGRESS,  WAIT 0,  MANIFEST 'yes')", "0A000"),
-        ("CREATE_REPLICATION_SLOT l LOGICAL pgoutput", "0A000"),
-        ("START_REPLICATION SLOT l LOGICAL 0/0", "0A000"),
+        ("CREATE_REPLICATION_SLOT l LOGICAL pgoutput", "55000"),
+        ("START_REPLICATION SLOT l LOGICAL 0/0", "55000"),
     ] {
         assert_eq!(client.query(query).await.sqlstate(), sqlstate, "{query}");
     }
     assert!(client.query("IDENTIFY_SYSTEM;").await.error.is_none());
+}
+
+#[tokio::test]
+async fn with_a_database_the_words_are_not_those_of_physical_replication() {
+    let relay = Relay::start().await;
+    let mut client = relay.stranger().await;
+    let startup = [("user", "replicator"), ("database", "postgres"), ("replication", "database")];
+    client.log_in(&walrelay::protocol::frontend::Startup::new(startup)).await;
+    for (query, text) in [
+        ("SELECT 1", "SQL is not supported by a WAL relay"),
+        ("START_REPLICATION SLOT l LOGICAL 0/0", "logical decoding cannot be used while in recovery"),
+    ] {
+        let answer = client.query(query).await;
+        assert_eq!((answer.sqlstate(), answer.message()), ("0A000", text), "{query}");
+    }
 }
 
 #[tokio::test]

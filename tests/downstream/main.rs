@@ -14,6 +14,7 @@ mod commands;
 mod handshake;
 mod limits;
 mod panics;
+mod policies;
 mod slots;
 mod streaming;
 mod support;

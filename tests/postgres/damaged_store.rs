@@ -135,6 +135,10 @@ fn an_error_of_the_disk_ends_the_stream_that_met_it_and_no_other() {
     standby.wait_replayed(primary.flushed());
     relay.wait_flushed(primary.flushed());
     assert_eq!(relay.downstream("standby")[0]["pid"], session, "the standby was disturbed");
+    assert!(relay.metric("walrelay_store_read_errors_total") >= Some(2.0));
+    let words = "\"message\":\"could not read WAL segment\"";
+    let told = relay.log().lines().filter(|line| line.contains(words)).count();
+    assert_eq!(told, 1, "told once, not to each who asks:\n{}", relay.log());
     faults.clear("read_fails");
     assert_eq!(read_all(&relay, &primary), Event::Silence, "the disk works again");
     relay.assert_running();

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use crate::support::MB;
 use crate::support::compare::{assert_equal_clusters, assert_same_wal};
 use crate::support::faults::{Faults, SmallDisk};
 use crate::support::lab::{Installation, may_mount};
@@ -12,6 +11,7 @@ use crate::support::proxy::Proxy;
 use crate::support::raw::{RawClient, error_in};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_at_most, wait_for, wait_until};
+use crate::support::{MB, lsn, lsn_text};
 
 const SHORT_TIMEOUTS: &str = "wal_receiver_timeout = 3s\nwal_receiver_status_interval = 1s";
 
@@ -270,6 +270,51 @@ fn a_sync_that_fails_is_final_for_the_process_and_nothing_more_is_acknowledged()
 
 #[test]
 fn a_disk_that_turns_read_only_ends_the_process_with_a_clear_word() {
+    let faults = Faults::new();
+    let Some(mut chain) = chain(|relay| relay.with_faults(&faults)) else { return };
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    faults.set("read_only", 0);
+    write_wal(&chain.primary, 2 * MB);
+    let ended = wait_at_most(Duration::from_secs(15), || (!chain.relay.is_running()).then_some(()));
+    assert!(ended.is_some(), "still running on a disk that is read-only");
+    assert!(!chain.relay.wait_for_end().success());
+    assert!(chain.relay.log().contains("Read-only file system"), "{}", chain.relay.log());
+    assert!(chain.proxy.passed(|passed| passed.flush_max) < chain.primary.flushed());
+    faults.clear("read_only");
+    chain.relay.start();
+    chain.heals();
+}
+
+#[test]
+fn what_is_not_durable_here_reaches_no_standby_where_that_is_wished() {
+    let faults = Faults::new();
+    let Some(mut chain) = chain(|relay| relay.with_faults(&faults).with("downstream.send", "\"flushed\""))
+    else {
+        return;
+    };
+    write_wal(&chain.primary, MB);
+    chain.standby.wait_replayed(chain.primary.flushed());
+    faults.set("sync_slow", 4_000);
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    let mut was_ahead = false;
+    wait_until("the standby to have it all", || {
+        // In this order: what is durable only grows.
+        let received = lsn(&chain.standby.sql("select pg_last_wal_receive_lsn()"));
+        let (verified, flushed) = (chain.relay.position("/store/verified"), chain.relay.flushed());
+        assert!(received <= flushed, "{} sent, {} durable", lsn_text(received), lsn_text(flushed));
+        was_ahead |= verified > flushed;
+        received >= upto
+    });
+    assert!(was_ahead, "nothing was ever waiting for a sync");
+    faults.clear("sync_slow");
+    chain.heals();
+}
+
+#[test]
+fn a_disk_that_dies_ends_the_process() {
     if !may_mount() {
         return;
     }
@@ -278,7 +323,7 @@ fn a_disk_that_turns_read_only_ends_the_process_with_a_clear_word() {
     write_wal(&chain.primary, MB);
     let upto = chain.primary.flushed();
     chain.relay.wait_flushed(upto);
-    disk.cut_power(); // every write fails with EIO from now on, as after a remount by the kernel
+    disk.cut_power(); // every write fails with EIO from now on
     write_wal(&chain.primary, 2 * MB);
     let ended = wait_at_most(Duration::from_secs(15), || (!chain.relay.is_running()).then_some(()));
     assert!(ended.is_some(), "still running on a dead disk");

@@ -48,6 +48,61 @@ fn a_log_that_cannot_be_written_stops_nothing() {
 }
 
 #[test]
+fn log_lines_that_nobody_takes_are_counted_and_stop_nothing() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let folder = crate::support::lab::scratch();
+    let pipe = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let mut relay = Relay::new("relay", primary.port);
+    // A reader that never reads: both ends are held by the relay itself.
+    let open = format!("exec 3<>{pipe} && exec \"$0\" \"$@\" 2>{pipe}", pipe = pipe.display());
+    relay.wrapper = ["sh", "-c", &open].map(str::to_owned).to_vec();
+    relay.start();
+    assert_eq!(relay.metric("walrelay_log_lines_dropped "), Some(0.0));
+    wait_until("lines to be dropped", || {
+        // Each is told of when it comes and when it goes.
+        (0..500).for_each(|_| drop(RawClient::replication(relay.port)));
+        relay.metric("walrelay_log_lines_dropped ") > Some(0.0)
+    });
+    relay.assert_running();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+}
+
+#[test]
+fn off_a_terminal_and_by_choice_every_log_line_is_json() {
+    for format in [None, Some("\"json\""), Some("\"text\"")] {
+        let Some((_primary, mut relay)) = pair(|mut relay| {
+            if let Some(format) = format {
+                relay.set("log.format", format);
+            }
+            relay
+        }) else {
+            return;
+        };
+        assert!(relay.terminate().success());
+        let log = relay.log();
+        let lines: Vec<_> = log.lines().map(serde_json::from_str::<serde_json::Value>).collect();
+        if format == Some("\"text\"") {
+            assert!(!lines.is_empty() && lines.iter().all(Result::is_err), "{log}");
+            continue;
+        }
+        let said =
+            |line: &serde_json::Value, field: &str| line.pointer(field).is_some_and(|said| said.is_string());
+        for line in &lines {
+            let line = line.as_ref().unwrap_or_else(|error| panic!("{error}: {log}"));
+            assert!(
+                said(line, "/timestamp") && said(line, "/level") && said(line, "/fields/message"),
+                "{line}"
+            );
+        }
+        let is_start = |line: &serde_json::Value| line["fields"]["message"] == "walrelay is running";
+        assert!(lines.iter().flatten().any(is_start), "{log}");
+    }
+}
+
+#[test]
 fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() {
     let Some((primary, mut relay)) = pair(|mut relay| {
         relay.wrapper = ["prlimit", "--nofile=64:160"].map(str::to_owned).to_vec();

@@ -244,15 +244,31 @@ fn the_extended_protocol_is_refused_and_the_session_lives() {
 }
 
 #[test]
-fn base_backup_and_logical_slots_are_refused_as_not_supported() {
+fn base_backup_is_refused_as_not_supported() {
     let Some(installation) = Installation::any() else { return };
     let (_primary, relay) = pair(&installation);
     let mut client = RawClient::replication(relay.port).unwrap();
-    for command in ["BASE_BACKUP ( LABEL 'x' )", "CREATE_REPLICATION_SLOT l LOGICAL pgoutput"] {
-        let error = client.rows(command).unwrap_err();
-        assert_eq!(error.code, "0A000", "{command}: {error:?}");
-    }
+    let error = client.rows("BASE_BACKUP ( LABEL 'x' )").unwrap_err();
+    assert_eq!(error.code, "0A000", "{error:?}");
     identify_system(&mut client);
+}
+
+#[test]
+fn logical_replication_is_refused_as_the_primary_refuses_it_on_a_physical_connection() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (primary, relay) = pair(&installation);
+        let mut client = RawClient::replication(relay.port).unwrap();
+        for command in ["CREATE_REPLICATION_SLOT l LOGICAL pgoutput", "START_REPLICATION SLOT l LOGICAL 0/0"]
+        {
+            let [told, expected] = [relay.port, primary.port].map(|port| {
+                let mut client = RawClient::replication(port).unwrap();
+                client.rows(command).unwrap_err()
+            });
+            assert_eq!(told, expected, "{command}");
+        }
+        identify_system(&mut client);
+    }
 }
 
 #[test]
@@ -398,12 +414,18 @@ fn a_wrong_password_gets_postgresqls_words_and_a_right_one_wal() {
     let users = tempfile::NamedTempFile::new().unwrap();
     primary.sql("set password_encryption = 'scram-sha-256'; create role replicator replication login password 'right'");
     let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'replicator'");
-    std::fs::write(users.path(), format!("replicator = {verifier:?}\n")).unwrap();
+    // One verifier as PostgreSQL made it, one as the relay's own command does.
+    let own = Relay::command_with_input(&["scram", "--user", "other"], "right\n");
+    std::fs::write(users.path(), format!("replicator = {verifier:?}\n{own}")).unwrap();
     relay.set("downstream.users", &format!("{:?}", users.path().to_str().unwrap()));
     relay.start();
-    for (user, password, accepted) in
-        [("replicator", "right", true), ("replicator", "wrong", false), ("nobody", "right", false)]
-    {
+    for (user, password, accepted) in [
+        ("replicator", "right", true),
+        ("replicator", "wrong", false),
+        ("other", "right", true),
+        ("other", "wrong", false),
+        ("nobody", "right", false),
+    ] {
         let folder = crate::support::lab::scratch();
         let output = std::process::Command::new(installation.program("pg_receivewal"))
             .args([

@@ -112,6 +112,8 @@ fn while_the_primary_is_away_the_relay_serves_what_it_holds() {
     chain.relay.wait_flushed(upto);
     chain.primary.stop(Stop::Immediate);
     chain.relay.restart_away_from_upstream();
+    // Whoever asks whether to send standbys here is told yes: now more than ever.
+    assert!(chain.relay.is_ready(), "not ready, though it serves");
     chain.standby.start();
     chain.standby.wait_replayed(upto);
     chain.primary.start();

@@ -8,7 +8,7 @@ use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::proxy::Proxy;
-use crate::support::raw::{Event, RawClient};
+use crate::support::raw::{Event, RawClient, error_in};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 
@@ -114,6 +114,33 @@ fn a_silent_client_is_asked_once_and_dropped_without_an_error() {
         "dropped after {lived:?}"
     );
     wait_until("its session to go", || relay.downstream("raw").is_empty());
+}
+
+#[test]
+fn a_half_open_client_frees_its_slot_for_its_successor() {
+    let Some((_primary, _proxy, relay)) =
+        chain(|relay| relay.with("downstream.wal_sender_timeout", "\"2s\""))
+    else {
+        return;
+    };
+    let between = Proxy::to(relay.port);
+    let mut client = RawClient::replication(between.port).unwrap();
+    client.rows("CREATE_REPLICATION_SLOT standby PHYSICAL RESERVE_WAL").unwrap();
+    let from = relay.oldest();
+    client.start_replication(Some("standby"), from, 1).unwrap();
+    // From here on nothing gets through, and neither side is told.
+    between.stall(true);
+    let start = |client: &mut RawClient| {
+        let answer = client.start_replication(Some("standby"), from, 1).unwrap();
+        error_in(&answer).map(|error| error.code)
+    };
+    let mut successor = RawClient::replication(relay.port).unwrap();
+    assert_eq!(start(&mut successor).as_deref(), Some("55006"), "the slot is in use until then");
+    wait_until("the slot to be free", || start(&mut successor).is_none());
+    successor.read_wal(from, from + 8192);
+    let slots = relay.status()["slots"].clone();
+    assert_eq!(slots[0]["active"], true, "{slots}");
+    drop(client);
 }
 
 #[test]

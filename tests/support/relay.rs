@@ -130,11 +130,11 @@ impl Relay {
         path
     }
 
-    /// Waits until /readyz says yes: the store is open, the listener is up, the upstream streams or has streamed.
+    /// Waits until it serves, and its upstream streams or has streamed.
     pub(crate) fn wait_ready(&mut self) {
-        wait_until("the relay to be ready", || {
+        wait_until("the relay to be ready and to have streamed", || {
             self.assert_running();
-            self.is_ready()
+            self.is_ready() && self.status()["upstream"]["sessions"].as_u64() > Some(0)
         });
     }
 
@@ -155,6 +155,7 @@ impl Relay {
         self.process.as_mut().is_some_and(Process::is_running)
     }
 
+    /// Whether /readyz says that WAL can be served.
     pub(crate) fn is_ready(&self) -> bool {
         http::get(self.admin_port, "/readyz").is_some_and(|(status, _)| status == 200)
     }
@@ -289,6 +290,20 @@ impl Relay {
         let output = std::process::Command::new(binary()).args(arguments).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status, text(&output.stdout), text(&output.stderr))
+    }
+}
+
+impl Relay {
+    /// Runs the program once with this on its standard input; returns what it prints.
+    pub(crate) fn command_with_input(arguments: &[&str], input: &str) -> String {
+        use std::io::Write;
+        use std::process::Stdio;
+        let mut program = std::process::Command::new(binary());
+        let mut child = program.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", output.status);
+        String::from_utf8(output.stdout).unwrap()
     }
 }
 

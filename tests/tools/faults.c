@@ -9,6 +9,7 @@
  *   sync_slow      they take that many milliseconds
  *   sync_hangs     they return when the fault is switched off
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
+ *   read_only      whatever would change a file fails with EROFS, as after the kernel has remounted the file system
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
@@ -100,7 +101,14 @@ int fsync(int fd) { return spoiled_sync(fd, NEXT(fsync)); }
 int fdatasync(int fd) { return spoiled_sync(fd, NEXT(fdatasync)); }
 int syncfs(int fd) { return spoiled_sync(fd, NEXT(syncfs)); }
 
+static int read_only(void) {
+  if (trigger("read_only") < 0) return 0;
+  errno = EROFS;
+  return 1;
+}
+
 static int full(void) {
+  if (read_only()) return 1;
   if (trigger("write_full") < 0) return 0;
   errno = ENOSPC;
   return 1;
@@ -153,6 +161,7 @@ int madvise(void *start, size_t size, int advice) {
     va_start(rest, flags);                                                                  \
     mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                 \
     va_end(rest);                                                                           \
+    if ((flags & O_ACCMODE) != O_RDONLY && below(path) && read_only()) return -1;           \
     if (!(flags & O_CREAT) || !below(path)) return NEXT(name)(path, flags, mode);           \
     if (full()) return -1;                                                                  \
     step("create", "before");                                                               \
@@ -166,6 +175,7 @@ SPOILED_OPEN(open64)
 
 int rename(const char *from, const char *to) {
   if (!below(from)) return NEXT(rename)(from, to);
+  if (read_only()) return -1;
   step("rename", "before");
   int result = NEXT(rename)(from, to);
   step("rename", "after");
@@ -174,6 +184,7 @@ int rename(const char *from, const char *to) {
 
 int unlink(const char *path) {
   if (!below(path)) return NEXT(unlink)(path);
+  if (read_only()) return -1;
   step("unlink", "before");
   int result = NEXT(unlink)(path);
   step("unlink", "after");

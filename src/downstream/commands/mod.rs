@@ -89,7 +89,7 @@ pub(super) async fn answer<S: Stream>(
             return Err(slots::refuse_alter(session, &slot).into());
         }
         Command::StartReplication(start) if matches!(start.kind, StreamKind::Logical(_)) => {
-            return Err(no_logical_decoding().into());
+            return Err(no_logical_decoding(session).into());
         }
         Command::StartReplication(start) => return stream::start_replication(session, start).await,
         Command::BaseBackup(_) => return Err(unsupported("BASE_BACKUP").into()),
@@ -101,8 +101,7 @@ pub(super) async fn answer<S: Stream>(
         | Command::ReadReplicationSlot(_)
         | Command::AlterReplicationSlot { .. }
         | Command::UploadManifest => {
-            let text = "cannot execute SQL commands in WAL sender for physical replication";
-            return Err(ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text).into());
+            return Err(no_sql(session).into());
         }
     }
     Ok(Answered::Complete)
@@ -112,13 +111,34 @@ pub(super) async fn answer<S: Stream>(
 fn unsupported(command: &str) -> ServerError {
     let text = format!("{command} is not supported by a WAL relay");
     ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text)
-        .with_hint("Connect to the primary or to a standby for base backups.")
+        .with_hint("Connect to the primary or to a standby for it.")
 }
 
-fn no_logical_decoding() -> ServerError {
+/// As a standby refuses it; but first, as every server does, for what the upstream and the connection are.
+fn no_logical_decoding<S: Stream>(session: &Session<'_, S>) -> ServerError {
+    let server = &session.server;
+    let wal_level = server.facts.settings.get("wal_level");
+    if wal_level.is_some_and(|level| level != "logical") {
+        let [setting, value] = ["wal_level", "logical"].map(|word| server.quoted_setting(word));
+        let text = format!("logical decoding requires {setting} >= {value}");
+        return ServerError::error(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, text);
+    }
+    if session.database.is_none() {
+        let text = "logical decoding requires a database connection";
+        return ServerError::error(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, text);
+    }
     let text = "logical decoding cannot be used while in recovery";
     ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text)
         .with_hint("Connect to the primary for logical replication.")
+}
+
+/// With a database PostgreSQL would carry it out.
+fn no_sql<S: Stream>(session: &Session<'_, S>) -> ServerError {
+    if session.database.is_some() {
+        return unsupported("SQL");
+    }
+    let text = "cannot execute SQL commands in WAL sender for physical replication";
+    ServerError::error(SqlState::FEATURE_NOT_SUPPORTED, text)
 }
 
 impl<S: Stream> Session<'_, S> {

@@ -25,7 +25,9 @@ pub(super) async fn create<S: Stream>(
     create: CreateReplicationSlot,
 ) -> Result<(), CommandError> {
     let CreateReplicationSlot { slot, persistence, kind } = create;
-    let CreateSlotKind::Physical { reserve_wal } = kind else { return Err(no_logical_decoding().into()) };
+    let CreateSlotKind::Physical { reserve_wal } = kind else {
+        return Err(no_logical_decoding(session).into());
+    };
     validate_slot_name(&slot).map_err(ServerError::from)?;
     let kind = match persistence {
         Persistence::Permanent => SlotKind::Permanent,

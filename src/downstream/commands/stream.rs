@@ -189,7 +189,8 @@ fn stream_error<S: Stream>(session: &Session<'_, S>, error: StreamError) -> Comm
             error.into()
         }
         StreamError::Read(error) => {
-            warn!(error = &error as &dyn std::error::Error, "could not read WAL for a client");
+            // The store has told of the segment; each client that asks for it gets here again.
+            info!(error = &error as &dyn std::error::Error, "could not read WAL for a client");
             let sqlstate = match &error {
                 ReadError::Suspect { .. } => SqlState::DATA_CORRUPTED,
                 ReadError::Io { .. } | ReadError::Removed(_) => SqlState::IO_ERROR,
