@@ -145,6 +145,27 @@ fn an_error_of_the_disk_ends_the_stream_that_met_it_and_no_other() {
 }
 
 #[test]
+fn a_page_that_cannot_be_read_a_second_time_ends_the_connection_that_wanted_it_and_no_other() {
+    let faults = Faults::new();
+    let Some((primary, _proxy, mut relay)) = filled_with(&faults) else { return };
+    let standby = primary.standby("standby", relay.port, "");
+    relay.wait_downstream("standby", "streaming");
+    let session = relay.downstream("standby")[0]["pid"].clone();
+    // It was brought in, evicted before it was sent, and is gone: the kernel says so when it is sent.
+    faults.set("send_faults", 32 << 10);
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.start_replication(None, relay.oldest(), 1).unwrap();
+    while !matches!(client.next_event(std::time::Duration::from_secs(30)), Event::Closed) {}
+    wait_until("the session to go", || relay.downstream("raw").is_empty());
+    faults.clear("send_faults");
+    relay.assert_running();
+    assert_eq!(read_all(&relay, &primary), Event::Silence, "the disk works again");
+    write_wal(&primary, MB);
+    standby.wait_replayed(primary.flushed());
+    assert_eq!(relay.downstream("standby")[0]["pid"], session, "the standby was disturbed");
+}
+
+#[test]
 fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again() {
     let Some((primary, proxy, mut relay)) = filled() else { return };
     let standby = primary.standby("standby", relay.port, "");

@@ -10,6 +10,8 @@
  *   sync_hangs     they return when the fault is switched off
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
  *   read_only      whatever would change a file fails with EROFS, as after the kernel has remounted the file system
+ *   send_faults    sending that many bytes or more at once to a socket fails with EFAULT: how the kernel tells that a page of
+ *                  a mapped file had to be read again and could not be
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
@@ -127,11 +129,25 @@ static int full(void) {
 SPOILED_WRITE(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size))
 SPOILED_WRITE(ssize_t, pwrite, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at))
 SPOILED_WRITE(ssize_t, pwrite64, (int fd, const void *data, size_t size, off64_t at), (fd, data, size, at))
-SPOILED_WRITE(ssize_t, writev, (int fd, const struct iovec *parts, int count), (fd, parts, count))
 SPOILED_WRITE(ssize_t, pwritev, (int fd, const struct iovec *parts, int count, off_t at), (fd, parts, count, at))
 SPOILED_WRITE(ssize_t, pwritev64, (int fd, const struct iovec *parts, int count, off64_t at), (fd, parts, count, at))
 SPOILED_WRITE(ssize_t, pwritev2, (int fd, const struct iovec *parts, int count, off_t at, int flags), (fd, parts, count, at, flags))
 SPOILED_WRITE(ssize_t, pwritev64v2, (int fd, const struct iovec *parts, int count, off64_t at, int flags), (fd, parts, count, at, flags))
+
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+  if (!ours(fd)) {
+    size_t size = 0;
+    for (int i = 0; i < count; i++) size += parts[i].iov_len;
+    long limit = trigger("send_faults");
+    if (limit > 0 && size >= (size_t)limit) { errno = EFAULT; return -1; }
+    return NEXT(writev)(fd, parts, count);
+  }
+  if (full()) return -1;
+  step("write", "before");
+  ssize_t result = NEXT(writev)(fd, parts, count);
+  step("write", "after");
+  return result;
+}
 
 static int spoiled_grow(int fd) { return ours(fd) && full(); }
 
