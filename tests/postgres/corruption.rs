@@ -120,6 +120,7 @@ fn a_gap_is_never_served_nor_acknowledged_and_heals() {
         // A gap at the end of the stream shows only when something follows.
         chain.primary.sql("create table if not exists after_gap (id int); drop table after_gap");
         wait_until("the relay to ask again", || chain.proxy.passed(|passed| passed.starts.len()) > starts);
+        chain.relay.wait_logged("WAL arrived at");
         chain.heals();
     }
 }
@@ -127,18 +128,49 @@ fn a_gap_is_never_served_nor_acknowledged_and_heals() {
 #[test]
 fn repeated_and_backward_messages_end_the_session_and_store_nothing() {
     let Some(mut chain) = chain() else { return };
-    let starts = chain.proxy.passed(|passed| passed.starts.len());
-    let mut repeated = false;
-    chain.proxy.edit(move |message| {
-        if repeated || wal_in(message).is_none() {
-            return Verdict::Forward;
-        }
-        repeated = true;
-        Verdict::Replace(vec![message.clone(), message.clone()])
+    // After every message that is not empty comes the same again, or something from before its end.
+    for before_its_end in [None, Some(1), Some(8_192), Some(500_000)] {
+        let starts = chain.proxy.passed(|passed| passed.starts.len());
+        let mut done = false;
+        chain.proxy.edit(move |message| {
+            let Some((start, wal)) = wal_in(message).filter(|(_, wal)| !done && !wal.is_empty()) else {
+                return Verdict::Forward;
+            };
+            done = true;
+            let again = before_its_end.map_or(start, |distance| start + wal.len() as u64 - distance);
+            Verdict::Replace(vec![message.clone(), with_position(message, START, again)])
+        });
+        write_wal(&chain.primary, MB);
+        wait_until("the relay to ask again", || chain.proxy.passed(|passed| passed.starts.len()) > starts);
+        chain.relay.wait_logged("WAL arrived at");
+        chain.heals();
+    }
+}
+
+#[test]
+fn empty_messages_and_an_end_before_the_start_change_nothing() {
+    let Some(mut chain) = chain() else { return };
+    chain.proxy.edit(|message| {
+        let Some((start, wal)) = wal_in(message) else { return Verdict::Forward };
+        let mut empty = message[..message.len() - wal.len()].to_vec();
+        let length = u32::try_from(empty.len() - 1).unwrap();
+        empty[1..5].copy_from_slice(&length.to_be_bytes());
+        // A walreceiver believes neither: where WAL ends upstream is told for information.
+        Verdict::Replace(vec![empty, with_position(message, END, start - 1)])
     });
-    write_wal(&chain.primary, MB);
-    wait_until("the relay to ask again", || chain.proxy.passed(|passed| passed.starts.len()) > starts);
+    write_wal(&chain.primary, 2 * MB);
     chain.heals();
+    assert_eq!(chain.proxy.passed(|passed| passed.starts.len()), 1, "no reason to start again");
+}
+
+/// Where the positions stand in a message with WAL.
+const START: usize = 6;
+const END: usize = 14;
+
+fn with_position(message: &[u8], field: usize, position: u64) -> Vec<u8> {
+    let mut message = message.to_vec();
+    message[field..field + 8].copy_from_slice(&position.to_be_bytes());
+    message
 }
 
 #[test]

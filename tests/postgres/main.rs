@@ -29,6 +29,7 @@ mod restarts;
 mod segment_sizes;
 mod sessions;
 mod shutdown;
+mod state_files;
 mod streaming;
 mod timeouts;
 mod upstream_slot;

@@ -6,7 +6,7 @@ use rustix::process::Signal;
 
 use crate::support::MB;
 use crate::support::faults::{Faults, SmallDisk};
-use crate::support::lab::{Installation, may_mount};
+use crate::support::lab::{Installation, chosen_majors, may_mount};
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::Proxy;
@@ -18,12 +18,20 @@ use crate::support::wait::{wait_at_most, wait_until};
 const STOP_MAX: Duration = Duration::from_secs(2);
 
 fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
-    let installation = Installation::any()?;
-    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    Some(chain_on(&Installation::any()?, prepare))
+}
+
+fn chain_on(installation: &Installation, prepare: impl FnOnce(Relay) -> Relay) -> (Postgres, Proxy, Relay) {
+    let primary = Settings::new().segment_size_mb(1).start(installation);
     let proxy = Proxy::to(primary.port);
     let mut relay = prepare(Relay::new("relay", proxy.port));
     relay.start();
-    Some((primary, proxy, relay))
+    (primary, proxy, relay)
+}
+
+/// A walsender's rules for the end of a shutdown differ from major to major.
+fn on_every_major(test: impl Fn(Installation)) {
+    chosen_majors().into_iter().filter_map(Installation::of).for_each(test);
 }
 
 /// Stops the primary and holds it to the limit. How often the relay told its positions meanwhile is bounded too: the
@@ -39,14 +47,16 @@ fn stops_in_time(primary: &mut Postgres, proxy: &Proxy) {
 
 #[test]
 fn the_primary_stops_at_once_with_an_idle_relay_that_then_has_everything() {
-    let Some((mut primary, proxy, relay)) = chain(|relay| relay) else { return };
-    write_wal(&primary, MB);
-    stops_in_time(&mut primary, &proxy);
-    // The shutdown checkpoint too: a switchover depends on it.
-    let delivered = proxy.passed(|passed| passed.delivered);
-    relay.wait_flushed(delivered);
-    primary.start();
-    assert_eq!(crate::support::compare::assert_same_wal(&relay.wal_dir(), &primary, delivered) % MB, 0);
+    on_every_major(|installation| {
+        let (mut primary, proxy, relay) = chain_on(&installation, |relay| relay);
+        write_wal(&primary, MB);
+        stops_in_time(&mut primary, &proxy);
+        // The shutdown checkpoint too: a switchover depends on it.
+        let delivered = proxy.passed(|passed| passed.delivered);
+        relay.wait_flushed(delivered);
+        primary.start();
+        assert_eq!(crate::support::compare::assert_same_wal(&relay.wal_dir(), &primary, delivered) % MB, 0);
+    });
 }
 
 #[test]
@@ -64,12 +74,14 @@ fn the_primary_stops_at_once_under_load() {
 
 #[test]
 fn the_primary_stops_at_once_while_the_relays_sync_hangs() {
-    let faults = Faults::new();
-    let Some((mut primary, proxy, _relay)) = chain(|relay| relay.with_faults(&faults)) else { return };
-    faults.set("sync_slow", 15_000);
-    write_wal(&primary, 2 * MB);
-    stops_in_time(&mut primary, &proxy);
-    faults.clear("sync_slow");
+    on_every_major(|installation| {
+        let faults = Faults::new();
+        let (mut primary, proxy, _relay) = chain_on(&installation, |relay| relay.with_faults(&faults));
+        faults.set("sync_hangs", 0);
+        write_wal(&primary, 2 * MB);
+        stops_in_time(&mut primary, &proxy);
+        faults.clear("sync_hangs");
+    });
 }
 
 #[test]

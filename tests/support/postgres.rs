@@ -226,7 +226,10 @@ impl Postgres {
         std::fs::write(path, format!("{rules}\n{rest}")).unwrap();
         self.reload();
         wait_until("the rules to hold", || {
-            RawClient::login(self.port, &[("user", user), ("replication", "true")]).is_err()
+            let mut client = RawClient::connect(self.port).unwrap();
+            client.send_startup(&[("user", user), ("replication", "true")]).unwrap();
+            let answer = client.read_message(Duration::from_secs(10)).unwrap();
+            answer.is_some_and(|answer| answer.kind == b'E' || answer.body[..] != 0_u32.to_be_bytes())
         });
     }
 

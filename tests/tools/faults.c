@@ -8,11 +8,13 @@
  *   sync_lies      they return success and do nothing
  *   sync_slow      they take that many milliseconds
  *   sync_hangs     they return when the fault is switched off
+ *   sync_dir_fails fsync of a directory fails with EIO
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
  *   read_only      whatever would change a file fails with EROFS, as after the kernel has remounted the file system
  *   send_faults    sending that many bytes or more at once to a socket fails with EFAULT: how the kernel tells that a page of
  *                  a mapped file had to be read again and could not be
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
+ *   open_denied    opening a file to read it fails with EACCES
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
  * sync, write, create, rename, unlink.
@@ -91,6 +93,8 @@ static int spoiled_sync(int fd, int (*real)(int)) {
   if (after < 0) atomic_store(&seen, 0);
   else if (atomic_fetch_add(&seen, 1) >= after) { errno = EIO; return -1; }
   if (trigger("sync_full") >= 0) { errno = ENOSPC; return -1; }
+  struct stat status;
+  if (trigger("sync_dir_fails") >= 0 && fstat(fd, &status) == 0 && S_ISDIR(status.st_mode)) { errno = EIO; return -1; }
   long slow = trigger("sync_slow");
   if (slow > 0) nanosleep(&(struct timespec){slow / 1000, slow % 1000 * 1000000}, NULL);
   while (trigger("sync_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
@@ -171,6 +175,10 @@ int madvise(void *start, size_t size, int advice) {
   return NEXT(madvise)(start, size, advice);
 }
 
+static int denied(int flags) {
+  return (flags & (O_ACCMODE | O_CREAT | O_DIRECTORY)) == O_RDONLY && trigger("open_denied") >= 0;
+}
+
 #define SPOILED_OPEN(name)                                                                  \
   int name(const char *path, int flags, ...) {                                              \
     va_list rest;                                                                           \
@@ -178,6 +186,7 @@ int madvise(void *start, size_t size, int advice) {
     mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(rest, mode_t) : 0;                 \
     va_end(rest);                                                                           \
     if ((flags & O_ACCMODE) != O_RDONLY && below(path) && read_only()) return -1;           \
+    if (below(path) && denied(flags)) { errno = EACCES; return -1; }                        \
     if (!(flags & O_CREAT) || !below(path)) return NEXT(name)(path, flags, mode);           \
     if (full()) return -1;                                                                  \
     step("create", "before");                                                               \
