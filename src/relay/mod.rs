@@ -354,3 +354,23 @@ const CLIENT_TCP_OPTIONS: TcpOptions = TcpOptions {
 
 /// Time in which everything stops after a signal.
 const STOP_TIME_MAX: Duration = Duration::from_secs(8);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_whose_machine_vanished_is_asked_for_by_the_kernel() {
+        let address = crate::config::ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
+        let listener = Listener::bind(&address).await.unwrap();
+        let client = tokio::net::TcpStream::connect(listener.tcp_address().unwrap()).await.unwrap();
+        let (socket, _) = listener.accept(&CLIENT_TCP_OPTIONS).await.unwrap();
+        let crate::net::Socket::Tcp(stream) = &socket else { panic!("{socket:?}") };
+        let asked = socket2::SockRef::from(stream);
+        assert!(asked.keepalive().unwrap());
+        assert_eq!(asked.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+        assert_eq!(asked.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
+        assert_eq!(asked.tcp_keepalive_retries().unwrap(), 6);
+        drop(client);
+    }
+}

@@ -2,11 +2,12 @@
 //!
 //! Most answers are compared with what the primary itself says to the same words.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::raw::{
     Event, Message, RawClient, ServerError, columns_of, error_in, identify_system, rows_of, tags_of,
 };
@@ -90,6 +91,37 @@ const SAME_ANSWER: &[&str] = &[
     "DROP_REPLICATION_SLOT slot_a",
     "DROP_REPLICATION_SLOT slot_a",
 ];
+
+#[test]
+fn files_are_made_as_readable_as_the_primarys() {
+    let Some(installation) = Installation::any() else { return };
+    let mut primary = Settings::new().segment_size_mb(1).start(&installation);
+    primary.stop(Stop::Fast);
+    std::fs::set_permissions(primary.data(), std::fs::Permissions::from_mode(0o750)).unwrap();
+    primary.start();
+    let relay = Relay::streaming_from("relay", primary.port);
+    let told = [primary.port, relay.port]
+        .map(|port| RawClient::replication(port).unwrap().rows("SHOW data_directory_mode").unwrap());
+    assert_eq!(told[0], [[Some("0750".to_owned())]]);
+    assert_eq!(told[1], told[0]);
+}
+
+#[test]
+fn a_clients_name_is_shown_as_the_primary_shows_it() {
+    let names =
+        ["dc2_a".to_owned(), "d\u{fc}\n\u{7f}c".to_owned(), "a".repeat(100), "a".repeat(62) + "\u{fc}\u{fc}"];
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (primary, relay) = pair(&installation);
+        for name in &names {
+            let parameters = [("user", "postgres"), ("replication", "true"), ("application_name", name)];
+            let shown = [relay.port, primary.port].map(|port| {
+                RawClient::login(port, &parameters).unwrap().parameters.remove("application_name")
+            });
+            assert_eq!(shown[0], shown[1], "PostgreSQL {major}: {name:?}");
+        }
+    }
+}
 
 #[test]
 fn the_login_tells_the_primarys_parameters() {
