@@ -183,9 +183,9 @@ pub(super) fn parse_timeout(text: &str) -> Option<Option<Duration>> {
 /// A client's text as PostgreSQL keeps names: at most 63 bytes, of which those that are not printable ASCII are replaced
 /// (`pg_clean_ascii`), since 16 in a way that shows what they were.
 pub(super) fn clean_ascii(text: &str, server: &Server) -> String {
-    let end = text.floor_char_boundary(NAME_BYTES_MAX);
     let mut clean = String::new();
-    for byte in text.bytes().take(end) {
+    // Before a database is chosen a character is a byte.
+    for byte in text.bytes().take(NAME_BYTES_MAX) {
         match byte {
             b' '..=b'~' => clean.push(char::from(byte)),
             _ if server.is_at_least(16) => clean.push_str(&format!("\\x{byte:02x}")),
@@ -229,9 +229,9 @@ mod tests {
         assert_eq!(clean_ascii("dc2\n\u{1b}[1m", &old), "dc2??[1m");
         assert_eq!(clean_ascii("dc2\nü", &new), "dc2\\x0a\\xc3\\xbc");
         assert_eq!(clean_ascii(&"a".repeat(100), &old).len(), 63);
-        // No character is cut in two, and what it is replaced by is not cut at all.
-        let text = "a".repeat(61) + "üü";
-        assert_eq!(clean_ascii(&text, &old), "a".repeat(61) + "??");
-        assert_eq!(clean_ascii(&text, &new), "a".repeat(61) + "\\xc3\\xbc");
+        // What is cut is the name as it came.
+        let text = "a".repeat(62) + "ü";
+        assert_eq!(clean_ascii(&text, &old), "a".repeat(62) + "?");
+        assert_eq!(clean_ascii(&text, &new), "a".repeat(62) + "\\xc3");
     }
 }
