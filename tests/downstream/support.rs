@@ -32,8 +32,8 @@ use walrelay::{
         replication::{PrimaryMessage, StandbyStatusUpdate},
     },
     store::{
-        self, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk, ServerFacts, Store,
-        StoreSettings, WalWriter,
+        self, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk, ServerFacts,
+        Store, StoreSettings, WalWriter,
     },
     wal::{Lsn, PgTimestamp, TimelineId, builder::WalBuilder},
 };
@@ -179,15 +179,20 @@ impl Relay {
 
     /// Adds records of about `bytes` bytes in all, and gives them to the store.
     pub(crate) fn grow(&mut self, bytes: usize) -> Lsn {
+        self.try_grow(bytes).unwrap()
+    }
+
+    /// The same with a store that may have failed.
+    pub(crate) fn try_grow(&mut self, bytes: usize) -> Result<Lsn, AppendError> {
         let until = self.wal.end().advance(bytes as u64);
         while self.wal.end() < until {
             self.wal.noise(700);
         }
         let new = Bytes::copy_from_slice(self.wal.slice(self.fed, self.wal.end()));
-        self.writer.append(self.fed, new, BlockId(self.fed.get())).unwrap();
+        self.writer.append(self.fed, new, BlockId(self.fed.get()))?;
         self.writer.submit();
         self.fed = self.wal.end();
-        self.fed
+        Ok(self.fed)
     }
 
     pub(crate) fn start_lsn(&self) -> Lsn {
