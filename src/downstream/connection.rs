@@ -14,6 +14,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes, BytesMut};
+use rustix::{fs::MemfdFlags, io::retry_on_intr};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use crate::protocol::{DecodeError, QUERY_BYTES_MAX, STARTUP_PACKET_BYTES_MAX, frontend};
@@ -199,14 +200,30 @@ impl Outgoing {
 
     /// Copies everything into memory of its own: a client that takes nothing must not hold the store's memory. Returns how
     /// many bytes.
-    pub(super) fn detach(&mut self) -> u64 {
-        let mut own = BytesMut::with_capacity(self.bytes);
-        self.pieces.drain(..).for_each(|piece| own.extend_from_slice(&piece));
-        own.extend_from_slice(&self.control);
-        self.control.clear();
-        let copied = own.len() as u64;
+    ///
+    /// A piece may be of a file whose pages were evicted since it was brought in. The kernel does the copying: where such
+    /// a page cannot be read again it answers with an error, and touching it would be a signal that ends the process.
+    pub(super) fn detach(&mut self) -> io::Result<u64> {
+        self.seal_control();
+        let copy = rustix::fs::memfd_create("walrelay unsent", MemfdFlags::CLOEXEC)?;
+        for piece in &self.pieces {
+            let mut rest = piece.as_ref();
+            while !rest.is_empty() {
+                let written = retry_on_intr(|| rustix::io::write(&copy, rest))?;
+                rest = rest.get(written..).unwrap_or_default();
+            }
+        }
+        let mut own = BytesMut::zeroed(self.bytes);
+        let mut filled = 0;
+        while let Some(space) = own.get_mut(filled..).filter(|space| !space.is_empty()) {
+            match retry_on_intr(|| rustix::io::pread(&copy, &mut *space, filled as u64))? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                read => filled += read,
+            }
+        }
+        self.pieces.clear();
         self.pieces.push_back(own.freeze());
-        copied
+        Ok(filled as u64)
     }
 
     fn seal_control(&mut self) {
@@ -268,7 +285,10 @@ const _: () = assert!(STARTUP_PACKET_BYTES_MAX < INCOMING_BYTES_MAX);
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::store::{Disk, RealDisk};
 
     #[tokio::test]
     async fn pieces_and_messages_go_out_in_order_through_a_narrow_pipe() {
@@ -312,8 +332,23 @@ mod tests {
         assert!(outgoing.pieces.len() <= UNSENT_PIECES_MAX + 2);
         let bytes = outgoing.bytes;
         outgoing.encode(|out| out.extend_from_slice(b"tail"));
-        outgoing.detach();
+        assert_eq!(outgoing.detach().unwrap(), bytes as u64 + 4);
         assert_eq!((outgoing.pieces.len(), outgoing.bytes), (1, bytes + 4));
         assert!(outgoing.has_room());
+    }
+    #[test]
+    fn a_page_that_is_gone_is_an_error_and_not_the_end_of_the_process() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 16).unwrap();
+        let mapping = RealDisk.map(file.path(), 1 << 16).unwrap();
+        let wal = || mapping.slice(0..1 << 16, Arc::new(())).unwrap();
+        let mut outgoing = Outgoing::default();
+        outgoing.push_wal(b"header", vec![wal()]);
+        assert_eq!(outgoing.detach().unwrap(), 6 + (1 << 16));
+        assert_eq!(outgoing.pieces, [[&b"header"[..], &[0; 1 << 16]].concat()]);
+        outgoing.push_wal(b"header", vec![wal()]);
+        // As if the disk could not give them back.
+        file.as_file().set_len(0).unwrap();
+        assert_eq!(outgoing.detach().unwrap_err().raw_os_error(), Some(libc::EFAULT));
     }
 }

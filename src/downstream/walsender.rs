@@ -257,7 +257,7 @@ impl<S: Stream> WalSender<'_, S> {
             }
             Event::Deadline => {
                 self.sender.handle_timeout(now);
-                self.detach_if_stalled(run, now);
+                self.detach_if_stalled(run, now)?;
             }
             Event::Stop => {
                 run.is_stopping = true;
@@ -351,11 +351,12 @@ impl<S: Stream> WalSender<'_, S> {
         }
     }
 
-    fn detach_if_stalled(&mut self, run: &mut Run, now: Instant) {
+    fn detach_if_stalled(&mut self, run: &mut Run, now: Instant) -> Result<(), ConnectionError> {
         if !run.is_detached && run.unsent_since.is_some_and(|since| now >= since + DETACH_AFTER) {
-            self.context.metrics.copied_bytes.increment(self.connection.outgoing.detach());
+            self.context.metrics.copied_bytes.increment(self.connection.outgoing.detach()?);
             run.is_detached = true;
         }
+        Ok(())
     }
 
     fn publish(&self) {
