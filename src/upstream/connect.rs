@@ -295,6 +295,7 @@ pub(crate) async fn start_streaming(
         start: Some(start),
         kind: StreamKind::Physical { timeline: Some(plan.timeline) },
     });
+    let tells_invalidation = connected.facts.version_num >= INVALIDATION_TOLD_SINCE;
     match connected.dialog.start_copy(&command).await {
         Ok((socket, already_read)) => {
             let held_end = plan.held_end;
@@ -302,7 +303,8 @@ pub(crate) async fn start_streaming(
         }
         Err(StartCopyError::Refused(dialog, error)) => {
             dialog.terminate().await;
-            if error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
+            if tells_invalidation
+                && error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
                 && let Some(slot) = &settings.slot
             {
                 return Err(UpstreamError::SlotInvalidated { slot: slot.clone(), source: error });
@@ -328,6 +330,10 @@ pub(crate) fn stream_refused(error: ServerError, held_end: Lsn) -> UpstreamError
 /// Longest time for the questions that are asked of a server that has let us in, before WAL flows; each answer has its own,
 /// but a server could take that for every one of them.
 pub(crate) const OPENING_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// First version that refuses to stream by a slot that was invalidated. Before, the same code means that the slot is a logical
+/// one, which since then is refused when the slot is looked at.
+const INVALIDATION_TOLD_SINCE: u32 = 180_000;
 
 /// Settings of the upstream that clients ask of the relay.
 const MIRRORED_SETTINGS: &[&str] =

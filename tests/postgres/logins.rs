@@ -4,6 +4,7 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use crate::support::MB;
+use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
@@ -16,7 +17,10 @@ use crate::support::wait::wait_until;
 fn guarded(installation: &Installation) -> Postgres {
     let primary = Settings::new().segment_size_mb(1).start(installation);
     primary.sql("set password_encryption = 'md5'; create role by_md5 replication login password 'secret'");
-    primary.sql("create role by_scram replication login password 'secret'");
+    // Before 14 that was the default.
+    primary.sql(
+        "set password_encryption = 'scram-sha-256'; create role by_scram replication login password 'secret'",
+    );
     primary.sql("create role in_clear replication login password 'secret'");
     let rules = "host replication by_md5 127.0.0.1/32 md5\n\
         host replication by_scram 127.0.0.1/32 scram-sha-256\n\
@@ -101,6 +105,20 @@ fn the_host_with_the_wanted_session_attributes_is_found() {
         );
         assert_eq!(relay.status()["upstream"]["is_writable"], attributes != "standby");
     }
+}
+
+#[test]
+fn a_resolver_that_hangs_holds_up_one_host_and_not_the_others() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let faults = Faults::new();
+    faults.set("resolver_hangs", 0);
+    let conninfo = format!("host=localhost,127.0.0.1 port={} user=postgres connect_timeout=2", primary.port);
+    let mut relay = Relay::new("relay", 1).with_conninfo(&conninfo).with_faults(&faults);
+    relay.start();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    assert!(relay.terminate().success(), "the lookup that hangs holds up the end");
 }
 
 #[test]
@@ -215,7 +233,7 @@ fn a_login_without_channel_binding_is_refused_where_it_is_required() {
 fn the_password_appears_nowhere() {
     let Some(installation) = Installation::any() else { return };
     let primary = Settings::new().segment_size_mb(1).start(&installation);
-    primary.sql("create role canary replication login password 'canary-4711'");
+    primary.sql("set password_encryption = 'scram-sha-256'; create role canary replication login password 'canary-4711'");
     primary.demand("host replication canary 127.0.0.1/32 scram-sha-256", "canary");
     let conninfo = at(primary.port, "user=canary password=canary-4711");
     let mut relay = Relay::new("canary", 1).with_conninfo(&conninfo).with("log.level", "\"trace\"");

@@ -11,8 +11,9 @@ use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
 
-fn arrives_everywhere(segment_size_mb: u64, write: impl FnOnce(&Postgres)) {
-    let Some(installation) = Installation::any() else { return };
+/// `turn` chooses the major.
+fn arrives_everywhere(turn: usize, segment_size_mb: u64, write: impl FnOnce(&Postgres)) {
+    let Some(installation) = Installation::in_turn(turn) else { return };
     let primary =
         Settings::new().segment_size_mb(segment_size_mb).line("max_wal_size = 2GB").start(&installation);
     let segment_bytes = segment_size_mb * MB;
@@ -35,22 +36,22 @@ fn arrives_everywhere(segment_size_mb: u64, write: impl FnOnce(&Postgres)) {
 
 #[test]
 fn segments_of_1_mb() {
-    arrives_everywhere(1, |primary| write_wal(primary, 10 * MB));
+    arrives_everywhere(1, 1, |primary| write_wal(primary, 10 * MB));
 }
 
 #[test]
 fn segments_of_16_mb() {
-    arrives_everywhere(16, |primary| write_wal(primary, 40 * MB));
+    arrives_everywhere(2, 16, |primary| write_wal(primary, 40 * MB));
 }
 
 #[test]
 fn segments_of_64_mb() {
-    arrives_everywhere(64, |primary| write_wal(primary, 80 * MB));
+    arrives_everywhere(0, 64, |primary| write_wal(primary, 80 * MB));
 }
 
 #[test]
 fn a_record_longer_than_several_segments() {
-    arrives_everywhere(1, |primary| {
+    arrives_everywhere(2, 1, |primary| {
         for megabytes in [1, 3, 9] {
             primary.sql(&format!(
                 "select pg_logical_emit_message(false, 'long', repeat('x', {megabytes} * 1024 * 1024 + 13))"
@@ -61,7 +62,7 @@ fn a_record_longer_than_several_segments() {
 
 #[test]
 fn records_that_end_exactly_where_pages_and_segments_end() {
-    arrives_everywhere(1, |primary| {
+    arrives_everywhere(1, 1, |primary| {
         // Messages of every length modulo 8 KiB in steps that meet each alignment, over several segments.
         primary.sql("select pg_logical_emit_message(false, 'step', repeat('y', 8 * (i % 1031))) from generate_series(1, 2500) i");
         for _ in 0..3 {
@@ -82,7 +83,7 @@ fn fill_segment_exactly(primary: &Postgres) {
 
 #[test]
 fn a_storm_of_pg_switch_wal() {
-    arrives_everywhere(1, |primary| {
+    arrives_everywhere(0, 1, |primary| {
         let load = Load::start(primary, Duration::from_millis(1));
         for _ in 0..60 {
             primary.switch_wal();
@@ -97,7 +98,7 @@ fn a_storm_of_pg_switch_wal() {
 
 #[test]
 fn a_storm_of_pg_switch_wal_with_large_segments() {
-    arrives_everywhere(16, |primary| {
+    arrives_everywhere(2, 16, |primary| {
         for _ in 0..8 {
             primary.sql("select pg_logical_emit_message(true, 'one', 'x')");
             primary.switch_wal();

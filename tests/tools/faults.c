@@ -15,6 +15,7 @@
  *                  a mapped file had to be read again and could not be
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *   open_denied    opening a file to read it fails with EACCES
+ *   resolver_hangs names are looked up when the fault is switched off
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
  * sync, write, create, rename, unlink.
@@ -24,6 +25,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <netdb.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -214,4 +216,9 @@ int unlink(const char *path) {
   int result = NEXT(unlink)(path);
   step("unlink", "after");
   return result;
+}
+
+int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+  while (trigger("resolver_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
+  return NEXT(getaddrinfo)(node, service, hints, found);
 }
