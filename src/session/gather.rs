@@ -28,17 +28,24 @@ pub struct Gathering {
     since: Option<Instant>,
     /// Bytes that are not handed over.
     bytes: u64,
+    /// The upstream has asked how far we are.
+    is_asked: bool,
 }
 
 impl Gathering {
     /// Nothing was received.
     pub fn new() -> Self {
-        Self { upstream_end: Lsn::MIN, since: None, bytes: 0 }
+        Self { upstream_end: Lsn::MIN, since: None, bytes: 0, is_asked: false }
     }
 
     /// The upstream has WAL up to `end`.
     pub fn handle_upstream_end(&mut self, end: Lsn) {
         self.upstream_end = end;
+    }
+
+    /// The upstream wants an answer: what is there becomes durable at once.
+    pub fn handle_question(&mut self) {
+        self.is_asked = true;
     }
 
     /// `bytes` of WAL arrived.
@@ -50,9 +57,8 @@ impl Gathering {
     pub fn decide(&mut self, now: Instant, received: Lsn) -> HandOver {
         let is_far_behind = self.upstream_end.bytes_since(received) >= FAR_BEHIND_BYTES;
         let since = *self.since.get_or_insert(now);
-        if !is_far_behind || now.saturating_duration_since(since) >= GATHER_TIME_MAX {
-            self.since = None;
-            self.bytes = 0;
+        if !is_far_behind || self.is_asked || now.saturating_duration_since(since) >= GATHER_TIME_MAX {
+            (self.since, self.bytes, self.is_asked) = (None, 0, false);
             return HandOver::Now;
         }
         if self.bytes >= HAND_OVER_BYTES {
@@ -117,6 +123,11 @@ mod tests {
         assert_eq!(gathering.decide(now, lsn(HAND_OVER_BYTES + 1)), HandOver::MoreFollows);
         assert_eq!(gathering.deadline(), Some(now + GATHER_TIME_MAX), "the sync may still wait");
         assert_eq!(gathering.decide(now + GATHER_TIME_MAX, lsn(HAND_OVER_BYTES + 1)), HandOver::Now);
+        gathering.handle_received(1);
+        gathering.handle_question();
+        assert_eq!(gathering.decide(now, lsn(HAND_OVER_BYTES + 2)), HandOver::Now, "asked for");
+        gathering.handle_received(1);
+        assert_eq!(gathering.decide(now, lsn(HAND_OVER_BYTES + 3)), HandOver::Wait, "answered");
         gathering.handle_received(1);
         assert_eq!(gathering.decide(now, lsn((100 << 20) - FAR_BEHIND_BYTES + 1)), HandOver::Now);
     }

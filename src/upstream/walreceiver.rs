@@ -248,6 +248,9 @@ impl<'a> WalReceiver<'a> {
         if let Some(wal_end) = keepalive.wal_end {
             self.note_wal_end(wal_end);
         }
+        if keepalive.reply_requested {
+            self.gathering.handle_question();
+        }
         self.session.handle_keepalive(Instant::now(), keepalive.wal_end, keepalive.reply_requested);
     }
 
