@@ -102,3 +102,12 @@ pub(crate) fn write_wal(primary: &Postgres, bytes: u64) {
         "insert into filler select repeat(md5(i::text), 250) from generate_series(1, {rows}) i"
     ));
 }
+
+/// As `write_wal`, in long records and without a table that grows.
+pub(crate) fn emit_wal(primary: &Postgres, bytes: u64) {
+    let record_bytes = 300_000;
+    let records = bytes / record_bytes + 1;
+    primary.sql(&format!(
+        "select count(pg_logical_emit_message(false, 'load', repeat('x', {record_bytes}))) from generate_series(1, {records})"
+    ));
+}

@@ -8,11 +8,19 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::faults::SmallDisk;
-use super::load::Load;
-use super::lsn_text;
+use super::load::{Load, emit_wal};
 use super::postgres::Postgres;
 use super::proxy::Proxy;
 use super::raw::RawClient;
+use super::{MB, lsn_text};
+
+/// Between two transactions: some megabytes a second, so that the receiver keeps up, and the power goes while it waits for
+/// the newest byte.
+const LOAD_PAUSE: Duration = Duration::from_millis(5);
+
+/// One round in so many finds the receiver far behind, and the power goes while it catches up.
+const BURSTS_EVERY: u64 = 3;
+const BURST_BYTES: u64 = 48 * MB;
 
 /// What is put to the test.
 pub(crate) trait Receiver {
@@ -46,10 +54,13 @@ impl PowerCuts<'_> {
     /// Cuts the power `cuts` times; ends early at the first loss when `stop_at_loss`.
     pub(crate) fn run(&self, receiver: &mut dyn Receiver, cuts: u32, stop_at_loss: bool) -> Outcome {
         let mut disk = SmallDisk::of_megabytes(self.disk_megabytes);
-        let load = Load::start(self.primary, Duration::ZERO);
+        let load = Load::start(self.primary, LOAD_PAUSE);
         let mut outcome = Outcome::default();
         let mut chance = Chance::seeded();
         for cut in 1..=cuts {
+            if chance.between(0, BURSTS_EVERY) == 0 {
+                emit_wal(self.primary, BURST_BYTES);
+            }
             self.proxy.open();
             receiver.start(disk.path());
             let before = outcome.acknowledged;
