@@ -26,6 +26,8 @@ pub(super) struct Course {
     pub(super) beginning: Beginning,
     /// The slot was created when our end was this.
     pub(super) slot_created_at: Option<Lsn>,
+    /// Where it kept WAL from when it was created: still there, nothing was acknowledged by it.
+    pub(super) slot_created_with: Option<Lsn>,
     /// The slot that was created keeps nothing that we need.
     pub(super) slot_to_drop: bool,
     /// No slot is created while our end is this: the WAL that follows is gone.
@@ -49,6 +51,7 @@ impl Course {
             refused: None,
             beginning: Beginning::AsPlanned,
             slot_created_at: None,
+            slot_created_with: None,
             slot_to_drop: false,
             slot_in_vain_at: None,
             replaces: None,

@@ -236,9 +236,18 @@ impl Upstream {
             slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
         }
         match slot.origin {
-            SlotOrigin::Created => course.slot_created_at = held_end,
+            SlotOrigin::Created => {
+                course.slot_created_at = held_end;
+                course.slot_created_with = slot.restart_lsn;
+            }
             // The last attempt may have created it, and got no further.
             SlotOrigin::Found if held_end.is_some() && course.slot_created_at == held_end => {
+                slot.origin = SlotOrigin::Created;
+            }
+            SlotOrigin::Found
+                if course.slot_created_with.is_some_and(|lsn| slot.restart_lsn == Some(lsn)) =>
+            {
+                course.slot_created_at = None;
                 slot.origin = SlotOrigin::Created;
             }
             SlotOrigin::Found | SlotOrigin::Unknown => course.slot_created_at = None,

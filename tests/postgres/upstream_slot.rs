@@ -112,6 +112,32 @@ fn a_slot_that_was_idle_for_too_long_is_made_again_and_nothing_is_lost() {
 }
 
 #[test]
+fn a_slot_that_was_made_again_ahead_of_the_relay_tells_of_no_loss() {
+    let Some(installation) = Installation::since(15) else { return };
+    let faults = Faults::new();
+    let chain = cut_off(&installation, Settings::new(), |relay| relay.with_faults(&faults));
+    let Chain { primary, proxy, relay } = chain;
+    primary.sql("select pg_drop_replication_slot('relay')");
+    write_wal(&primary, 4 * MB);
+    // The new slot begins with the last checkpoint, and all before it is still to come.
+    primary.checkpoint();
+    faults.set("sync_hangs", 0);
+    proxy.open();
+    primary.wait_for_sql("select active from pg_replication_slots", "t");
+    let sessions = relay.status()["upstream"]["sessions"].clone();
+    proxy.cut();
+    wait_until("the next session", || {
+        let status = relay.status();
+        status["upstream"]["sessions"].as_u64() > sessions.as_u64()
+            && status["upstream"]["state"] == "streaming"
+    });
+    assert!(!relay.log().contains("has been lost here"));
+    assert!(!relay.needs_attention());
+    faults.clear("sync_hangs");
+    relay.wait_flushed(primary.flushed());
+}
+
+#[test]
 fn a_logical_slot_of_the_same_name_is_left_alone() {
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
