@@ -8,7 +8,7 @@ use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Verdict, wal_in};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 
@@ -118,19 +118,23 @@ fn a_slot_that_was_made_again_ahead_of_the_relay_tells_of_no_loss() {
     let chain = cut_off(&installation, Settings::new(), |relay| relay.with_faults(&faults));
     let Chain { primary, proxy, relay } = chain;
     primary.sql("select pg_drop_replication_slot('relay')");
+    let held = relay.flushed();
     write_wal(&primary, 4 * MB);
     // The new slot begins with the last checkpoint, and all before it is still to come.
     primary.checkpoint();
+    // The session ends on the way there, with nothing acknowledged.
     faults.set("sync_hangs", 0);
-    proxy.open();
-    primary.wait_for_sql("select active from pg_replication_slots", "t");
-    let sessions = relay.status()["upstream"]["sessions"].clone();
-    proxy.cut();
-    wait_until("the next session", || {
-        let status = relay.status();
-        status["upstream"]["sessions"].as_u64() > sessions.as_u64()
-            && status["upstream"]["state"] == "streaming"
+    let mut cut = false;
+    proxy.edit(move |message| match wal_in(message) {
+        Some((start, wal)) if !cut && start + wal.len() as u64 > held + MB => {
+            cut = true;
+            Verdict::Cut
+        }
+        _ => Verdict::Forward,
     });
+    proxy.open();
+    wait_until("the session after that", || proxy.passed(|passed| passed.starts.len()) >= 3);
+    wait_until("it to stream", || relay.status()["upstream"]["sessions"].as_u64() >= Some(3));
     assert!(!relay.log().contains("has been lost here"));
     assert!(!relay.needs_attention());
     faults.clear("sync_hangs");
