@@ -97,7 +97,8 @@ impl DownstreamContext {
 
     /// Whether clients are let in: an upstream was heard once, and there is WAL to serve, wherever the upstream is now.
     pub fn can_serve(&self) -> bool {
-        Server::of(self).is_some()
+        let is_held = |oldest| self.store.positions().is_some_and(|positions| oldest < positions.verified);
+        Server::of(self).is_some() && self.store.oldest().is_some_and(is_held)
     }
 
     fn streaming(&self) -> Streaming<'_> {

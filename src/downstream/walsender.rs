@@ -240,6 +240,9 @@ impl<S: Stream> WalSender<'_, S> {
         match event {
             Event::Exchanged(Exchanged::Received) => return self.take_messages(run, now),
             Event::Exchanged(Exchanged::Sent) => {
+                if run.unsent_since.is_some_and(|since| now.duration_since(since) > RESIDENCY_TRUST_MAX) {
+                    self.reader.forget_residency();
+                }
                 (run.unsent_since, run.is_detached) = (None, false);
                 self.sender.handle_drained();
                 self.publish();
@@ -408,6 +411,9 @@ pub(super) fn now() -> Instant {
 fn timestamp() -> PgTimestamp {
     PgTimestamp::from_system_time(SystemTime::now())
 }
+
+/// WAL that was found in memory is believed to be there still for so long.
+const RESIDENCY_TRUST_MAX: Duration = Duration::from_millis(100);
 
 /// Time for which a client may take nothing before what waits for it is copied out of the store's memory.
 const DETACH_AFTER: Duration = Duration::from_secs(1);

@@ -49,6 +49,7 @@ pub(super) fn fit(
     if allowed < needed {
         return Err(TooFewDescriptors { allowed, needed });
     }
+    let configured = settings.unauthenticated_max;
     let budget = allowed - set_aside;
     // Strangers must not take the place of standbys, nor keep them out.
     let strangers = settings.unauthenticated_max.min((budget / STRANGERS_SHARE).max(1));
@@ -57,7 +58,10 @@ pub(super) fn fit(
     settings.unauthenticated_per_address_max = settings.unauthenticated_per_address_max.min(strangers);
     let wanted = settings.max_wal_senders;
     if sessions < wanted {
-        let limit = needed - SESSION_DESCRIPTORS - 1 + strangers + wanted.saturating_mul(SESSION_DESCRIPTORS);
+        // Strangers get what is configured once they are no larger a share than that of everything.
+        let for_strangers = configured.saturating_mul(STRANGERS_SHARE);
+        let for_both = configured.saturating_add(wanted.saturating_mul(SESSION_DESCRIPTORS));
+        let limit = set_aside.saturating_add(for_strangers.max(for_both));
         tracing::warn!(
             max_wal_senders = wanted,
             possible = sessions,
@@ -73,8 +77,8 @@ pub(super) fn fit(
 const PROCESS_DESCRIPTORS: usize = 16;
 /// State files, directories, and segments that are being written; one record may extend over many.
 const STORE_DESCRIPTORS: usize = 48;
-/// A session's socket, and the two segments that it may read from while it passes from one to the next.
-const SESSION_DESCRIPTORS: usize = 3;
+/// A session's socket, the segment that waits to be sent, the one that is read, and the next one, read ahead.
+const SESSION_DESCRIPTORS: usize = 4;
 /// Clients that are not authenticated get at most this fraction of what clients can have.
 const STRANGERS_SHARE: usize = 4;
 
@@ -116,13 +120,13 @@ mod tests {
     #[test]
     fn what_is_wanted_is_given_where_it_fits() {
         assert_eq!(fitted(usize::MAX), Ok([64, 64, 16]));
-        assert_eq!(fitted(100 + 256 + 192), Ok([64, 64, 16]));
+        assert_eq!(fitted(100 + 64 + 64 * 4), Ok([64, 64, 16]));
     }
 
     #[test]
     fn clients_share_what_is_left_and_the_rest_is_not_touched() {
-        assert_eq!(fitted(140), Ok([10, 10, 10]));
-        assert_eq!(fitted(104), Ok([1, 1, 1]));
-        assert_eq!(fitted(103), Err(TooFewDescriptors { allowed: 103, needed: 104 }));
+        assert_eq!(fitted(148), Ok([9, 12, 12]));
+        assert_eq!(fitted(105), Ok([1, 1, 1]));
+        assert_eq!(fitted(104), Err(TooFewDescriptors { allowed: 104, needed: 105 }));
     }
 }

@@ -168,8 +168,10 @@ impl Disk for RealDisk {
         let len = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
         // SAFETY: The undefined behaviour to avoid is memory that changes under a `&[u8]`, and a fault on access.
         // Files of the store are never truncated, so every page of the mapping exists as long as the mapping does. Bytes
-        // are handed out (`slice`) only for ranges that were written before, and such ranges are never written again: a
+        // are handed out (`slice`) only for ranges that were written before, and such ranges are not written again: a
         // segment is recycled only when no `Mapping` of it is left. `Bytes` of ranges that are being written do not exist.
+        // The exception is what is unproven after a crash, which may be replaced once: whoever has it hands it to the
+        // kernel, which copies bytes whatever they are, and nobody computes with them.
         #[allow(unsafe_code, reason = "memmap2 serves reads; see the argument above")]
         let map = unsafe { memmap2::MmapOptions::new().len(len).map(&file)? };
         Ok(Arc::new(RealMapping { map: Arc::new(map), file }))

@@ -224,7 +224,8 @@ pub(super) struct Unsynced {
 impl Unsynced {
     pub(super) fn take(&self) -> Option<SyncJob> {
         let mut job = self.job.lock();
-        if job.is_empty() || job.may_wait() {
+        // Files of a batch that is being written are no use yet: its end is published with the last of them.
+        if job.written.is_none() || job.may_wait() {
             return None;
         }
         self.is_in_hand.store(true, Ordering::Release);

@@ -104,11 +104,18 @@ impl WalReader {
     pub fn ahead(&self, position: Lsn, limit: Lsn) -> Option<ColdRead> {
         let start = self.open.lock().brought_to?.max(position);
         let size = self.shared.segment_size().ok()?;
-        let wanted = position.advance(AHEAD_BYTES).min(limit);
+        // Not beyond the next segment: each is an open file.
+        let next_end = SegmentNo::holding(position, size).next().end(size);
+        let wanted = position.advance(AHEAD_BYTES).min(limit).min(next_end);
         let range = LsnRange::new(start, wanted.min(SegmentNo::holding(start, size).end(size)))?;
         let range = self.shared.tail.lock().locate(range).in_files?;
         let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
         Some(ColdRead { shared, timeline, range, open, purpose: Purpose::Ahead })
+    }
+
+    /// What was found in memory may have left since: the next read looks again. To be called after a wait.
+    pub fn forget_residency(&mut self) {
+        self.open.lock().resident = None;
     }
 
     fn read_files(&self, range: LsnRange) -> Option<Vec<Bytes>> {

@@ -73,9 +73,9 @@ impl Threads {
         let handles: Vec<_> = self.handles.lock().drain(..).collect();
         let signals = [&self.shared.queue.signal, &self.shared.unsynced.signal, &self.shared.keeper];
         for ((handle, stopping), signal) in handles.into_iter().zip(&*self.stopping).zip(signals) {
-            stopping.store(true, Ordering::Release);
             // What was written last may have waited for more, and nothing more is written.
             self.shared.unsynced.gather_no_more();
+            stopping.store(true, Ordering::Release);
             signal.notify();
             // A panic was reported where it happened.
             let _ = handle.join();

@@ -30,15 +30,17 @@ pub(super) struct Course {
     pub(super) slot_created_with: Option<Lsn>,
     /// The slot that was created keeps nothing that we need.
     pub(super) slot_to_drop: bool,
-    /// No slot is created while our end is this: the WAL that follows is gone.
-    pub(super) slot_in_vain_at: Option<Lsn>,
+    /// No slot is created at this host while our end is this: the WAL that follows is gone there.
+    pub(super) slot_in_vain_at: Option<(String, Lsn)>,
+    /// The host of the last session that came as far as the slot.
+    pub(super) host: Option<String>,
     /// The store was begun by this process although the slot had been in use up to here.
     pub(super) replaces: Option<Lsn>,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
     corrupt: Option<(Lsn, u32)>,
-    last_logged: Option<(String, Instant)>,
+    last_logged: Option<(Advice, String, Instant)>,
 }
 
 impl Course {
@@ -54,6 +56,7 @@ impl Course {
             slot_created_with: None,
             slot_to_drop: false,
             slot_in_vain_at: None,
+            host: None,
             replaces: None,
             refusals: 0,
             corrupt: None,
@@ -88,13 +91,12 @@ impl Course {
     }
 
     /// Whether an error is to be logged: another one than last time, or a while has passed.
-    pub(super) fn is_news(&mut self, text: &str) -> bool {
-        let repeated = self
-            .last_logged
-            .as_ref()
-            .is_some_and(|(last, at)| last == text && at.elapsed() < SAME_ERROR_LOG_INTERVAL);
+    pub(super) fn is_news(&mut self, advice: Advice, text: &str) -> bool {
+        let repeated = self.last_logged.as_ref().is_some_and(|(before, last, at)| {
+            *before == advice && last == text && at.elapsed() < SAME_ERROR_LOG_INTERVAL
+        });
         if !repeated {
-            self.last_logged = Some((text.to_owned(), Instant::now()));
+            self.last_logged = Some((advice, text.to_owned(), Instant::now()));
         }
         !repeated
     }

@@ -42,14 +42,18 @@ pub(crate) async fn check_newest(
     if timeline == TimelineId::FIRST {
         return Ok(NewestHistory { timeline, content: None, switch_lsn: Lsn::MIN });
     }
-    let content = fetch(&mut connected.dialog, timeline).await?;
+    // Whatever lies in a directory that belongs to no cluster yet is nobody's.
+    let held = if store.identity().is_some() { block_in_place(|| store.history(timeline))? } else { None };
+    let content = match (fetch(&mut connected.dialog, timeline).await, &held) {
+        (Err(UpstreamError::Server(error)), Some(held)) if error.is(SqlState::UNDEFINED_FILE) => {
+            tracing::warn!(%timeline, "the upstream has lost its own history file; the one held is used");
+            Bytes::from(held.clone())
+        }
+        (fetched, _) => fetched?,
+    };
     let history = TimelineHistory::parse(timeline, &content)?;
     let switch_lsn = history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn);
-    // Whatever lies in a directory that belongs to no cluster yet is nobody's.
-    if store.identity().is_some()
-        && let Some(held) = block_in_place(|| store.history(timeline))?
-        && held != content
-    {
+    if held.is_some_and(|held| held != content) {
         return Err(StoreError::OtherHistory(timeline).into());
     }
     Ok(NewestHistory { timeline, content: Some(content), switch_lsn })

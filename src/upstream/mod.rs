@@ -227,10 +227,12 @@ impl Upstream {
             course.slot_to_drop = false;
         }
         let held_end = self.writer.plan().map(|plan| plan.held_end);
-        let is_in_vain = course.slot_in_vain_at.is_some() && course.slot_in_vain_at == held_end;
+        let here = held_end.map(|held_end| (connected.host.clone(), held_end));
+        let is_in_vain = here.is_some() && course.slot_in_vain_at == here;
+        course.host = Some(connected.host.clone());
         let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
         let mut slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
-        if slot.keeps_nothing(connected) && self.settings.create_slot && !self.writer.holds_nothing() {
+        if slot.keeps_nothing(connected) && self.settings.create_slot {
             // It was invalidated, or made by hand and never used: from 16 on the first never keeps anything again.
             slot::drop_slot(connected, &self.settings).await?;
             slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
@@ -247,7 +249,8 @@ impl Upstream {
             SlotOrigin::Found
                 if course.slot_created_with.is_some_and(|lsn| slot.restart_lsn == Some(lsn)) =>
             {
-                course.slot_created_at = None;
+                // Nothing was acknowledged by it: it is still ours to drop.
+                course.slot_created_at = held_end;
                 slot.origin = SlotOrigin::Created;
             }
             SlotOrigin::Found | SlotOrigin::Unknown => course.slot_created_at = None,
@@ -288,7 +291,7 @@ impl Upstream {
         }
         if is_removed && course.slot_created_at == course.held_end {
             course.slot_to_drop = true;
-            course.slot_in_vain_at = course.held_end;
+            course.slot_in_vain_at = course.host.clone().zip(course.held_end);
             return Duration::ZERO;
         }
         let is_invalidated = matches!(error, UpstreamError::SlotInvalidated { .. });
@@ -303,7 +306,7 @@ impl Upstream {
             advice = Advice::TellAHuman;
             text.push_str("; it is the same each time it is sent");
         }
-        if course.is_news(&text) {
+        if course.is_news(advice, &text) {
             match advice {
                 Advice::TellAHuman => tracing::error!(error = %text, "cannot follow the upstream"),
                 Advice::Retry | Advice::RetryLater => {

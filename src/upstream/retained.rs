@@ -24,9 +24,9 @@ impl Retained {
         self.upstream_end = self.upstream_end.max(end);
     }
 
-    /// A flush position goes to the upstream, which moves the slot there.
+    /// A flush position goes to the upstream, which moves the slot there, forward or back.
     pub(super) fn note_reported(&mut self, flush: Lsn) {
-        self.slot = self.slot.max(Some(flush));
+        self.slot = Some(flush);
     }
 
     pub(super) fn publish(&self, metrics: &UpstreamMetrics) {
@@ -59,9 +59,9 @@ mod tests {
         retained.note_upstream_end(lsn(9000));
         retained.note_upstream_end(lsn(8000));
         assert_eq!(shown(&retained), 8000.0);
-        // A position that is not known yet moves nothing back, and one ahead of what was heard leaves nothing.
         retained.note_reported(lsn(500));
-        assert_eq!(shown(&retained), 8000.0);
+        assert_eq!(shown(&retained), 8500.0);
+        // One ahead of what was heard leaves nothing.
         retained.note_reported(lsn(9500));
         assert_eq!(shown(&retained), 0.0);
     }

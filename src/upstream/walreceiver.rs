@@ -199,8 +199,9 @@ impl<'a> WalReceiver<'a> {
     fn hand_over(&mut self) {
         let writer = &mut self.context.writer;
         match self.gathering.decide(Instant::now(), writer.received()) {
-            HandOver::Wait => {}
-            HandOver::MoreFollows => writer.submit_before_more(),
+            HandOver::Wait if writer.has_room() => {}
+            // Nothing more comes before what is there is written.
+            HandOver::Wait | HandOver::MoreFollows => writer.submit_before_more(),
             HandOver::Now => writer.submit(),
         }
     }

@@ -108,6 +108,7 @@ fn a_gap_is_never_served_nor_acknowledged_and_heals() {
     for distance in [1, 8_192, 300_000, 1_500_000] {
         let at = chain.primary.insert_position() + distance;
         let starts = chain.proxy.passed(|passed| passed.starts.len());
+        let told = chain.relay.times_logged("WAL arrived at");
         let mut dropped = false;
         chain.proxy.edit(move |message| match wal_in(message) {
             Some((start, wal)) if !dropped && start + wal.len() as u64 > at => {
@@ -120,7 +121,7 @@ fn a_gap_is_never_served_nor_acknowledged_and_heals() {
         // A gap at the end of the stream shows only when something follows.
         chain.primary.sql("create table if not exists after_gap (id int); drop table after_gap");
         wait_until("the relay to ask again", || chain.proxy.passed(|passed| passed.starts.len()) > starts);
-        chain.relay.wait_logged("WAL arrived at");
+        wait_until("the relay to tell", || chain.relay.times_logged("WAL arrived at") > told);
         chain.heals();
     }
 }
@@ -131,6 +132,7 @@ fn repeated_and_backward_messages_end_the_session_and_store_nothing() {
     // After every message that is not empty comes the same again, or something from before its end.
     for before_its_end in [None, Some(1), Some(8_192), Some(500_000)] {
         let starts = chain.proxy.passed(|passed| passed.starts.len());
+        let told = chain.relay.times_logged("WAL arrived at");
         let mut done = false;
         chain.proxy.edit(move |message| {
             let Some((start, wal)) = wal_in(message).filter(|(_, wal)| !done && !wal.is_empty()) else {
@@ -142,7 +144,7 @@ fn repeated_and_backward_messages_end_the_session_and_store_nothing() {
         });
         write_wal(&chain.primary, MB);
         wait_until("the relay to ask again", || chain.proxy.passed(|passed| passed.starts.len()) > starts);
-        chain.relay.wait_logged("WAL arrived at");
+        wait_until("the relay to tell", || chain.relay.times_logged("WAL arrived at") > told);
         chain.heals();
     }
 }

@@ -275,6 +275,11 @@ impl Relay {
         wait_until(&format!("{} to log {text:?}", self.name), || self.log().contains(text));
     }
 
+    /// How often the text stands in the log.
+    pub(crate) fn times_logged(&self, text: &str) -> usize {
+        self.log().matches(text).count()
+    }
+
     fn log_path(&self) -> PathBuf {
         self.folder.path().join("log")
     }
