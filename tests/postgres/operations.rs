@@ -106,7 +106,10 @@ fn off_a_terminal_and_by_choice_every_log_line_is_json() {
 fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() {
     let Some((primary, mut relay)) = pair(|mut relay| {
         relay.wrapper = ["prlimit", "--nofile=64:160"].map(str::to_owned).to_vec();
-        relay.with("downstream.max_wal_senders", "1000").with("store.tail_size", "\"1MB\"")
+        relay
+            .with("downstream.max_wal_senders", "1000")
+            .with("store.tail_size", "\"1MB\"")
+            .with("store.unwritten_size", "\"1MB\"")
     }) else {
         return;
     };
@@ -124,12 +127,14 @@ fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() 
     };
     assert!(refused.contains("53300"), "{refused}");
     assert!(sessions.len() > 8, "only {} sessions", sessions.len());
-    // Each reads from files, and takes nothing.
-    write_wal(&primary, 16 * MB);
+    // Each reads from files of its own, and takes nothing.
+    let sessions_bytes = u64::try_from(sessions.len()).unwrap() * 2 * MB;
+    write_wal(&primary, sessions_bytes);
     primary.wait_reported_flush("relay", primary.flushed());
-    let from = relay.oldest();
-    for session in &mut sessions {
-        session.start_replication(None, from, 1).unwrap();
+    let starts: Vec<u64> =
+        (0..).map(|number| relay.oldest() + number * 2 * MB).take(sessions.len()).collect();
+    for (session, start) in sessions.iter_mut().zip(&starts) {
+        session.start_replication(None, *start, 1).unwrap();
     }
     let strangers: Vec<RawClient> = (0..200).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
     // All of them stay, and what counts goes on.
@@ -141,8 +146,8 @@ fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() 
         assert_eq!(http::get(relay.admin_port, "/metrics").unwrap().0, 200);
         assert_eq!(http::get(relay.admin_port, "/livez").unwrap().0, 200);
     }
-    for session in &mut sessions {
-        session.read_wal(from, from + 8192);
+    for (session, start) in sessions.iter_mut().zip(&starts) {
+        session.read_wal(*start, start + 8192);
     }
     relay.assert_running();
     drop((sessions, strangers));
