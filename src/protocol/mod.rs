@@ -5,6 +5,7 @@
 //! limit before anything is kept for it), and names the message and the field that were wrong. Nothing here reserves memory
 //! for bytes that have not arrived, reads a clock, or decides what to answer.
 
+pub mod acknowledge_policy;
 pub mod backend;
 pub mod command;
 pub mod copy_stream;

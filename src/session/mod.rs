@@ -5,6 +5,7 @@
 //! holds WAL: they speak of positions, and the drivers fetch the bytes. After every `handle_` call the driver drains
 //! `poll_output` until it answers `None`.
 
+pub mod acknowledge;
 pub mod cut;
 pub mod gather;
 pub mod lag;
