@@ -130,6 +130,8 @@ pub struct UpstreamMetrics {
     pub received_bytes: Counter,
     /// WAL bytes received that were held already and compared.
     pub overlap_bytes: Counter,
+    /// 1 while WAL is acknowledged although the standbys that the policy asks for do not have it.
+    pub acknowledge_degraded: Gauge,
     /// Bytes copied in user space on the way from the socket to the store: message headers and small messages.
     pub copied_bytes: Counter,
     /// Streams ended because a page or record did not verify.
@@ -159,6 +161,11 @@ impl UpstreamMetrics {
             overlap_bytes: metrics.counter(
                 "walrelay_upstream_overlap_bytes_total",
                 "WAL compared with what was held, in bytes",
+            ),
+            acknowledge_degraded: metrics.gauge(
+                "walrelay_upstream_acknowledge_degraded",
+                None,
+                "1 while WAL is acknowledged without the standbys that the policy asks for",
             ),
             copied_bytes: metrics
                 .counter("walrelay_upstream_copied_bytes_total", "Bytes copied between socket and store"),

@@ -73,6 +73,32 @@ pub struct LostWal {
     pub to: Lsn,
 }
 
+/// What is acknowledged upstream, and by which policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AcknowledgeStatus {
+    /// The policy.
+    pub policy: Option<String>,
+    /// Acknowledged as flushed.
+    pub flush: Option<Lsn>,
+    /// Acknowledged as applied.
+    pub apply: Option<Lsn>,
+    /// Whether WAL is acknowledged although the standbys that the policy asks for do not have it.
+    pub degraded: bool,
+    /// WAL of which that was true, oldest first.
+    pub local_windows: Vec<LocalWindowStatus>,
+}
+
+/// WAL that was acknowledged while it was durable here alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LocalWindowStatus {
+    /// Its start.
+    pub from: Lsn,
+    /// Its end.
+    pub to: Lsn,
+    /// Whether the standbys are still without it.
+    pub open: bool,
+}
+
 /// What operators see of the upstream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct UpstreamStatus {
@@ -88,6 +114,8 @@ pub struct UpstreamStatus {
     pub is_writable: bool,
     /// Sessions that reached streaming.
     pub sessions: u64,
+    /// What is acknowledged.
+    pub acknowledge: AcknowledgeStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
     pub lost: Option<LostWal>,
     /// The data directory was empty when the process started, though the upstream's slot had been in use.

@@ -15,6 +15,7 @@ use crate::config::{
     units::{Size, Span},
 };
 use crate::conninfo::{Conninfo, Surroundings};
+use crate::protocol::acknowledge_policy::AcknowledgePolicyError;
 
 /// A configuration file and the files it names, read but not checked.
 pub(crate) struct Loaded<'a> {
@@ -70,13 +71,21 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
     let conninfo = Conninfo::parse_for_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
     // Said at start, not at every attempt to connect.
     conninfo.check_without_tls().map_err(Problem::Conninfo)?;
+    let sql_conninfo =
+        Conninfo::parse_beside_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
     if let Some(slot) = &raw.slot {
         check_slot_name(slot)?;
     }
     Ok(Upstream {
         conninfo,
+        sql_conninfo,
         slot: raw.slot.clone(),
         create_slot: raw.create_slot,
+        acknowledge: raw.acknowledge.parse().map_err(|error: AcknowledgePolicyError| {
+            Problem::invalid("upstream.acknowledge", &raw.acknowledge, error.to_string())
+        })?,
+        acknowledge_timeout: timeout("upstream.acknowledge_timeout", &raw.acknowledge_timeout)?,
+        acknowledge_users: raw.acknowledge_users.clone(),
         wal_receiver_timeout: timeout("upstream.wal_receiver_timeout", &raw.wal_receiver_timeout)?,
         wal_receiver_status_interval: timeout(
             "upstream.wal_receiver_status_interval",

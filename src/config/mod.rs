@@ -17,6 +17,7 @@ mod units;
 mod users;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -26,6 +27,7 @@ use std::{
 use secrecy::SecretString;
 
 use crate::conninfo::{Conninfo, FoundFile, ProcessSurroundings, Surroundings};
+use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 
 pub use error::{ConfigError, FileKind, Place, Problem};
 pub use listen::ListenAddress;
@@ -70,10 +72,18 @@ pub struct Relay {
 pub struct Upstream {
     /// Where to connect, for physical replication.
     pub conninfo: Conninfo,
+    /// The same for SQL on those servers.
+    pub sql_conninfo: Conninfo,
     /// The slot to use there, if any.
     pub slot: Option<String>,
     /// Whether it is created when it is absent.
     pub create_slot: bool,
+    /// When WAL is acknowledged there.
+    pub acknowledge: AcknowledgePolicy,
+    /// How long standbys may keep it from being acknowledged; `None`: for ever.
+    pub acknowledge_timeout: Option<Duration>,
+    /// User that must be behind an `application_name` for what it reports to count.
+    pub acknowledge_users: BTreeMap<String, String>,
     /// Silence after which the connection is given up; `None`: never.
     pub wal_receiver_timeout: Option<Duration>,
     /// Longest time between two status updates; `None`: only when asked.

@@ -2,6 +2,7 @@
 //!
 //! Mirrors the file; nothing here is checked. The rest of the program never sees these types.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{
@@ -37,6 +38,9 @@ pub(crate) struct RawUpstream {
     pub(crate) conninfo: Option<String>,
     pub(crate) slot: Option<String>,
     pub(crate) create_slot: bool,
+    pub(crate) acknowledge: String,
+    pub(crate) acknowledge_timeout: Quantity,
+    pub(crate) acknowledge_users: BTreeMap<String, String>,
     pub(crate) wal_receiver_timeout: Quantity,
     pub(crate) wal_receiver_status_interval: Quantity,
     pub(crate) wal_retrieve_retry_interval: Quantity,
@@ -91,6 +95,9 @@ impl Default for RawUpstream {
             conninfo: None,
             slot: None,
             create_slot: true,
+            acknowledge: "local".to_owned(),
+            acknowledge_timeout: "0".into(),
+            acknowledge_users: BTreeMap::new(),
             wal_receiver_timeout: "60s".into(),
             wal_receiver_status_interval: "10s".into(),
             wal_retrieve_retry_interval: "5s".into(),

@@ -193,6 +193,17 @@ fn wrong_types_are_named_with_the_right_one() {
 }
 
 #[test]
+fn an_acknowledge_policy_is_explained_in_the_words_of_its_grammar() {
+    for (policy, why) in [
+        ("ANY 0 (a)", "number of synchronous standbys (0) must be greater than zero"),
+        ("ANY 1 (a", "syntax error at end of input"),
+    ] {
+        let text = complaint(&format!("acknowledge = \"{policy}\""));
+        assert!(text.ends_with(&format!("\"upstream.acknowledge\": \"{policy}\" ({why})")), "{text}");
+    }
+}
+
+#[test]
 fn wrong_values_are_named_with_the_right_ones() {
     let cases = [
         (

@@ -190,6 +190,23 @@ impl Conninfo {
         resolve::resolve(settings, given, surroundings)
     }
 
+    /// As [`Self::parse`], for SQL on the servers that are replicated from: without a `dbname` in the database `postgres`, and
+    /// never as a replication connection.
+    pub fn parse_beside_replication(
+        text: &str,
+        name: &str,
+        surroundings: &dyn Surroundings,
+    ) -> Result<Self, ConninfoError> {
+        let mut settings = Settings::parse(text)?;
+        let given = settings.redacted();
+        settings.store("replication", "false")?;
+        if settings.value("dbname").is_none() {
+            settings.store("dbname", "postgres")?;
+        }
+        settings.store("fallback_application_name", name)?;
+        resolve::resolve(settings, given, surroundings)
+    }
+
     /// The password for `host`: the one given, else the password file's.
     pub fn password_for<'a>(&'a self, host: &'a Host) -> Option<&'a SecretString> {
         self.password.as_ref().or(host.password.as_ref())

@@ -11,18 +11,23 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::net::Peer;
 use crate::protocol::frontend::{CancelKey, CancelRequest};
+use crate::session::acknowledge::{Standby, Standbys};
 use crate::session::sender::Progress;
 use crate::status::{Seconds, Timestamp, WalSenderState, WalSenderStatus};
-use crate::wal::{PgTimestamp, TimelineId};
+use crate::wal::{Lsn, PgTimestamp, TimelineId};
 
 /// The sessions of all listeners.
 #[derive(Debug, Default)]
 pub struct Registry {
     sessions: Mutex<Sessions>,
+    /// Marked when a session has flushed or applied more, or has gone.
+    moved: watch::Sender<()>,
+    /// User that must be behind a name for its positions to count; everybody for names that are not here.
+    acknowledge_users: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default)]
@@ -62,6 +67,11 @@ pub(super) struct Live {
 }
 
 impl Live {
+    /// What counts for what is acknowledged.
+    fn positions(&self) -> (WalSenderState, Option<TimelineId>, Option<Lsn>, Option<Lsn>) {
+        (self.state, self.timeline, self.progress.flush, self.progress.apply)
+    }
+
     fn idle() -> Self {
         Self {
             state: WalSenderState::Startup,
@@ -77,7 +87,32 @@ impl Live {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TooManySessions;
 
+impl Standbys for Registry {
+    fn show(&self, timeline: TimelineId, to: &mut dyn FnMut(&[Standby<'_>])) {
+        let mut sessions: Vec<_> = self.sessions.lock().by_pid.values().map(Arc::clone).collect();
+        sessions.sort_by_key(|session| session.generation);
+        let counts = |session: &&Arc<Session>| {
+            let client = &session.client;
+            let wanted = self.acknowledge_users.get(&client.application_name.to_ascii_lowercase());
+            wanted.is_none_or(|user| *user == client.user)
+        };
+        let standby = |session| Session::standby(session, timeline);
+        to(&sessions.iter().filter(counts).filter_map(standby).collect::<Vec<_>>());
+    }
+}
+
 impl Registry {
+    /// Nobody is connected. `acknowledge_users` says who must be behind a name for what it reports to count.
+    pub fn new(acknowledge_users: &BTreeMap<String, String>) -> Self {
+        let lower = |(name, user): (&String, &String)| (name.to_ascii_lowercase(), user.clone());
+        Self { acknowledge_users: acknowledge_users.iter().map(lower).collect(), ..Self::default() }
+    }
+
+    /// Marked when standbys have flushed or applied more, or have gone.
+    pub fn moved(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
+    }
+
     /// Adds a session. The key must be secret: who knows it may cancel the session's command.
     pub(super) fn register(
         self: &Arc<Self>,
@@ -146,6 +181,17 @@ impl Sessions {
 }
 
 impl Session {
+    /// What it says of itself, if it streams on `timeline`.
+    fn standby(self: &Arc<Self>, timeline: TimelineId) -> Option<Standby<'_>> {
+        let live = self.live.lock();
+        let is_streaming = matches!(live.state, WalSenderState::Streaming | WalSenderState::Stopping);
+        (is_streaming && live.timeline == Some(timeline)).then(|| Standby {
+            name: &self.client.application_name,
+            flush: live.progress.flush,
+            apply: live.progress.apply,
+        })
+    }
+
     fn status(&self, pid: u32) -> WalSenderStatus {
         let live = self.live.lock().clone();
         let (client_addr, client_port) = match self.client.peer {
@@ -199,12 +245,20 @@ impl Registration {
 
     /// Changes what others see.
     pub(super) fn update(&self, change: impl FnOnce(&mut Live)) {
-        change(&mut self.session.live.lock());
+        let has_moved = {
+            let mut live = self.session.live.lock();
+            let before = live.positions();
+            change(&mut live);
+            live.positions() != before
+        };
+        if has_moved {
+            self.registry.moved.send_replace(());
+        }
     }
 
     /// The stream is over: the session is as it was before.
     pub(super) fn reset(&self) {
-        *self.session.live.lock() = Live::idle();
+        self.update(|live| *live = Live::idle());
     }
 
     /// Comes back when the session's command is canceled after this was first polled. Cancel-safe.
@@ -223,6 +277,8 @@ impl Drop for Registration {
         if is_mine {
             sessions.by_pid.remove(&self.pid);
         }
+        drop(sessions);
+        self.registry.moved.send_replace(());
     }
 }
 

@@ -28,13 +28,15 @@ use crate::downstream::{
 };
 use crate::metrics::{AllMetrics, Metrics, ProcessMetrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
+use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, store_observer};
+use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus};
 use crate::store::{
     self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
-use crate::upstream::{Upstream, UpstreamSettings};
+use crate::upstream::{Acknowledging, Upstream, UpstreamSettings};
 
 /// The relay could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +130,7 @@ impl Relay {
         let downstream = Arc::new(DownstreamContext {
             store: store.clone(),
             positions: notices.positions.clone(),
-            registry: Arc::new(Registry::default()),
+            registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
             authentication: Authentication::try_from(&config.downstream.authentication)?,
             upstream_writable: Arc::clone(&upstream_writable),
@@ -160,6 +162,7 @@ impl Relay {
         let mut signals = StopSignals::install().map_err(RelayError::Signals)?;
         let shutdown = CancellationToken::new();
         let mut condition = self.notices.condition.clone();
+        let acknowledging = acknowledging(&self);
         let mut upstream = tokio::spawn(
             Upstream {
                 settings: upstream_settings(&self.config.upstream),
@@ -167,6 +170,7 @@ impl Relay {
                 writer: self.writer,
                 positions: self.notices.positions.clone(),
                 condition: self.notices.condition.clone(),
+                acknowledging,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
                 shutdown: shutdown.clone(),
@@ -199,6 +203,19 @@ impl Relay {
     }
 }
 
+/// Where what the standbys say meets what is said upstream.
+fn acknowledging(relay: &Relay) -> Acknowledging {
+    let upstream = &relay.config.upstream;
+    let registry = &relay.downstream.registry;
+    Acknowledging::new(
+        Acknowledger::new(upstream.acknowledge.clone(), upstream.acknowledge_timeout),
+        Arc::clone(registry) as Arc<dyn Standbys>,
+        registry.moved(),
+        relay.status.clone(),
+        relay.metrics.upstream.clone(),
+    )
+}
+
 fn store_settings(config: &Config) -> StoreSettings {
     let store = &config.store;
     StoreSettings {
@@ -224,7 +241,9 @@ fn downstream_settings(config: &Config) -> Result<DownstreamSettings, TooFewDesc
 fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
     UpstreamSettings {
         conninfo: upstream.conninfo.clone(),
+        sql_conninfo: upstream.sql_conninfo.clone(),
         slot: upstream.slot.clone(),
+        streams_by_slot: upstream.acknowledge == AcknowledgePolicy::Local,
         create_slot: upstream.create_slot,
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,

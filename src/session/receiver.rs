@@ -31,8 +31,10 @@ pub struct Progress {
     pub received: Lsn,
     /// End of the verified WAL given to the operating system.
     pub written: Lsn,
-    /// End of the verified WAL on stable storage.
+    /// End of the WAL that counts as flushed by the acknowledge policy; never beyond what is on stable storage here.
     pub flushed: Lsn,
+    /// Applied by standbys, as the policy has it; `None` while none has.
+    pub applied: Option<Lsn>,
 }
 
 /// A status update to send; `None` is "not known", 0 on the wire. Flush 0 beside a write position vouches for nothing:
@@ -43,6 +45,8 @@ pub struct Report {
     pub write: Option<Lsn>,
     /// Last byte flushed, plus 1.
     pub flush: Option<Lsn>,
+    /// Last byte applied, plus 1; never beyond `flush`.
+    pub apply: Option<Lsn>,
     /// Whether the upstream shall answer at once.
     pub ask_for_reply: bool,
 }
@@ -187,8 +191,8 @@ impl Receiver {
         assert!(progress.flushed >= self.progress.flushed, "flushed went back to {}", progress.flushed);
         assert!(progress.written >= self.progress.written, "written went back to {}", progress.written);
         assert!(progress.flushed <= progress.written, "flushed {} passed written", progress.flushed);
-        let reportable =
-            (progress.written, progress.flushed) != (self.progress.written, self.progress.flushed);
+        let reportable = |of: Progress| (of.written, of.flushed, of.applied);
+        let reportable = reportable(progress) != reportable(self.progress);
         self.progress = progress;
         self.moved |= reportable;
         if let Stage::VouchingForNothing { asked } = self.stage
@@ -263,7 +267,8 @@ impl Receiver {
                 (self.delivered(self.progress.written), self.delivered(self.progress.flushed))
             }
         };
-        Report { write, flush, ask_for_reply }
+        let apply = self.progress.applied.and_then(|applied| self.delivered(applied).min(flush));
+        Report { write, flush, apply, ask_for_reply }
     }
 
     /// A position that this session has delivered something of; at its very start there is nothing to vouch for.
@@ -272,14 +277,15 @@ impl Receiver {
     }
 
     fn changes(&self, report: Report) -> bool {
-        self.last_sent.is_none_or(|(_, last)| (last.write, last.flush) != (report.write, report.flush))
+        let positions = |of: Report| (of.write, of.flush, of.apply);
+        self.last_sent.is_none_or(|(_, last)| positions(last) != positions(report))
     }
 
-    /// When moved positions go out; `None` when they are those that were sent. What was flushed is told at once, for commits
-    /// wait for it; what was only written a little later, because the next flush most often tells that too.
+    /// When moved positions go out; `None` when they are those that were sent. What was flushed or applied is told at once,
+    /// for commits wait for it; what was only written a little later, because the next flush most often tells that too.
     fn moved_due_at(&self, report: Report) -> Option<Instant> {
         let Some((sent_at, last)) = self.last_sent else { return Some(self.heard_at) };
-        if last.flush != report.flush {
+        if (last.flush, last.apply) != (report.flush, report.apply) {
             return Some(sent_at);
         }
         (last.write != report.write).then(|| sent_at + WRITE_REPORT_INTERVAL)
@@ -338,7 +344,7 @@ mod tests {
     }
 
     fn progress(received: u64, written: u64, flushed: u64) -> Progress {
-        Progress { received: lsn(received), written: lsn(written), flushed: lsn(flushed) }
+        Progress { received: lsn(received), written: lsn(written), flushed: lsn(flushed), applied: None }
     }
 
     /// A session that began at 50, and has compared what is held up to 100.
@@ -351,7 +357,12 @@ mod tests {
     }
 
     fn sent(write: u64, flush: u64) -> Option<Output> {
-        Some(Output::Send(Report { write: Lsn::new(write), flush: Lsn::new(flush), ask_for_reply: false }))
+        Some(Output::Send(Report {
+            write: Lsn::new(write),
+            flush: Lsn::new(flush),
+            apply: None,
+            ask_for_reply: false,
+        }))
     }
 
     #[test]

@@ -291,7 +291,7 @@ pub(crate) async fn start_streaming(
     block: BlockId,
 ) -> Result<Streaming, UpstreamError> {
     let command = Command::StartReplication(StartReplication {
-        slot: settings.slot.clone(),
+        slot: settings.slot.clone().filter(|_| settings.streams_by_slot),
         start: Some(start),
         kind: StreamKind::Physical { timeline: Some(plan.timeline) },
     });

@@ -60,7 +60,12 @@ impl Dialog {
 
     /// Sends a command whose answer is rows (or none), and waits until the next may be sent.
     pub(crate) async fn query(&mut self, command: &Command) -> Result<Vec<DataRow>, UpstreamError> {
-        self.send(|output| encode_query(&command.to_string(), output)).await?;
+        self.query_text(&command.to_string()).await
+    }
+
+    /// The same for SQL, where the connection understands it.
+    pub(crate) async fn query_text(&mut self, text: &str) -> Result<Vec<DataRow>, UpstreamError> {
+        self.send(|output| encode_query(text, output)).await?;
         let mut rows = Vec::new();
         let mut failed = None;
         loop {

@@ -3,6 +3,7 @@
 //! Owns the one upstream connection: connects, checks, streams, reports, and connects again. Is the only user of the
 //! store's writer. Knows nothing of standbys.
 
+mod acknowledging;
 mod authenticate;
 mod backoff;
 mod connect;
@@ -13,6 +14,7 @@ mod error;
 mod histories;
 mod retained;
 mod slot;
+mod slot_advance;
 mod walreceiver;
 
 use std::{
@@ -23,6 +25,7 @@ use std::{
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
+pub use acknowledging::Acknowledging;
 pub use error::{Advice, UpstreamError};
 
 use crate::conninfo::Conninfo;
@@ -34,6 +37,7 @@ use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::retained::Retained;
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
+use crate::upstream::slot_advance::SlotAdvance;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -42,8 +46,12 @@ use crate::wal::{Lsn, SegmentNo};
 pub struct UpstreamSettings {
     /// Where and as whom to connect.
     pub conninfo: Conninfo,
+    /// The same for SQL, on the same servers.
+    pub sql_conninfo: Conninfo,
     /// Slot on the upstream.
     pub slot: Option<String>,
+    /// Whether WAL is streamed by the slot, so that what is acknowledged moves it; else it is moved by what is durable here.
+    pub streams_by_slot: bool,
     /// Whether an absent slot is created.
     pub create_slot: bool,
     /// `wal_receiver_timeout`; `None` waits for ever.
@@ -66,6 +74,8 @@ pub struct Upstream {
     pub positions: watch::Receiver<Option<Positions>>,
     /// Condition of the store.
     pub condition: watch::Receiver<Condition>,
+    /// By whose flush WAL is acknowledged.
+    pub acknowledging: Acknowledging,
     /// Where the status is published.
     pub status: watch::Sender<UpstreamStatus>,
     /// Metrics.
@@ -119,17 +129,43 @@ impl Upstream {
         self.metrics.streaming.set(1.0);
         self.metrics.sessions.increment(1);
         course.note_streaming();
+        let (durable, advance) = self.slot_advance(&opened);
         let context = StreamContext {
             writer: &mut self.writer,
             positions: self.positions.clone(),
             condition: self.condition.clone(),
+            acknowledging: &mut self.acknowledging,
+            durable,
             status: &self.status,
             metrics: &self.metrics,
             shutdown: self.shutdown.clone(),
         };
-        let (outcome, block) = WalReceiver::new(context, opened).run().await;
+        let stream = WalReceiver::new(context, opened).run();
+        let (outcome, block) = tokio::select! {
+            ended = stream => ended,
+            // Only to be dropped with the stream.
+            () = advance => return Ok(StreamEnd::StopRequested),
+        };
         course.block = BlockId(block.0 + 1);
         outcome
+    }
+
+    /// What moves the slot while the stream does not, and where it hears how far.
+    fn slot_advance(
+        &self,
+        opened: &Opened,
+    ) -> (watch::Sender<Option<Lsn>>, impl Future<Output = ()> + use<>) {
+        let (sender, durable) = watch::channel(None);
+        let slot = self.settings.slot.clone().filter(|_| !self.settings.streams_by_slot);
+        let (conninfo, host) = (self.settings.sql_conninfo.clone(), opened.host.clone());
+        let advance = slot.map(|slot| SlotAdvance { conninfo, host, slot, durable });
+        let future = async move {
+            match advance {
+                Some(advance) => advance.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        (sender, future)
     }
 
     async fn open(&mut self, course: &mut Course) -> Result<Opened, UpstreamError> {
@@ -171,10 +207,10 @@ impl Upstream {
         course.block = BlockId(course.block.0 + 1);
         self.writer.begin(streaming.start)?;
         tracing::info!(%host, start = %streaming.start, timeline = %plan.timeline, held_end = %plan.held_end, "started streaming WAL from upstream");
-        self.tell_streaming(&planned, course, host, is_writable);
+        self.tell_streaming(&planned, course, host.clone(), is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, settings, lost: planned.lost, retained })
+        Ok(Opened { streaming, host, settings, lost: planned.lost, retained })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -329,6 +365,8 @@ impl Upstream {
 /// A stream that has been opened, and what is known of it.
 struct Opened {
     streaming: connect::Streaming,
+    /// The server.
+    host: String,
     settings: ReceiverSettings,
     /// What the slot says was acknowledged, and is not held.
     lost: Option<LostWal>,

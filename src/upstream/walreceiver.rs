@@ -23,6 +23,7 @@ use crate::session::{
 };
 use crate::status::{LostWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
+use crate::upstream::acknowledging::Acknowledging;
 use crate::upstream::retained::Retained;
 use crate::upstream::{Opened, UpstreamError};
 use crate::wal::{Lsn, PgTimestamp};
@@ -47,6 +48,9 @@ pub(crate) struct StreamContext<'a> {
     pub(crate) writer: &'a mut WalWriter,
     pub(crate) positions: watch::Receiver<Option<Positions>>,
     pub(crate) condition: watch::Receiver<Condition>,
+    pub(crate) acknowledging: &'a mut Acknowledging,
+    /// What is durable here, once it was compared with the upstream.
+    pub(crate) durable: watch::Sender<Option<Lsn>>,
     pub(crate) status: &'a watch::Sender<UpstreamStatus>,
     pub(crate) metrics: &'a UpstreamMetrics,
     pub(crate) shutdown: CancellationToken,
@@ -82,12 +86,13 @@ enum Event {
 
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
-    pub(crate) fn new(context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, settings, lost, retained } = opened;
-        let progress = progress(&context).unwrap_or(Progress {
+    pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
+        let Opened { streaming, settings, lost, retained, .. } = opened;
+        let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
             flushed: streaming.start,
+            applied: None,
         });
         let (read, write) = streaming.socket.into_split();
         let mut stream = CopyStream::new();
@@ -150,7 +155,10 @@ impl<'a> WalReceiver<'a> {
                 Event::Sent => {}
                 Event::Progressed => self.handle_progress(),
                 Event::TimePassed if self.has_stalled() => return Ok(StreamEnd::StoreStalled),
-                Event::TimePassed => self.hand_over(),
+                Event::TimePassed => {
+                    self.hand_over();
+                    self.handle_progress();
+                }
                 Event::StopRequested => return Ok(StreamEnd::StopRequested),
             }
             self.watch_room();
@@ -165,6 +173,7 @@ impl<'a> WalReceiver<'a> {
             () = self.context.shutdown.cancelled() => Ok(Event::StopRequested),
             _ = self.context.positions.changed() => Ok(Event::Progressed),
             _ = self.context.condition.changed() => Ok(Event::Progressed),
+            () = self.context.acknowledging.changed() => Ok(Event::Progressed),
             sent = self.write.write_buf(&mut self.unsent), if !self.unsent.is_empty() => {
                 sent?;
                 Ok(Event::Sent)
@@ -178,7 +187,8 @@ impl<'a> WalReceiver<'a> {
 
     fn set_timer(&self, timer: std::pin::Pin<&mut Sleep>) {
         let stall = self.no_room_since.map(|since| since + NO_ROOM_TIME_MAX);
-        let deadlines = [self.session.poll_timeout(), self.gathering.deadline(), stall];
+        let acknowledging = self.context.acknowledging.deadline();
+        let deadlines = [self.session.poll_timeout(), self.gathering.deadline(), acknowledging, stall];
         let next = deadlines.into_iter().flatten().min();
         let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
         if timer.deadline() != deadline {
@@ -264,16 +274,24 @@ impl<'a> WalReceiver<'a> {
             Condition::NoSpace { .. } | Condition::Failed { .. } => SyncAbility::Unable,
         };
         self.session.handle_sync_ability(ability);
-        if let Some(progress) = progress(&self.context) {
+        if let Some(progress) = progress(&mut self.context) {
             self.session.handle_progress(progress);
+            self.tell_durable();
             self.note_regained(progress.flushed);
             self.context.status.send_if_modified(|status| {
-                let changed = status.received != Some(progress.received);
                 status.received = Some(progress.received);
-                changed
+                // Whoever looks sees it; nobody waits for it.
+                false
             });
         }
         self.context.positions.mark_unchanged();
+    }
+
+    fn tell_durable(&self) {
+        let flushed = self.context.positions.borrow().map(|positions| positions.flushed);
+        if self.session.is_reporting() && *self.context.durable.borrow() != flushed {
+            self.context.durable.send_replace(flushed);
+        }
     }
 
     /// What was lost comes back from the upstream, if it still has it.
@@ -301,7 +319,7 @@ impl<'a> WalReceiver<'a> {
         let update = StandbyStatusUpdate {
             write: report.write,
             flush: report.flush,
-            apply: None,
+            apply: report.apply,
             sent_at: PgTimestamp::from_system_time(SystemTime::now()),
             reply_requested: report.ask_for_reply,
         };
@@ -346,12 +364,15 @@ impl<'a> WalReceiver<'a> {
     }
 }
 
-fn progress(context: &StreamContext<'_>) -> Option<Progress> {
+fn progress(context: &mut StreamContext<'_>) -> Option<Progress> {
     let positions = (*context.positions.borrow())?;
+    let acknowledged = context.acknowledging.update(Instant::now(), positions);
     Some(Progress {
         received: context.writer.received(),
         written: positions.written,
-        flushed: positions.flushed,
+        // Nothing is vouched for until the policy can be computed.
+        flushed: acknowledged.flush.unwrap_or(Lsn::MIN),
+        applied: acknowledged.apply,
     })
 }
 

@@ -11,6 +11,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod acknowledge;
 mod corruption;
 mod crash;
 mod crashed_primary;

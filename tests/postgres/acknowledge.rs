@@ -1,0 +1,172 @@
+//! Commits that wait for standbys behind the relay: acknowledged when the policy says so, and not before.
+
+use std::time::Duration;
+
+use crate::support::lab::Installation;
+use crate::support::load::{Load, write_wal};
+use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::proxy::Proxy;
+use crate::support::raw::RawClient;
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn};
+
+/// A primary that waits for the relay, a proxy that sees what the relay says, and the relay with a policy.
+fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
+    let installation = Installation::any()?;
+    let primary =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'relay'").start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port));
+    relay.start();
+    Some((primary, proxy, relay))
+}
+
+/// A standby for which commits need not wait while it is made.
+fn standby(primary: &Postgres, name: &str, relay: &Relay) -> Postgres {
+    primary.standby(name, relay.port, "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s")
+}
+
+fn acknowledge_of(relay: &Relay) -> serde_json::Value {
+    relay.status()["upstream"]["acknowledge"].clone()
+}
+
+#[test]
+fn a_commit_waits_for_a_quorum_of_standbys_and_for_no_other() {
+    let Some((primary, proxy, relay)) =
+        chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (near, far)\""))
+    else {
+        return;
+    };
+    let mut other = standby(&primary, "other", &relay);
+    let mut far = standby(&primary, "far", &relay);
+    primary
+        .wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
+    primary.sql("create table confirmed (id int)");
+    for _ in 0..20 {
+        primary.sql("insert into confirmed values (1)");
+        let committed = lsn(&primary.sql("select pg_current_wal_flush_lsn()"));
+        let on_far = lsn(&far.sql("select pg_last_wal_receive_lsn()"));
+        assert!(on_far + 8192 >= committed, "confirmed before it was there");
+    }
+    far.stop(Stop::Fast);
+    let load = Load::start_waiting(&primary);
+    hold("a commit waits for near or far", Duration::from_secs(1), || load.committed() == 0);
+    other.wait_replayed(primary.flushed());
+    assert_eq!(load.committed(), 0, "it is on a standby that does not count");
+    far.start();
+    wait_until("commits to go on", || load.committed() > 10);
+    drop(load);
+    other.stop(Stop::Fast);
+    proxy.assert_honest();
+}
+
+#[test]
+fn with_remote_apply_a_commit_is_seen_on_the_standby_behind_the_relay() {
+    let Some((primary, _proxy, relay)) = chain(|relay| relay) else { return };
+    let heir = standby(&primary, "heir", &relay);
+    primary.sql("create table seen (id int)");
+    wait_until("the table to be there", || heir.try_sql("select count(*) from seen").is_ok());
+    let mut client = RawClient::sql(primary.port).unwrap();
+    client.rows("set synchronous_commit = remote_apply").unwrap();
+    for id in 1..=50 {
+        client.rows(&format!("insert into seen values ({id})")).unwrap();
+        assert_eq!(heir.sql("select max(id) from seen"), id.to_string(), "confirmed before it was applied");
+    }
+    let applied = acknowledge_of(&relay)["apply"].as_str().map(lsn);
+    assert!(applied.is_some(), "{}", acknowledge_of(&relay));
+}
+
+#[test]
+fn a_standby_that_is_away_for_too_long_is_gone_on_without_and_that_is_remembered() {
+    let Some((primary, _proxy, relay)) = chain(|relay| {
+        relay.with("upstream.acknowledge", "\"FIRST 1 (far)\"").with("upstream.acknowledge_timeout", "\"2s\"")
+    }) else {
+        return;
+    };
+    let mut far = standby(&primary, "far", &relay);
+    primary.sql("create table confirmed (id int)");
+    assert_eq!(acknowledge_of(&relay)["degraded"], false);
+    far.stop(Stop::Fast);
+    let before = primary.flushed();
+    primary.sql("insert into confirmed values (1)");
+    let after = primary.flushed();
+    let told = acknowledge_of(&relay);
+    assert_eq!(told["degraded"], true, "{told}");
+    let window = &told["local_windows"][0];
+    assert!(lsn(window["from"].as_str().unwrap()) <= before, "{told}");
+    wait_until("the window to reach what was confirmed", || {
+        lsn(acknowledge_of(&relay)["local_windows"][0]["to"].as_str().unwrap()) >= after
+    });
+    relay.wait_logged("durable here alone");
+    assert_eq!(relay.metric("walrelay_upstream_acknowledge_degraded"), Some(1.0));
+    far.start();
+    wait_until("the standby to have it", || acknowledge_of(&relay)["degraded"] == false);
+    let told = acknowledge_of(&relay);
+    assert_eq!(told["local_windows"][0]["open"], false, "{told}");
+}
+
+#[test]
+fn a_standby_that_is_dead_costs_the_primary_neither_wal_nor_its_shutdown() {
+    let Some((mut primary, proxy, _relay)) = chain(|relay| {
+        relay.with("upstream.acknowledge", "\"ANY 1 (far)\"").with("upstream.slot", "\"relay\"")
+    }) else {
+        return;
+    };
+    // Nobody waits for commits here: what is watched is the slot.
+    primary.add_settings("synchronous_standby_names = ''");
+    primary.reload();
+    write_wal(&primary, 8 * MB);
+    let upto = primary.flushed();
+    wait_until("the slot to follow what is durable at the relay", || {
+        let slot = primary
+            .sql("select coalesce(restart_lsn, '0/0') from pg_replication_slots where slot_name = 'relay'");
+        lsn(&slot) >= upto
+    });
+    assert_eq!(proxy.passed(|passed| passed.flush_max), 0, "acknowledged without the standby");
+    let took = primary.stop(Stop::Fast);
+    assert!(took < Duration::from_secs(3), "the primary's fast stop took {took:?}");
+    proxy.assert_honest();
+}
+
+#[test]
+fn what_reports_for_a_name_must_be_the_user_that_is_bound_to_it() {
+    let Some((primary, proxy, relay)) = chain(|relay| {
+        relay
+            .with("upstream.acknowledge", "\"ANY 1 (far)\"")
+            .with("upstream.acknowledge_users", "{ FAR = \"somebody_else\" }")
+    }) else {
+        return;
+    };
+    let far = standby(&primary, "far", &relay);
+    primary.add_settings("synchronous_standby_names = ''");
+    primary.reload();
+    write_wal(&primary, MB);
+    far.wait_replayed(primary.flushed());
+    hold("nothing is acknowledged", Duration::from_secs(1), || proxy.passed(|passed| passed.flush_max) == 0);
+}
+
+#[test]
+fn every_confirmed_commit_is_on_the_standby_that_is_promoted_after_the_primary_is_lost() {
+    for round in 0..3 {
+        let Some((mut primary, proxy, relay)) =
+            chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (heir)\""))
+        else {
+            return;
+        };
+        let heir = standby(&primary, "heir", &relay);
+        let load = Load::start(&primary, Duration::ZERO);
+        wait_until("some commits", || load.committed() > 50 + 100 * round);
+        primary.stop(Stop::Kill);
+        let confirmed = load.committed();
+        heir.wait_replayed(relay.flushed());
+        drop(load);
+        heir.promote();
+        let transactions = heir.sql("select count(distinct xmin::text) from load_rows");
+        assert!(
+            transactions.parse::<u64>().unwrap() >= confirmed,
+            "{transactions} of {confirmed} confirmed transactions"
+        );
+        proxy.assert_honest();
+    }
+}
