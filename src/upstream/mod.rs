@@ -35,7 +35,7 @@ use crate::status::{LostWal, UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
-use crate::upstream::retained::Retained;
+use crate::upstream::retained::{Retained, SlotMover};
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::slot_advance::SlotAdvance;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, WalReceiver};
@@ -200,7 +200,9 @@ impl Upstream {
         course.held_end = Some(plan.held_end);
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
         let upstream_end = connected.system.flushed;
-        let retained = self.settings.slot.as_ref().map(|_| Retained::new(slot.restart_lsn, upstream_end));
+        let mover = if self.settings.streams_by_slot { SlotMover::Reports } else { SlotMover::Sql };
+        let retained =
+            self.settings.slot.as_ref().map(|_| Retained::new(slot.restart_lsn, upstream_end, mover));
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;

@@ -12,11 +12,21 @@ pub(super) struct Retained {
     /// Where the slot is; `None` until it is known (servers before 15 do not tell it).
     slot: Option<Lsn>,
     upstream_end: Lsn,
+    mover: SlotMover,
+}
+
+/// What moves the slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SlotMover {
+    /// The flush positions that are reported on the stream.
+    Reports,
+    /// SQL, to what is durable here.
+    Sql,
 }
 
 impl Retained {
-    pub(super) fn new(slot: Option<Lsn>, upstream_end: Lsn) -> Self {
-        Self { slot, upstream_end }
+    pub(super) fn new(slot: Option<Lsn>, upstream_end: Lsn, mover: SlotMover) -> Self {
+        Self { slot, upstream_end, mover }
     }
 
     /// The upstream told how far it is.
@@ -24,9 +34,18 @@ impl Retained {
         self.upstream_end = self.upstream_end.max(end);
     }
 
-    /// A flush position goes to the upstream, which moves the slot there, forward or back.
+    /// A flush position goes to the upstream, which moves the slot of the stream there, forward or back.
     pub(super) fn note_reported(&mut self, flush: Lsn) {
-        self.slot = Some(flush);
+        if self.mover == SlotMover::Reports {
+            self.slot = Some(flush);
+        }
+    }
+
+    /// This is durable here: where the slot is moved by SQL, it will be there in a moment.
+    pub(super) fn note_durable(&mut self, flushed: Lsn) {
+        if self.mover == SlotMover::Sql {
+            self.slot = self.slot.max(Some(flushed));
+        }
     }
 
     pub(super) fn publish(&self, metrics: &UpstreamMetrics) {
@@ -52,7 +71,7 @@ mod tests {
                 |line: &str| line.strip_prefix("walrelay_upstream_slot_retained_bytes ")?.parse().ok();
             text.lines().find_map(value).unwrap_or(-1.0)
         };
-        let mut retained = Retained::new(None, lsn(5000));
+        let mut retained = Retained::new(None, lsn(5000), SlotMover::Reports);
         assert_eq!(shown(&retained), 0.0);
         retained.note_reported(lsn(1000));
         assert_eq!(shown(&retained), 4000.0);
@@ -64,5 +83,9 @@ mod tests {
         // One ahead of what was heard leaves nothing.
         retained.note_reported(lsn(9500));
         assert_eq!(shown(&retained), 0.0);
+        let mut retained = Retained::new(Some(lsn(1000)), lsn(5000), SlotMover::Sql);
+        retained.note_reported(lsn(4000));
+        retained.note_durable(lsn(2000));
+        assert_eq!(shown(&retained), 3000.0);
     }
 }

@@ -287,10 +287,14 @@ impl<'a> WalReceiver<'a> {
         self.context.positions.mark_unchanged();
     }
 
-    fn tell_durable(&self) {
+    fn tell_durable(&mut self) {
         let flushed = self.context.positions.borrow().map(|positions| positions.flushed);
         if self.session.is_reporting() && *self.context.durable.borrow() != flushed {
             self.context.durable.send_replace(flushed);
+            if let (Some(retained), Some(flushed)) = (&mut self.retained, flushed) {
+                retained.note_durable(flushed);
+                retained.publish(self.context.metrics);
+            }
         }
     }
 
