@@ -73,6 +73,17 @@ pub struct LostWal {
     pub to: Lsn,
 }
 
+/// WAL that follows what is held, and that the upstream has removed: nobody who waits for it here will get it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct RemovedWal {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// End of what is held.
+    pub from: Lsn,
+    /// End of what the upstream had when it refused; where its WAL begins again it does not tell.
+    pub to: Lsn,
+}
+
 /// What is acknowledged upstream, and by which policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct AcknowledgeStatus {
@@ -118,6 +129,8 @@ pub struct UpstreamStatus {
     pub acknowledge: AcknowledgeStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
     pub lost: Option<LostWal>,
+    /// WAL that the upstream has removed before it was received, until more than was held then is here.
+    pub removed: Option<RemovedWal>,
     /// The data directory was empty when the process started, though the upstream's slot had been in use.
     pub started_empty: bool,
     /// Why the last attempt or session ended.

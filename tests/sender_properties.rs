@@ -14,7 +14,7 @@ use walrelay::{
         TimelineState,
     },
     status::WalSenderState,
-    wal::{Lsn, SegmentSize, TimelineId},
+    wal::{Lsn, LsnRange, SegmentSize, TimelineId},
 };
 
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -150,6 +150,64 @@ fn a_start_more_than_a_segment_ahead_is_refused() {
     assert_eq!(sender.next_wal(), None);
     let (start, servable) = (at(3 * SEGMENT + 1), at(2 * SEGMENT));
     assert_eq!(sender.poll_output(), Some(Output::End(StreamEnd::StartAhead { start, servable })));
+}
+
+/// Limit, then what was removed behind it.
+const REMOVED: (u64, u64) = (2 * SEGMENT + 64, 9 * SEGMENT);
+
+fn removed() -> Option<LsnRange> {
+    LsnRange::new(at(REMOVED.0), at(REMOVED.1))
+}
+
+fn removed_at(raw: u64) -> Option<Output> {
+    Some(Output::End(StreamEnd::WalRemoved { at: at(raw) }))
+}
+
+#[test]
+fn a_stream_that_needs_removed_wal_ends_behind_what_is_held() {
+    let now = Instant::now();
+    let mut behind = current(2 * SEGMENT, REMOVED.0, now);
+    behind.handle_removed(removed());
+    assert_eq!(behind.poll_output(), None, "some is held still");
+    assert_eq!(send_all(&mut behind).last().map(|last| last.range.end()), Some(at(REMOVED.0)));
+    assert_eq!(behind.poll_output(), removed_at(REMOVED.0));
+
+    let mut caught_up = current(2 * SEGMENT, 2 * SEGMENT, now);
+    caught_up.handle_removed(removed());
+    caught_up.handle_servable(at(REMOVED.0), now);
+    send_all(&mut caught_up);
+    assert_eq!(caught_up.poll_output(), removed_at(REMOVED.0));
+
+    for ahead in [REMOVED.0 + 8, 8 * SEGMENT] {
+        let mut sender = current(ahead, REMOVED.0, now);
+        sender.handle_removed(removed());
+        assert_eq!(sender.poll_output(), removed_at(ahead));
+    }
+}
+
+#[test]
+fn removed_wal_ends_no_stream_that_does_not_need_it() {
+    let now = Instant::now();
+    let mut got_more = current(REMOVED.0, REMOVED.0 + 8, now);
+    got_more.handle_removed(removed());
+    send_all(&mut got_more);
+    assert_eq!(got_more.poll_output(), None, "it was filled");
+
+    let mut told_no_more = current(REMOVED.0 - 8, REMOVED.0, now);
+    told_no_more.handle_removed(removed());
+    told_no_more.handle_removed(None);
+    send_all(&mut told_no_more);
+    assert_eq!(told_no_more.poll_output(), None);
+
+    let mut old = Sender::new(settings(), historic(REMOVED.0), at(REMOVED.0 - 8), at(REMOVED.0), now);
+    old.handle_removed(removed());
+    send_all(&mut old);
+    assert_eq!(old.poll_output(), Some(Output::CopyDone));
+
+    let (start, servable) = (at(REMOVED.1), at(REMOVED.0));
+    let mut beyond = current(REMOVED.1, REMOVED.0, now);
+    beyond.handle_removed(removed());
+    assert_eq!(beyond.poll_output(), Some(Output::End(StreamEnd::StartAhead { start, servable })));
 }
 
 #[test]
@@ -441,6 +499,7 @@ impl World {
             StreamEnd::StandbySilent => assert!(self.now >= self.heard_at + TIMEOUT, "dropped too early"),
             StreamEnd::StopRequested => {}
             StreamEnd::StartAhead { .. } => panic!("the start was not ahead"),
+            StreamEnd::WalRemoved { .. } => panic!("nothing was removed"),
         }
     }
 

@@ -3,7 +3,7 @@
 //! Owns the listening sockets' loops, the limits on clients, and one task per connection, whose panic ends that
 //! connection and nothing else. Each client goes through `handshake`, then `command` answers it until it streams, and then
 //! `walsender` moves WAL from the store to its socket. Knows nothing of the upstream: it is given the store, positions to
-//! watch, and whether the upstream is writable.
+//! watch, whether the upstream is writable, and what it has removed too early.
 
 mod blocking;
 mod command;
@@ -45,7 +45,7 @@ use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
 use crate::session::sender::STOPPING_TIME_MAX;
-use crate::status::{ReplicationSlotStatus, WalSenderStatus};
+use crate::status::{RemovedWal, ReplicationSlotStatus, WalSenderStatus};
 use crate::store::{Positions, SlotInfo, SlotKind, Store};
 
 pub use refusals::REFUSALS_MAX;
@@ -67,6 +67,8 @@ pub struct DownstreamContext {
     pub authentication: Authentication,
     /// Whether the upstream that is streamed from now is writable.
     pub upstream_writable: Arc<AtomicBool>,
+    /// WAL that follows what is held, and that the upstream has removed.
+    pub upstream_removed: watch::Receiver<Option<RemovedWal>>,
     /// What is counted.
     pub metrics: DownstreamMetrics,
     /// Reads from the disk.

@@ -31,8 +31,9 @@ use crate::protocol::{
 use crate::session::sender::{
     NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
 };
+use crate::status::RemovedWal;
 use crate::store::{ColdRead, Positions, Read, ReadError, SlotGuard, WalReader};
-use crate::wal::{PgTimestamp, TimelineId};
+use crate::wal::{LsnRange, PgTimestamp, TimelineId};
 
 /// One stream.
 pub(super) struct WalSender<'a, S> {
@@ -45,6 +46,7 @@ pub(super) struct WalSender<'a, S> {
     pub(super) sender: Sender,
     pub(super) reader: WalReader,
     pub(super) positions: watch::Receiver<Option<Positions>>,
+    pub(super) removed: watch::Receiver<Option<RemovedWal>>,
 }
 
 /// How a stream ended, where that is no fault.
@@ -80,6 +82,7 @@ pub(super) enum StreamError {
 enum Event {
     Exchanged(Exchanged),
     Positions,
+    Removed,
     Background(Done),
     BroughtIn,
     Deadline,
@@ -123,6 +126,7 @@ impl<S: Stream> WalSender<'_, S> {
         let mut canceled = pin!(registration.canceled());
         let mut sleep = pin!(tokio::time::sleep(Duration::ZERO));
         self.follow_positions(&mut run);
+        self.follow_removed();
         loop {
             if let Some(end) = self.fill_outgoing(&mut run)? {
                 return Ok(Ended::Stream(end));
@@ -227,6 +231,7 @@ impl<S: Stream> WalSender<'_, S> {
             }
             // The sender of positions lives as long as the relay; without it only what is there can be sent.
             Ok(()) = self.positions.changed() => Ok(Event::Positions),
+            Ok(()) = self.removed.changed() => Ok(Event::Removed),
             done = poll_background(&mut run.background) => done.map(Event::Background),
             // A failure is the failure of the read that comes there.
             _ = poll_background(&mut run.ahead) => Ok(Event::BroughtIn),
@@ -249,6 +254,7 @@ impl<S: Stream> WalSender<'_, S> {
             }
             Event::Exchanged(Exchanged::Closed) => return Err(ConnectionError::Closed.into()),
             Event::Positions => self.follow_positions(run),
+            Event::Removed => self.follow_removed(),
             Event::Background(Done::Loaded) | Event::BroughtIn => {}
             Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
                 run.switch_due = None;
@@ -329,6 +335,11 @@ impl<S: Stream> WalSender<'_, S> {
         } else if self.sender.timeline() == TimelineState::Current {
             run.switch_due = Some(positions.timeline);
         }
+    }
+
+    fn follow_removed(&mut self) {
+        let removed = self.removed.borrow_and_update().filter(|removed| removed.timeline == self.timeline);
+        self.sender.handle_removed(removed.and_then(|removed| LsnRange::new(removed.from, removed.to)));
     }
 
     fn start_background(&mut self, run: &mut Run) {

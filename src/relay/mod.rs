@@ -32,7 +32,7 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, store_observer};
 use crate::session::acknowledge::{Acknowledger, Standbys};
-use crate::status::{Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus};
+use crate::status::{Overview, RemovedWal, ReplicationSlotStatus, StoreStatus, UpstreamStatus};
 use crate::store::{
     self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
@@ -127,6 +127,7 @@ impl Relay {
         }
         let status = watch::Sender::new(UpstreamStatus::default());
         let upstream_writable = Arc::new(AtomicBool::new(false));
+        let (removed, upstream_removed) = watch::channel(None);
         let downstream = Arc::new(DownstreamContext {
             store: store.clone(),
             positions: notices.positions.clone(),
@@ -134,10 +135,11 @@ impl Relay {
             settings: downstream_settings,
             authentication: Authentication::try_from(&config.downstream.authentication)?,
             upstream_writable: Arc::clone(&upstream_writable),
+            upstream_removed,
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
         });
-        tokio::spawn(mirror_writable(status.subscribe(), upstream_writable));
+        tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let pages = Arc::new(RelayPages {
             name: config.relay.name.clone(),
             store: store.clone(),
@@ -258,11 +260,20 @@ async fn stop(upstream: JoinHandle<()>, downstream: JoinHandle<()>, store: Store
     let _ = tokio::task::spawn_blocking(move || store.shutdown()).await;
 }
 
-/// Keeps the flag that clients' `in_hot_standby` comes from as the upstream is.
-async fn mirror_writable(mut status: watch::Receiver<UpstreamStatus>, flag: Arc<AtomicBool>) {
+/// Tells the sending side what it must know of the upstream: the flag that clients' `in_hot_standby` comes from, and what
+/// no client need wait for.
+async fn mirror_upstream(
+    mut status: watch::Receiver<UpstreamStatus>,
+    flag: Arc<AtomicBool>,
+    removed: watch::Sender<Option<RemovedWal>>,
+) {
     while status.changed().await.is_ok() {
-        let is_writable = status.borrow_and_update().is_writable;
+        let (is_writable, now_removed) = {
+            let status = status.borrow_and_update();
+            (status.is_writable, status.removed)
+        };
         flag.store(is_writable, Ordering::Release);
+        removed.send_if_modified(|removed| std::mem::replace(removed, now_removed) != now_removed);
     }
 }
 

@@ -110,6 +110,11 @@ pub enum StreamEnd {
         /// What can be served.
         servable: Lsn,
     },
+    /// What comes next was removed upstream before it came here, so that it never will be sent.
+    WalRemoved {
+        /// The first byte that is missing.
+        at: Lsn,
+    },
 }
 
 /// Where a stream is.
@@ -139,6 +144,7 @@ pub struct Sender {
     phase: Phase,
     sent: Lsn,
     limit: Lsn,
+    removed: Option<LsnRange>,
     standby: Progress,
     lag: LagTracker,
     heard_at: Instant,
@@ -199,6 +205,7 @@ impl Sender {
             phase: Phase::Waiting,
             sent: start,
             limit: servable,
+            removed: None,
             standby: Progress::default(),
             lag: LagTracker::default(),
             heard_at: now,
@@ -229,11 +236,19 @@ impl Sender {
         }
     }
 
+    /// The WAL of this range was removed upstream before it came here: a stream that gets there ends, for the standby may
+    /// find it elsewhere. It counts as long as nothing behind its start may be sent.
+    pub fn handle_removed(&mut self, removed: Option<LsnRange>) {
+        self.removed = removed;
+        self.end_where_removed();
+    }
+
     /// The range from [`Sender::next_wal`] that ends at `end` was handed to the connection.
     pub fn handle_sent(&mut self, end: Lsn) {
         assert!(end > self.sent && end <= self.limit, "sent {end} after {}, limit {}", self.sent, self.limit);
         self.sent = end;
         self.finish_historic();
+        self.end_where_removed();
         self.probe_when_stopping();
     }
 
@@ -409,6 +424,18 @@ impl Sender {
             self.phase = Phase::Catchup;
         }
         self.finish_historic();
+        self.end_where_removed();
+    }
+
+    fn end_where_removed(&mut self) {
+        let Some(removed) = self.removed.filter(|_| self.timeline == TimelineState::Current) else { return };
+        let is_waiting = matches!(
+            self.phase,
+            Phase::Waiting | Phase::Catchup | Phase::Streaming | Phase::Ending(StreamEnd::StartAhead { .. })
+        );
+        if is_waiting && removed.contains(self.sent) && self.limit <= removed.start() {
+            self.phase = Phase::Ending(StreamEnd::WalRemoved { at: self.sent });
+        }
     }
 
     /// At the end of a timeline that was left, says CopyDone.

@@ -18,6 +18,8 @@ pub(super) struct Course {
     /// The next receive block's number.
     pub(super) block: BlockId,
     pub(super) held_end: Option<Lsn>,
+    /// Where the upstream was when the last session began.
+    pub(super) upstream_end: Option<Lsn>,
     /// Where the last session started, if the plan names another place for when the WAL from there on is gone.
     pub(super) fallback_after: Option<Lsn>,
     /// The next session starts at a place after the second one, if our end is still the first.
@@ -49,6 +51,7 @@ impl Course {
             backoff: Backoff::new(retry_interval),
             block: BlockId(1),
             held_end: None,
+            upstream_end: None,
             fallback_after: None,
             refused: None,
             beginning: Beginning::AsPlanned,

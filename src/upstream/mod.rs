@@ -31,7 +31,7 @@ pub use error::{Advice, UpstreamError};
 use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
 use crate::session::receiver::ReceiverSettings;
-use crate::status::{LostWal, UpstreamStatus, WalReceiverState};
+use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
@@ -200,6 +200,7 @@ impl Upstream {
         course.held_end = Some(plan.held_end);
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
         let upstream_end = connected.system.flushed;
+        course.upstream_end = Some(upstream_end);
         let mover = if self.settings.streams_by_slot { SlotMover::Reports } else { SlotMover::Sql };
         let retained =
             self.settings.slot.as_ref().map(|_| Retained::new(slot.restart_lsn, upstream_end, mover));
@@ -230,7 +231,9 @@ impl Upstream {
                  its directory was lost or is not mounted"
             );
         }
-        let needs_attention = planned.lost.is_some() || course.replaces.is_some();
+        // A server lets a stream begin before it looks for the WAL.
+        let is_removed = self.status.borrow().removed.is_some();
+        let needs_attention = planned.lost.is_some() || course.replaces.is_some() || is_removed;
         self.metrics.needs_attention.set(f64::from(u8::from(needs_attention)));
         self.metrics.lost.set(planned.lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
         self.status.send_modify(|status| {
@@ -296,6 +299,14 @@ impl Upstream {
         Ok(slot)
     }
 
+    /// The upstream has removed what comes next: whoever waits for it here waits in vain.
+    fn tell_removed(&self, course: &Course) {
+        let Some(Positions { timeline, verified: from, .. }) = *self.positions.borrow() else { return };
+        let Some(to) = course.upstream_end.filter(|to| *to > from) else { return };
+        let removed = Some(RemovedWal { timeline, from, to });
+        self.status.send_if_modified(|status| std::mem::replace(&mut status.removed, removed) != removed);
+    }
+
     /// Logs how a session ended, and says how long to wait before the next.
     fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
         let error = match outcome {
@@ -326,6 +337,9 @@ impl Upstream {
             tracing::warn!(error = %error.chain(), "nothing is held yet: beginning where the upstream is now");
             course.beginning = Beginning::Anew;
             return course.backoff.next_delay(Advice::RetryLater, random());
+        }
+        if is_removed {
+            self.tell_removed(course);
         }
         if is_removed && course.slot_created_at == course.held_end {
             course.slot_to_drop = true;

@@ -21,7 +21,7 @@ use crate::session::{
     gather::{Gathering, HandOver},
     receiver::{Output, Progress, Reading, Report, SyncAbility},
 };
-use crate::status::{LostWal, UpstreamStatus};
+use crate::status::{LostWal, RemovedWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
 use crate::upstream::acknowledging::Acknowledging;
 use crate::upstream::retained::Retained;
@@ -278,10 +278,20 @@ impl<'a> WalReceiver<'a> {
             self.session.handle_progress(progress);
             self.tell_durable();
             self.note_regained(progress.flushed);
+            let held = *self.context.positions.borrow();
+            let is_filled = |removed: RemovedWal| {
+                held.is_some_and(|held| held.timeline != removed.timeline || held.verified > removed.from)
+            };
             self.context.status.send_if_modified(|status| {
-                status.received = Some(progress.received);
                 // Whoever looks sees it; nobody waits for it.
-                false
+                status.received = Some(progress.received);
+                let is_filled = status.removed.is_some_and(is_filled);
+                if is_filled {
+                    status.removed = None;
+                    status.needs_attention = status.lost.is_some() || status.started_empty;
+                    self.context.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+                }
+                is_filled
             });
         }
         self.context.positions.mark_unchanged();

@@ -140,6 +140,11 @@ impl LsnRange {
         self.end
     }
 
+    /// Whether the byte at `position` is in the range.
+    pub fn contains(self, position: Lsn) -> bool {
+        self.start <= position && position < self.end
+    }
+
     /// Length in bytes; at least 1.
     pub fn bytes(self) -> u64 {
         self.end.bytes_since(self.start)

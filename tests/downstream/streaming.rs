@@ -8,6 +8,7 @@ use walrelay::{
         frontend::{CancelRequest, FirstPacket, Message},
         replication::PrimaryMessage,
     },
+    status::RemovedWal,
     store::Positions,
     wal::{Lsn, TimelineId},
 };
@@ -157,6 +158,35 @@ async fn removed_wal_is_an_error_behind_copy_both_response() {
         assert_eq!(answer.message(), text);
     }
     assert!(client.query("IDENTIFY_SYSTEM").await.error.is_none());
+}
+
+#[tokio::test]
+async fn wal_that_the_upstream_has_removed_is_told_to_who_waits_for_it_until_more_comes() {
+    let mut relay = Relay::start().await;
+    let (start, held) = (relay.start_lsn(), relay.grow(1_000));
+    let mut waiting = relay.client().await;
+    waiting.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
+    waiting.receive_wal(start, held).await;
+    let removed = RemovedWal { timeline: TimelineId::FIRST, from: held, to: held.advance(64 << 20) };
+    let another = RemovedWal { timeline: TimelineId::new(2).unwrap(), ..removed };
+    relay.removed.send_replace(Some(another));
+    waiting.reply(Some(held), None, true).await;
+    assert!(matches!(waiting.streamed().await, PrimaryMessage::Keepalive(_)), "another timeline's");
+    relay.removed.send_replace(Some(removed));
+    let mut asking = relay.client().await;
+    asking.start_streaming(&format!("START_REPLICATION {} TIMELINE 1", held.advance(9 << 20))).await;
+    for (client, segment) in [(&mut waiting, 1), (&mut asking, 10)] {
+        let answer = client.answer().await;
+        assert_eq!(answer.sqlstate(), "58P01");
+        let text = format!("requested WAL segment 0000000100000000{segment:08X} has already been removed");
+        assert_eq!(answer.message(), text);
+    }
+    let end = relay.grow(1_000);
+    eventually("it to be served", || relay.store.positions().unwrap().verified >= end).await;
+    waiting.start_streaming(&format!("START_REPLICATION {held} TIMELINE 1")).await;
+    waiting.receive_wal(held, end).await;
+    waiting.reply(Some(end), None, true).await;
+    assert!(matches!(waiting.streamed().await, PrimaryMessage::Keepalive(_)));
 }
 
 #[tokio::test]

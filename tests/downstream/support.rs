@@ -31,6 +31,7 @@ use walrelay::{
         frontend::{self, CancelKey, FirstPacket, Startup, encode_query},
         replication::{PrimaryMessage, StandbyStatusUpdate},
     },
+    status::RemovedWal,
     store::{
         self, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk, ServerFacts,
         Store, StoreSettings, WalWriter,
@@ -96,6 +97,7 @@ pub(crate) struct Relay {
     pub(crate) wal: WalBuilder,
     pub(crate) positions: Arc<watch::Sender<Option<Positions>>>,
     pub(crate) writable: Arc<AtomicBool>,
+    pub(crate) removed: watch::Sender<Option<RemovedWal>>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) served: JoinHandle<()>,
     writer: WalWriter,
@@ -150,6 +152,7 @@ impl Relay {
         let address = listener.tcp_address().unwrap();
         let registry = Arc::new(Registry::default());
         let writable = Arc::new(AtomicBool::new(true));
+        let (removed, upstream_removed) = watch::channel(None);
         let context = DownstreamContext {
             store: store.clone(),
             positions: receiver,
@@ -157,6 +160,7 @@ impl Relay {
             settings: options.settings,
             authentication: options.authentication,
             upstream_writable: Arc::clone(&writable),
+            upstream_removed,
             metrics: AllMetrics::default().downstream,
             cold_reads: ColdReads::default(),
         };
@@ -169,6 +173,7 @@ impl Relay {
             wal,
             positions: sender,
             writable,
+            removed,
             shutdown,
             served,
             writer,

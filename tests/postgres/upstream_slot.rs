@@ -1,16 +1,20 @@
 //! The slot on the primary: invalidated it is made again where that helps, and what cannot be had any more is told.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::support::MB;
-use crate::support::compare::assert_same_wal;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal, wal_files};
 use crate::support::faults::Faults;
-use crate::support::lab::{Installation, chosen_majors};
+use crate::support::lab::{Installation, chosen_majors, give_to_server};
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::{Proxy, Verdict, wal_in};
+use crate::support::raw::{RawClient, ServerError, error_in, identify_system};
+use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn_text};
 
 /// A relay that was cut off, with its slot idle.
 fn cut_off(installation: &Installation, settings: Settings, prepare: impl FnOnce(Relay) -> Relay) -> Chain {
@@ -18,18 +22,27 @@ fn cut_off(installation: &Installation, settings: Settings, prepare: impl FnOnce
     let proxy = Proxy::to(primary.port);
     let mut relay = prepare(Relay::new("relay", proxy.port));
     relay.start();
-    write_wal(&primary, MB);
-    relay.wait_flushed(primary.flushed());
-    primary.wait_reported_flush("relay", primary.flushed());
-    proxy.close();
-    primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
-    Chain { primary, proxy, relay }
+    let chain = Chain { primary, proxy, relay };
+    chain.cut();
+    chain
 }
 
 struct Chain {
     primary: Postgres,
     proxy: Proxy,
     relay: Relay,
+}
+
+impl Chain {
+    /// Everything up to here is at the relay, and nothing that follows.
+    fn cut(&self) {
+        let Self { primary, proxy, relay } = self;
+        write_wal(primary, MB);
+        relay.wait_flushed(primary.flushed());
+        primary.wait_reported_flush("relay", primary.flushed());
+        proxy.close();
+        primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
+    }
 }
 
 /// A primary that keeps next to nothing for slots.
@@ -41,13 +54,32 @@ fn sparing() -> Settings {
         .line("max_slot_wal_keep_size = 2MB")
 }
 
-fn lose_the_slot(primary: &Postgres) {
+/// Returns what the primary removes, as an archive would have it.
+fn lose_the_slot(primary: &Postgres) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut archive = BTreeMap::new();
     for _ in 0..4 {
         write_wal(primary, 3 * MB);
         primary.switch_wal();
+        let written = primary.flushed();
+        // Names of later ones are those of files to be used again.
+        for (_, path) in wal_files(&primary.wal_dir(), MB, 1).range(..written / MB * MB) {
+            archive.insert(path.clone(), std::fs::read(path).unwrap());
+        }
         primary.checkpoint();
     }
     primary.wait_for_sql("select wal_status from pg_replication_slots where slot_name = 'relay'", "lost");
+    archive.retain(|path, _| !path.exists());
+    archive
+}
+
+/// What a server answers to a start at this position.
+fn refusal(port: u16, start: u64) -> ServerError {
+    let mut client = RawClient::replication(port).unwrap();
+    identify_system(&mut client);
+    let mut answer = client.start_replication(None, start, 1).unwrap();
+    answer.extend(client.until_ready().unwrap());
+    identify_system(&mut client);
+    error_in(&answer).unwrap_or_else(|| panic!("{} is served", lsn_text(start)))
 }
 
 #[test]
@@ -69,6 +101,83 @@ fn an_invalidated_slot_whose_wal_is_gone_is_told_as_a_gap_and_left_behind_nowher
         }
         relay.assert_running();
     }
+}
+
+#[test]
+fn who_needs_wal_of_the_gap_is_answered_as_by_the_primary() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let Chain { primary, proxy, relay } = cut_off(&installation, sparing(), |relay| relay);
+        let (oldest, held) = (relay.oldest(), relay.flushed());
+        let streaming = |start, upto| {
+            let mut client = RawClient::replication(relay.port).unwrap();
+            identify_system(&mut client);
+            client.start_replication(None, start, 1).unwrap();
+            client.read_wal(start, upto);
+            client
+        };
+        let mut caught_up = streaming(oldest, held);
+        let mut ahead = streaming(held.next_multiple_of(MB), 0);
+        lose_the_slot(&primary);
+        assert!(relay.status()["upstream"]["removed"].is_null(), "nobody has told yet");
+        proxy.open();
+        for (client, start) in [(&mut caught_up, held), (&mut ahead, held.next_multiple_of(MB))] {
+            let answer = error_in(&client.until_ready().unwrap()).unwrap();
+            let theirs = refusal(primary.port, start);
+            assert_eq!((&*theirs.code, &*answer.code), ("58P01", "58P01"));
+            assert_eq!(answer.message, theirs.message, "on {major}");
+            identify_system(client);
+        }
+        for start in [held, held + 3 * MB, held + 5 * MB] {
+            assert_eq!(
+                refusal(relay.port, start).message,
+                refusal(primary.port, start).message,
+                "on {major}"
+            );
+        }
+        let beyond = refusal(relay.port, primary.flushed() + 100 * MB).message;
+        assert!(beyond.contains("is ahead of the WAL flush position"), "{beyond}");
+        // What is held is served as ever, up to its end.
+        let answer = error_in(&streaming(oldest, held).until_ready().unwrap()).unwrap();
+        assert_eq!(answer.message, refusal(primary.port, held).message);
+        let removed = relay.status()["upstream"]["removed"].clone();
+        assert_eq!(removed["from"], *lsn_text(held), "{removed}");
+        hold("it asks for a person", Duration::from_secs(2), || relay.needs_attention());
+    }
+}
+
+#[test]
+fn clients_that_wait_at_a_gap_hear_of_it_and_go_on_when_it_is_filled() {
+    let Some(installation) = Installation::since(15) else { return };
+    let chain = cut_off(&installation, sparing(), |relay| relay);
+    chain.proxy.open();
+    let standby = chain.primary.standby("standby", chain.relay.port, "wal_retrieve_retry_interval = 1s");
+    let receiver = PgReceivewal::start(&installation, chain.relay.port, &[]);
+    chain.cut();
+    let Chain { mut primary, proxy, relay } = chain;
+    let held = relay.flushed();
+    standby.wait_replayed(held);
+    let archive = lose_the_slot(&primary);
+    let upto = primary.flushed();
+    proxy.open();
+    let told = refusal(primary.port, held).message;
+    wait_until("the standby to be told", || standby.log().contains(&told));
+    wait_until("pg_receivewal to be told", || receiver.log().contains(&told));
+
+    // The primary forgets what it has removed only with its process.
+    primary.stop(Stop::Fast);
+    for (path, content) in &archive {
+        std::fs::write(path, content).unwrap();
+        give_to_server(path);
+    }
+    primary.start();
+    primary.sql("select pg_create_physical_replication_slot('relay', true)");
+    relay.wait_flushed(upto);
+    wait_until("nobody to be needed", || !relay.needs_attention());
+    assert!(relay.status()["upstream"]["removed"].is_null());
+    standby.wait_replayed(upto);
+    assert_equal_clusters(&primary, &standby);
+    wait_until("pg_receivewal to go on", || receiver.completed(MB) >= upto / MB * MB);
 }
 
 #[test]

@@ -52,6 +52,11 @@ impl PgReceivewal {
         &self.folder
     }
 
+    pub(crate) fn log(&self) -> String {
+        let log = std::fs::read(self.folder.with_extension("log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
     /// End of the last segment that it has completed.
     pub(crate) fn completed(&self, segment_bytes: u64) -> u64 {
         let files = wal_files(&self.folder, segment_bytes, 1);

@@ -123,16 +123,21 @@ async fn stream<S: Stream>(
         sender: Sender::new(settings, state, start, servable, now()),
         reader: session.context.store.reader(timeline),
         positions: session.context.positions.clone(),
+        removed: session.context.upstream_removed.clone(),
     };
     let ended = sender.run().await;
     drop(streaming);
     match ended {
-        Ok(ended) => end_stream(session, ended).await,
+        Ok(ended) => end_stream(session, timeline, ended).await,
         Err(error) => Err(stream_error(session, error)),
     }
 }
 
-async fn end_stream<S: Stream>(session: &mut Session<'_, S>, ended: Ended) -> Result<Answered, CommandError> {
+async fn end_stream<S: Stream>(
+    session: &mut Session<'_, S>,
+    timeline: TimelineId,
+    ended: Ended,
+) -> Result<Answered, CommandError> {
     info!(?ended, "replication stream ended");
     match ended {
         Ended::Stream(StreamEnd::Finished(state)) => {
@@ -157,6 +162,11 @@ async fn end_stream<S: Stream>(session: &mut Session<'_, S>, ended: Ended) -> Re
                 "requested starting point {start} is ahead of the WAL flush position of this server {servable}"
             );
             Err(ServerError::error(SqlState::INTERNAL_ERROR, text).into())
+        }
+        // As from a server that had it once: a standby looks into its archive then.
+        Ended::Stream(StreamEnd::WalRemoved { at }) => {
+            let number = SegmentNo::holding(at, session.server.identity.segment_size);
+            Err(stream_error(session, ReadError::Removed(SegmentName { timeline, number }).into()))
         }
         Ended::ClientLeft => Ok(Answered::Ended(SessionEnd::ClientLeft)),
     }
