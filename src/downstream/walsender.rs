@@ -167,7 +167,15 @@ impl<S: Stream> WalSender<'_, S> {
                 break;
             }
             let Some(next) = self.sender.next_wal() else { break };
-            match self.reader.read(next.range)? {
+            let read = match self.reader.read(next.range) {
+                // The positions say so in a moment.
+                Err(ReadError::TimelineLeft(_)) if self.sender.timeline() == TimelineState::Current => {
+                    self.follow_positions(run);
+                    break;
+                }
+                read => read?,
+            };
+            match read {
                 Read::Ready(wal) => {
                     self.put_wal(next, wal);
                     self.start_ahead(run, next);

@@ -4,7 +4,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::lineage::LineagePart;
+use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize};
 
 /// A complete segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,37 +64,43 @@ impl Catalog {
         self.complete.insert(name, segment);
     }
 
-    /// The oldest complete segment of a timeline.
-    pub(super) fn oldest(&self, timeline: TimelineId) -> Option<SegmentName> {
-        self.of(timeline).next()
+    /// The oldest complete segment on the line.
+    pub(super) fn oldest(&self, lineage: &Lineage) -> Option<SegmentName> {
+        self.on(lineage).next()
     }
 
-    /// The oldest complete segment of a timeline, if nothing in it is needed any more from `horizon` on.
+    /// The oldest complete segment on the line, if nothing in it is needed any more from `horizon` on.
     pub(super) fn removable(
         &self,
-        timeline: TimelineId,
+        lineage: &Lineage,
         horizon: Lsn,
         size: SegmentSize,
     ) -> Option<SegmentName> {
-        let newest = self.of(timeline).next_back()?;
+        let newest = self.on(lineage).next_back()?;
         let horizon = self.anchor.map_or(horizon, |anchor| anchor.min(horizon));
-        let oldest = self.oldest(timeline)?;
-        (oldest < newest && oldest.number.end(size) <= horizon).then_some(oldest)
+        let oldest = self.oldest(lineage)?;
+        (oldest.number < newest.number && oldest.number.end(size) <= horizon).then_some(oldest)
     }
 
     pub(super) fn index_entries(&self) -> BTreeMap<SegmentName, u32> {
         self.complete.iter().map(|(name, segment)| (*name, segment.crc)).collect()
     }
 
-    fn of(&self, timeline: TimelineId) -> impl DoubleEndedIterator<Item = SegmentName> + '_ {
-        let name = |number| SegmentName { timeline, number };
-        self.complete.range(name(SegmentNo(0))..=name(SegmentNo(u64::MAX))).map(|(name, _)| *name)
+    /// In the order of the log.
+    fn on(&self, lineage: &Lineage) -> impl DoubleEndedIterator<Item = SegmentName> + '_ {
+        let parts: Vec<_> = lineage.parts().collect();
+        parts.into_iter().flat_map(|LineagePart { timeline, first, end }| {
+            let name = |number| SegmentName { timeline, number };
+            let last = end.and_then(SegmentNo::previous).unwrap_or(SegmentNo(u64::MAX));
+            self.complete.range(name(first)..=name(last)).map(|(name, _)| *name)
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wal::TimelineId;
 
     fn name(number: u64) -> SegmentName {
         SegmentName { timeline: TimelineId::FIRST, number: SegmentNo(number) }
@@ -102,6 +109,7 @@ mod tests {
     #[test]
     fn wal_stays_from_the_record_that_crosses_the_newest_complete_segment() {
         let size = SegmentSize::new(1 << 20).unwrap();
+        let lineage = Lineage::new(TimelineId::FIRST, Vec::new(), size);
         let mut catalog = Catalog::default();
         let far = Lsn::new(100 << 20).unwrap();
         for number in 1..=4 {
@@ -110,13 +118,13 @@ mod tests {
             catalog.note_crossing(SegmentNo(number), Lsn::new(start).unwrap());
             catalog.sealed(name(number), 0);
         }
-        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), Some(name(1)));
+        assert_eq!(catalog.removable(&lineage, far, size), Some(name(1)));
         catalog.remove(name(1));
-        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), None);
+        assert_eq!(catalog.removable(&lineage, far, size), None);
         catalog.note_crossing(SegmentNo(5), Lsn::new((6 << 20) - 8).unwrap());
         catalog.sealed(name(5), 0);
-        assert_eq!(catalog.removable(TimelineId::FIRST, far, size), Some(name(2)));
+        assert_eq!(catalog.removable(&lineage, far, size), Some(name(2)));
         let horizon = Lsn::new((3 << 20) - 1).unwrap();
-        assert_eq!(catalog.removable(TimelineId::FIRST, horizon, size), None);
+        assert_eq!(catalog.removable(&lineage, horizon, size), None);
     }
 }

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::store::disk::Disk;
 use crate::store::error::StoreError;
 use crate::store::state::StateFile;
-use crate::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
+use crate::wal::timeline::Ancestor;
+use crate::wal::{Lineage, Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
 
 /// Whose WAL a store holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,9 @@ pub(super) struct Control {
     pub segment_bytes: u64,
     /// The timeline that is received.
     pub timeline: TimelineId,
+    /// Its ancestors, oldest first.
+    #[serde(default)]
+    pub ancestors: Vec<Ancestor>,
     /// Where this store began: the start of a segment.
     pub start: Lsn,
     /// Names this directory among all; given once.
@@ -74,6 +78,11 @@ impl Control {
         }
     }
 
+    /// The line of segments that leads to the timeline.
+    pub(super) fn lineage(&self, size: SegmentSize) -> Lineage {
+        Lineage::new(self.timeline, self.ancestors.clone(), size)
+    }
+
     pub(super) fn identity(&self, layout: &Layout) -> Result<Identity, StoreError> {
         let segment_size = SegmentSize::new(self.segment_bytes).map_err(|error| StoreError::Damaged {
             path: layout.data_dir.join(CONTROL_FILE.name),
@@ -83,7 +92,7 @@ impl Control {
     }
 }
 
-const CONTROL_FILE: StateFile = StateFile { name: "walrelay.control", magic: *b"WRCTRL\0\0", version: 1 };
+const CONTROL_FILE: StateFile = StateFile { name: "walrelay.control", magic: *b"WRCTRL\0\0", version: 2 };
 
 /// A name that nobody else has; not secret.
 pub(super) fn unique_name() -> String {

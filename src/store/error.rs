@@ -145,6 +145,9 @@ pub enum ReadError {
     /// The segment is not held, or no longer.
     #[error("requested WAL segment is not held (timeline {}, segment number {})", .0.timeline, .0.number.0)]
     Removed(SegmentName),
+    /// The timeline was left before the end of what was asked for.
+    #[error("timeline {0} was left before the requested WAL")]
+    TimelineLeft(TimelineId),
     /// The segment's content is not what was written; it is not served.
     #[error("WAL segment is damaged (timeline {}, segment number {}): {detail}", name.timeline, name.number.0)]
     Suspect {

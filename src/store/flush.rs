@@ -14,7 +14,7 @@ use crate::store::error::StoreError;
 use crate::store::partials::PartialSegment;
 use crate::store::queue::{Batch, SyncJob};
 use crate::store::shared::Shared;
-use crate::wal::{SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{SegmentNo, SegmentSize};
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,9 +214,8 @@ fn obstacle(shared: &Shared, error: StoreError) -> Obstacle {
 }
 
 fn partial_path(shared: &Shared, number: SegmentNo, size: SegmentSize) -> std::path::PathBuf {
-    let timeline = shared.positions.lock().map(|positions| positions.timeline);
-    let name = timeline.map(|timeline| SegmentName { timeline, number });
-    name.map_or_else(|| shared.layout.wal_dir.clone(), |name| shared.layout.partial(name, size))
+    let name = shared.name_of(number);
+    name.map_or_else(|_| shared.layout.wal_dir.clone(), |name| shared.layout.partial(name, size))
 }
 
 /// Makes what was written durable.

@@ -1,17 +1,33 @@
 //! History files: kept exactly as the upstream sent them.
 //!
-//! Owns reading and storing them, and that none of another cluster stays. Does not understand what is in them.
+//! Owns reading and storing them, and that none of another cluster stays. Decides nothing by what is in them.
 
 use crate::store::disk::{read_small, replace_durably, sync_dir};
+use crate::store::shared::Shared;
 use crate::store::{Store, StoreError};
-use crate::wal::TimelineId;
-use crate::wal::timeline::HISTORY_BYTES_MAX;
+use crate::wal::timeline::{Ancestor, HISTORY_BYTES_MAX};
+use crate::wal::{TimelineHistory, TimelineId};
+
+impl Shared {
+    fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.layout.wal(&timeline.history_file_name());
+        read_small(&*self.disk, &path, HISTORY_BYTES_MAX).map_err(StoreError::io("read", &path))
+    }
+
+    /// The ancestors that a timeline's history file names, oldest first; none without one.
+    pub(super) fn ancestors_of(&self, timeline: TimelineId) -> Result<Vec<Ancestor>, StoreError> {
+        let Some(content) = self.history(timeline)? else { return Ok(Vec::new()) };
+        let path = self.layout.wal(&timeline.history_file_name());
+        let history = TimelineHistory::parse(timeline, &content)
+            .map_err(|error| StoreError::Damaged { path, detail: error.to_string() })?;
+        Ok(history.ancestors().to_vec())
+    }
+}
 
 impl Store {
     /// The history file of a timeline, as the upstream sent it; `None` if it is not held. Blocks.
     pub fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
-        let path = self.shared.layout.wal(&timeline.history_file_name());
-        read_small(&*self.shared.disk, &path, HISTORY_BYTES_MAX).map_err(StoreError::io("read", &path))
+        self.shared.history(timeline)
     }
 
     /// Stores the history file of a timeline; durable on return. Blocks. A stored one is never changed.

@@ -14,7 +14,7 @@ use crate::store::positions::Positions;
 use crate::store::rewrite::DETACHED_SUFFIX;
 use crate::store::writer::{Crossings, WalWriter};
 use crate::wal::scanner::{ScanContext, Scanner};
-use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineId};
+use crate::wal::{Lineage, Lsn, SegmentSize, TimelineId};
 
 /// Positions from here on are nonsense: a log does not grow to 8 EiB. Far enough from the end of the address space for
 /// all arithmetic.
@@ -39,8 +39,11 @@ impl WalWriter {
         check_start(start, identity.segment_size)?;
         // First what is in the way, then the control file: a crash between the two leaves the store as it was begun.
         self.forget_provisional()?;
-        self.write_control(identity, timeline, start)?;
-        self.shared.tail.lock().begin(start);
+        let ancestors = self.shared.ancestors_of(timeline)?;
+        let lineage = Lineage::new(timeline, ancestors, identity.segment_size);
+        self.write_control(identity, &lineage, start)?;
+        *self.shared.lineage.lock() = Some(lineage);
+        self.shared.tail.lock().begin_timeline(timeline, start);
         *self.shared.positions.lock() = Some(Positions::at(timeline, start, None));
         let _ = self.shared.identity.set(identity);
         let context = ScanContext {
@@ -85,7 +88,7 @@ impl WalWriter {
         shared.tail.lock().begin(positions.verified);
         let partials = std::mem::take(&mut *shared.partials.lock());
         for number in partials.keys() {
-            let name = SegmentName { timeline: positions.timeline, number: *number };
+            let name = shared.name_of(*number)?;
             let path = shared.layout.partial(name, size);
             match shared.disk.unlink(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -97,7 +100,8 @@ impl WalWriter {
         if partials.is_empty() { Ok(()) } else { shared.sync_wal_dir() }
     }
 
-    fn write_control(&self, identity: Identity, timeline: TimelineId, start: Lsn) -> Result<(), StoreError> {
+    fn write_control(&self, identity: Identity, lineage: &Lineage, start: Lsn) -> Result<(), StoreError> {
+        let (timeline, ancestors) = (lineage.timeline(), lineage.ancestors().to_vec());
         let shared = &self.shared;
         let (disk, layout) = (&*shared.disk, &shared.layout);
         let _file = shared.control_file.lock();
@@ -105,7 +109,7 @@ impl WalWriter {
         let control = match known {
             Some(known) => {
                 known.check_owner(disk, layout)?;
-                Control { timeline, start, ..known }
+                Control { timeline, ancestors, start, ..known }
             }
             None => {
                 // The index first: with a control file there must be one.
@@ -116,6 +120,7 @@ impl WalWriter {
                     system_id: identity.system_id,
                     segment_bytes: identity.segment_size.bytes(),
                     timeline,
+                    ancestors,
                     start,
                     instance: unique_name(),
                     owner: unique_name(),

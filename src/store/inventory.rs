@@ -9,7 +9,7 @@ use crate::store::control::{Layout, RESERVE_NAME, SPARE_PREFIX};
 use crate::store::disk::{Disk, TEMPORARY_SUFFIX};
 use crate::store::error::StoreError;
 use crate::wal::segment::SegmentFile;
-use crate::wal::{SegmentName, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::{Lineage, SegmentName, SegmentNo, SegmentSize};
 
 /// The files in `wal/`, with their lengths.
 #[derive(Default)]
@@ -42,18 +42,18 @@ impl Inventory {
         Ok(inventory)
     }
 
-    pub(super) fn complete_of(&self, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
-        of(&self.complete, timeline)
+    pub(super) fn complete_on(&self, lineage: &Lineage) -> BTreeMap<SegmentNo, u64> {
+        on(&self.complete, lineage)
     }
 
-    pub(super) fn partial_of(&self, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
-        of(&self.partial, timeline)
+    pub(super) fn partial_on(&self, lineage: &Lineage) -> BTreeMap<SegmentNo, u64> {
+        on(&self.partial, lineage)
     }
 }
 
-fn of(all: &BTreeMap<SegmentName, u64>, timeline: TimelineId) -> BTreeMap<SegmentNo, u64> {
-    let of_timeline = all.iter().filter(|(name, _)| name.timeline == timeline);
-    of_timeline.map(|(name, bytes)| (name.number, *bytes)).collect()
+fn on(all: &BTreeMap<SegmentName, u64>, lineage: &Lineage) -> BTreeMap<SegmentNo, u64> {
+    let on_line = all.iter().filter(|(name, _)| lineage.contains(**name));
+    on_line.map(|(name, bytes)| (name.number, *bytes)).collect()
 }
 
 /// Whether there is anything that looks like WAL, of whatever segment size.

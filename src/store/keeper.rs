@@ -86,7 +86,7 @@ impl Keeper {
         if shared.unproven.first().is_some_and(|first| first < number.end(size)) {
             return Ok(false);
         }
-        let name = SegmentName { timeline: positions.timeline, number };
+        let name = shared.name_of(number)?;
         let (partial, complete) = (shared.layout.partial(name, size), shared.layout.complete(name, size));
         let crc = segment.crc(size).map_err(|error| shared.health.fail("read", &partial, &error))?;
         self.write_index_entry(name, crc)?;
@@ -123,7 +123,8 @@ impl Keeper {
         let positions = shared.positions()?;
         let turn = shared.retention.lock();
         let horizon = horizon(shared, positions.flushed);
-        let removable = shared.catalog.lock().removable(positions.timeline, horizon, size);
+        let lineage = shared.lineage()?;
+        let removable = shared.catalog.lock().removable(&lineage, horizon, size);
         let Some(name) = removable else { return Ok(false) };
         let (segment, is_mapped) =
             shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
@@ -209,15 +210,32 @@ fn horizon(shared: &Shared, flushed: Lsn) -> Lsn {
 impl Shared {
     /// Whether the segment is one of those that are being written.
     pub(super) fn is_being_written(&self, name: SegmentName) -> bool {
-        let is_current = self.positions().is_ok_and(|positions| positions.timeline == name.timeline);
-        is_current && self.partials.lock().contains_key(&name.number)
+        let is_on_line = self.name_of(name.number).is_ok_and(|on_line| on_line == name);
+        is_on_line && self.partials.lock().contains_key(&name.number)
+    }
+
+    /// Start of the oldest segment of which the upstream can be asked on the timeline that is received: older ones are its
+    /// ancestors'.
+    pub(super) fn begin(&self) -> Option<Lsn> {
+        let size = self.segment_size().ok()?;
+        let lineage = self.lineage().ok()?;
+        let first = lineage.first_segment(lineage.timeline()).and_then(|first| first.start(size));
+        self.oldest().max(first)
+    }
+
+    /// Where the timeline that is received began, if that is within the segment.
+    pub(super) fn begins_in(&self, number: SegmentNo) -> Option<Lsn> {
+        let size = self.segment_size().ok()?;
+        let lineage = self.lineage().ok()?;
+        let begin = lineage.begin(lineage.timeline()).flatten()?;
+        (SegmentNo::holding(begin, size) == number).then_some(begin)
     }
 
     /// Start of the oldest segment that is held, or will be.
     pub(super) fn oldest(&self) -> Option<Lsn> {
         let size = self.segment_size().ok()?;
-        let timeline = self.positions().ok()?.timeline;
-        let complete = self.catalog.lock().oldest(timeline).map(|name| name.number);
+        let lineage = self.lineage().ok()?;
+        let complete = self.catalog.lock().oldest(&lineage).map(|name| name.number);
         let partial = || self.partials.lock().first_key_value().map(|(number, _)| *number);
         let start = || self.control.lock().as_ref().map(|control| control.start);
         match complete.or_else(partial) {

@@ -149,7 +149,7 @@ pub use writer::{ResumePlan, WalWriter};
 use shared::Shared;
 use threads::Threads;
 
-use crate::wal::{Lsn, TimelineId};
+use crate::wal::{Lineage, Lsn, TimelineId};
 
 /// How a store is to work.
 #[derive(Clone, Debug)]
@@ -248,9 +248,19 @@ impl Store {
         Ok(())
     }
 
-    /// Start of the oldest segment that is held on the current timeline.
+    /// Start of the oldest segment that is held, of the current timeline or an ancestor.
     pub fn oldest(&self) -> Option<Lsn> {
         self.shared.oldest()
+    }
+
+    /// Start of the oldest segment of which the upstream can be asked on the current timeline: older ones are its ancestors'.
+    pub fn begin(&self) -> Option<Lsn> {
+        self.shared.begin()
+    }
+
+    /// The line of segments that leads to the current timeline; `None` in a fresh directory.
+    pub fn lineage(&self) -> Option<Lineage> {
+        self.shared.lineage().ok()
     }
 
     /// A reader of one timeline's WAL, for one consumer.

@@ -18,6 +18,7 @@ use crate::store::health::{Health, Observer};
 use crate::store::inventory::{has_wal, remove_temporaries};
 use crate::store::mapping::Mappings;
 use crate::store::pool::Pool;
+use crate::store::positions::Positions;
 use crate::store::queue::{Signal, Unsynced, WriteQueue};
 use crate::store::recovery::{Recovered, Recovery};
 use crate::store::shared::Shared;
@@ -93,6 +94,7 @@ pub(super) fn open(
         settings,
         health,
         identity,
+        lineage: Mutex::new(None),
         control: Mutex::new(None),
         control_file: Mutex::new(()),
         wal_dir,
@@ -126,8 +128,10 @@ fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any 
         };
     };
     shared.unproven = Unproven::new(recovered.unproven);
-    shared.tail.lock().begin(recovered.positions.verified);
+    let Positions { timeline, verified, .. } = recovered.positions;
+    shared.tail.lock().begin_timeline(timeline, verified);
     *shared.positions.lock() = Some(recovered.positions);
+    *shared.lineage.lock() = Some(recovered.lineage);
     *shared.control.lock() = Some(recovered.control);
     *shared.partials.lock() = recovered.partials;
     *shared.catalog.lock() = recovered.catalog;

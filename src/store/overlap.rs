@@ -16,7 +16,7 @@ use crate::store::queue::Piece;
 use crate::store::shared::Shared;
 use crate::store::walk::FirstRecord;
 use crate::wal::scanner::{ScanContext, ScanError, Scanner};
-use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo};
+use crate::wal::{Lsn, LsnRange, SegmentNo};
 
 pub(super) struct Overlap {
     shared: Arc<Shared>,
@@ -187,7 +187,7 @@ impl Overlap {
     /// The bytes that are held from `at` on.
     fn held(&mut self, at: Lsn, bytes: usize) -> Result<Vec<u8>, StoreError> {
         let Some(range) = LsnRange::new(at, at.advance(bytes as u64)) else { return Ok(Vec::new()) };
-        let located = self.shared.tail.lock().locate(range);
+        let located = self.shared.tail.lock().locate(self.context.timeline, range);
         let mut held = Vec::with_capacity(bytes);
         if let Some(range) = located.in_files {
             self.read_files(range, &mut held)?;
@@ -223,7 +223,7 @@ impl Overlap {
         if let Some((_, file)) = self.file.as_ref().filter(|(open, _)| *open == number) {
             return Ok(file.clone());
         }
-        let name = SegmentName { timeline: self.context.timeline, number };
+        let name = self.shared.name_of(number)?;
         let partial = self.shared.partials.lock().get(&number).map(|segment| segment.file.clone());
         let file = match partial {
             Some(file) => file,

@@ -13,7 +13,8 @@ use parking_lot::Mutex;
 use crate::store::error::ReadError;
 use crate::store::mapping::{COLD_WINDOW_BYTES, MappedSegment, offset};
 use crate::store::shared::Shared;
-use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
+use crate::store::tail::Located;
+use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, TimelineId};
 
 /// Reads one timeline's WAL, for one consumer.
 pub struct WalReader {
@@ -74,19 +75,13 @@ impl WalReader {
 
     /// The bytes of `range`, which must be verified; a few hundred kilobytes at most. Does not block.
     pub fn read(&mut self, range: LsnRange) -> Result<Read, ReadError> {
-        let is_current = self.shared.positions().is_ok_and(|positions| positions.timeline == self.timeline);
-        let (in_files, in_memory) = if is_current {
-            let located = self.shared.tail.lock().locate(range);
-            (located.in_files, located.in_memory)
-        } else {
-            (Some(range), Vec::new())
-        };
+        let Located { in_files, in_memory } = self.shared.tail.lock().locate(self.timeline, range);
         let Some(in_files) = in_files else {
             // It has caught up, perhaps for weeks: the files must not be kept from being used again.
             *self.open.lock() = Open::default();
             return Ok(Read::Ready(in_memory));
         };
-        match self.read_files(in_files) {
+        match self.read_files(in_files)? {
             Some(mut bytes) => {
                 bytes.extend(in_memory);
                 Ok(Read::Ready(bytes))
@@ -108,7 +103,7 @@ impl WalReader {
         let next_end = SegmentNo::holding(position, size).next().end(size);
         let wanted = position.advance(AHEAD_BYTES).min(limit).min(next_end);
         let range = LsnRange::new(start, wanted.min(SegmentNo::holding(start, size).end(size)))?;
-        let range = self.shared.tail.lock().locate(range).in_files?;
+        let range = self.shared.tail.lock().locate(self.timeline, range).in_files?;
         let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
         Some(ColdRead { shared, timeline, range, open, purpose: Purpose::Ahead })
     }
@@ -118,7 +113,13 @@ impl WalReader {
         self.open.lock().resident = None;
     }
 
-    fn read_files(&self, range: LsnRange) -> Option<Vec<Bytes>> {
+    /// `None`: some of it is not in memory.
+    fn read_files(&self, range: LsnRange) -> Result<Option<Vec<Bytes>>, ReadError> {
+        let parts = self.shared.parts(self.timeline, range)?;
+        Ok(self.slices(range, parts))
+    }
+
+    fn slices(&self, range: LsnRange, parts: Vec<(SegmentName, Range<usize>)>) -> Option<Vec<Bytes>> {
         let size = self.shared.segment_size().ok()?;
         let mut open = self.open.lock();
         let first = SegmentNo::holding(range.start(), size);
@@ -127,7 +128,7 @@ impl WalReader {
             .resident
             .is_some_and(|resident| resident.start() <= range.start() && range.end() <= resident.end());
         let (mut all, mut resident) = (Vec::new(), range.end());
-        for (name, within) in parts(self.timeline, range, size) {
+        for (name, within) in parts {
             let segment = open.segments.iter().find(|segment| segment.name == name)?;
             if !is_resident {
                 let end = segment.resident_to(within.clone())?;
@@ -145,11 +146,7 @@ impl WalReader {
 impl ColdRead {
     /// Brings the range into memory, and a window behind it; blocks. Then read again.
     pub fn load(self) -> Result<(), ReadError> {
-        let Ok(size) = self.shared.segment_size() else {
-            let name = SegmentName { timeline: self.timeline, number: SegmentNo(0) };
-            return Err(ReadError::Removed(name));
-        };
-        let loaded = self.load_parts(size);
+        let loaded = self.load_parts();
         let mut open = self.open.lock();
         match (loaded, self.purpose) {
             (Ok((segments, end)), Purpose::Wanted) => {
@@ -173,29 +170,47 @@ impl ColdRead {
     }
 
     /// Also returns how far more than the range was brought in.
-    fn load_parts(&self, size: SegmentSize) -> Result<(Vec<Arc<MappedSegment>>, Lsn), ReadError> {
+    fn load_parts(&self) -> Result<(Vec<Arc<MappedSegment>>, Lsn), ReadError> {
         let (mut segments, mut end) = (Vec::new(), self.range.end());
-        for (name, within) in parts(self.timeline, self.range, size) {
+        for (name, within) in self.shared.parts(self.timeline, self.range)? {
             let segment = self.shared.mappings.open(&self.shared, name)?;
-            let brought = segment.load(&self.shared, within)?;
-            end = name.number.start(size).map_or(end, |start| start.advance(brought as u64));
+            let (from, brought) = (within.start, segment.load(&self.shared, within)?);
+            // The first part begins where the range does, the others with their segment.
+            let start = if segments.is_empty() { self.range.start() } else { end };
+            end = start.advance((brought - from) as u64);
             segments.push(segment);
         }
         Ok((segments, end))
     }
 }
 
-/// The parts of a range in each segment.
-fn parts(
-    timeline: TimelineId,
-    range: LsnRange,
-    size: SegmentSize,
-) -> impl Iterator<Item = (SegmentName, Range<usize>)> {
-    let (first, last) = (SegmentNo::holding(range.start(), size), SegmentNo::ending_at(range.end(), size));
-    (first.0..=last.0).map(SegmentNo).map(move |number| {
-        let start = if number == first { offset(range.start(), size) } else { 0 };
-        let whole = usize::try_from(size.bytes()).unwrap_or(usize::MAX);
-        let end = if range.end() < number.end(size) { offset(range.end(), size) } else { whole };
-        (SegmentName { timeline, number }, start..end)
-    })
+impl Shared {
+    /// The parts of a range of `timeline` in each segment. One that was left is read from its successors' files where it
+    /// has none of its own any more; there it ends where it was left.
+    fn parts(
+        &self,
+        timeline: TimelineId,
+        range: LsnRange,
+    ) -> Result<Vec<(SegmentName, Range<usize>)>, ReadError> {
+        let removed = |number| ReadError::Removed(SegmentName { timeline, number });
+        let lineage = self.lineage.lock();
+        let (Some(lineage), Ok(size)) = (&*lineage, self.segment_size()) else {
+            return Err(removed(SegmentNo(0)));
+        };
+        let (first, last) =
+            (SegmentNo::holding(range.start(), size), SegmentNo::ending_at(range.end(), size));
+        if lineage.first_segment(timeline).is_none_or(|own| first < own) {
+            return Err(removed(first));
+        }
+        if lineage.left(timeline).is_some_and(|(left, _)| range.end() > left) {
+            return Err(ReadError::TimelineLeft(timeline));
+        }
+        let part = |number: SegmentNo| {
+            let start = if number == first { offset(range.start(), size) } else { 0 };
+            let whole = usize::try_from(size.bytes()).unwrap_or(usize::MAX);
+            let end = if range.end() < number.end(size) { offset(range.end(), size) } else { whole };
+            (lineage.name(number), start..end)
+        };
+        Ok((first.0..=last.0).map(SegmentNo).map(part).collect())
+    }
 }

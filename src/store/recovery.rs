@@ -21,13 +21,14 @@ use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::walk::{Walk, Walked};
 use crate::wal::scanner::Scanner;
-use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
 
 /// What recovery works on, and what it has found so far.
 pub(super) struct Recovery<'a> {
     pub disk: &'a dyn Disk,
     pub layout: &'a Layout,
     control: Control,
+    lineage: Lineage,
     pub size: SegmentSize,
     pub pool: &'a Pool,
     pub spares_max: usize,
@@ -36,7 +37,7 @@ pub(super) struct Recovery<'a> {
     /// Where what is held begins, whatever becomes of the first segments.
     pub begin: SegmentNo,
     index: BTreeMap<SegmentName, u32>,
-    /// Complete segments of other timelines.
+    /// Complete segments that are not on the line.
     others: BTreeSet<SegmentName>,
     pub has_reserve: bool,
     pub names: BTreeSet<String>,
@@ -52,6 +53,7 @@ pub(super) struct Recovered {
     pub positions: Positions,
     pub scanner: Scanner,
     pub catalog: Catalog,
+    pub lineage: Lineage,
     pub partials: BTreeMap<SegmentNo, Arc<PartialSegment>>,
     /// What no checksum covers, neither of a record nor of a complete segment.
     pub unproven: Vec<LsnRange>,
@@ -74,9 +76,9 @@ impl<'a> Recovery<'a> {
         let size = control.identity(layout)?.segment_size;
         let inventory = Inventory::take(disk, layout, size)?;
         let names = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
-        let (complete, partial) =
-            (inventory.complete_of(control.timeline), inventory.partial_of(control.timeline));
-        let others = inventory.complete.keys().filter(|name| name.timeline != control.timeline);
+        let lineage = control.lineage(size);
+        let (complete, partial) = (inventory.complete_on(&lineage), inventory.partial_on(&lineage));
+        let others = inventory.complete.keys().filter(|name| !lineage.contains(**name));
         let mut recovery = Self {
             disk,
             layout,
@@ -89,6 +91,7 @@ impl<'a> Recovery<'a> {
             begin: SegmentNo::holding(control.start, size),
             others: others.copied().collect(),
             control,
+            lineage,
             has_reserve: inventory.reserve == Some(size.bytes()),
             names: names.into_iter().map(|entry| entry.name).collect(),
             damaged: Vec::new(),
@@ -132,6 +135,7 @@ impl<'a> Recovery<'a> {
             positions: Positions::at(timeline, end, sealed),
             scanner: walked.scanner,
             catalog: Catalog::new(complete, walked.start.start(self.size)),
+            lineage: self.lineage,
             partials,
             unproven,
             index,
@@ -161,7 +165,7 @@ impl<'a> Recovery<'a> {
 
     /// Retention always leaves something: a directory without any of its WAL was emptied by somebody.
     fn check_not_emptied(&self) -> Result<(), StoreError> {
-        let entries = || self.index.keys().filter(|name| name.timeline == self.control.timeline);
+        let entries = || self.index.keys().filter(|name| self.lineage.contains(**name));
         let is_here = |name: &SegmentName| self.partial.contains_key(&name.number);
         if self.complete.is_empty() && entries().next().is_some() && !entries().any(is_here) {
             let segments = entries().count();
@@ -322,7 +326,7 @@ impl<'a> Recovery<'a> {
             return Ok(first);
         }
         let inventory = Inventory::take(self.disk, self.layout, self.size)?;
-        let partials = inventory.partial_of(self.control.timeline);
+        let partials = inventory.partial_on(&self.lineage);
         let again = Walk { partials: &partials, ..self.walk() }.run()?;
         // Zeros were written behind the end: after XLOG_SWITCH they are what was missing of its segment.
         let is_in_zero_tail = first.scanner.resume_point().is_in_zero_tail;
@@ -379,6 +383,7 @@ impl<'a> Recovery<'a> {
             disk: self.disk,
             layout: self.layout,
             control: &self.control,
+            lineage: &self.lineage,
             begin: self.begin,
             size: self.size,
             complete: complete.map(|((first, _), (last, _))| (*first, *last)),

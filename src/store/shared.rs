@@ -22,7 +22,7 @@ use crate::store::queue::{Signal, Unsynced, WriteQueue};
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
 use crate::store::unproven::Unproven;
-use crate::wal::SegmentSize;
+use crate::wal::{Lineage, SegmentName, SegmentNo, SegmentSize};
 
 pub(super) struct Shared {
     pub disk: Arc<dyn Disk>,
@@ -32,6 +32,8 @@ pub(super) struct Shared {
     pub settings: StoreSettings,
     pub health: Arc<Health>,
     pub identity: OnceLock<Identity>,
+    /// The line of segments that leads to the timeline that is received.
+    pub lineage: Mutex<Option<Lineage>>,
     pub control: Mutex<Option<Control>>,
     /// Held while the control file is written.
     pub control_file: Mutex<()>,
@@ -87,6 +89,17 @@ impl Shared {
 
     pub(super) fn segment_size(&self) -> Result<SegmentSize, StoreError> {
         self.identity.get().map(|identity| identity.segment_size).ok_or(StoreError::NotInitialized)
+    }
+
+    /// The line of segments that leads to the timeline that is received.
+    pub(super) fn lineage(&self) -> Result<Lineage, StoreError> {
+        self.lineage.lock().clone().ok_or(StoreError::NotInitialized)
+    }
+
+    /// The file that holds a segment.
+    pub(super) fn name_of(&self, number: SegmentNo) -> Result<SegmentName, StoreError> {
+        let lineage = self.lineage.lock();
+        lineage.as_ref().map(|lineage| lineage.name(number)).ok_or(StoreError::NotInitialized)
     }
 
     pub(super) fn positions(&self) -> Result<Positions, StoreError> {

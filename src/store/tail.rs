@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use crate::store::queue::Follows;
-use crate::wal::{Lsn, LsnRange};
+use crate::wal::{Lsn, LsnRange, TimelineId};
 
 /// Number of the receive block of which some bytes are a slice. Blocks are filled one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,8 @@ pub const RECEIVE_BLOCK_BYTES: u64 = 256 << 10;
 const CHUNKS_MAX: usize = 1 << 16;
 
 pub(super) struct Tail {
+    /// Whose bytes these are.
+    timeline: Option<TimelineId>,
     chunks: VecDeque<Chunk>,
     /// End of the newest chunk; of everything when there is none.
     end: Lsn,
@@ -57,7 +59,21 @@ pub(super) struct Located {
 
 impl Tail {
     pub(super) fn new(bytes_max: u64) -> Self {
-        Self { chunks: VecDeque::new(), end: Lsn::MIN, written: Lsn::MIN, epoch: 0, blocks: 0, bytes_max }
+        Self {
+            timeline: None,
+            chunks: VecDeque::new(),
+            end: Lsn::MIN,
+            written: Lsn::MIN,
+            epoch: 0,
+            blocks: 0,
+            bytes_max,
+        }
+    }
+
+    /// WAL of `timeline` follows, from `end` on, where it left the one before.
+    pub(super) fn begin_timeline(&mut self, timeline: TimelineId, end: Lsn) {
+        self.begin(end);
+        self.timeline = Some(timeline);
     }
 
     /// A new upstream session: what lies beyond `end` is forgotten. Returns the number of the session.
@@ -116,8 +132,11 @@ impl Tail {
         }
     }
 
-    /// Looks for a range that ends within what was pushed.
-    pub(super) fn locate(&self, range: LsnRange) -> Located {
+    /// Looks for a range of `timeline` that ends within what was pushed, if that is the one which is received.
+    pub(super) fn locate(&self, timeline: TimelineId, range: LsnRange) -> Located {
+        if self.timeline != Some(timeline) {
+            return Located { in_files: Some(range), in_memory: Vec::new() };
+        }
         let tail_start = self.chunks.front().map_or(self.end, |first| first.at);
         let start = range.start().max(tail_start);
         let in_files = LsnRange::new(range.start(), range.end().min(tail_start));
@@ -145,19 +164,24 @@ mod tests {
         Lsn::new(raw).unwrap()
     }
 
+    fn begun(tail: &mut Tail) -> u64 {
+        tail.begin_timeline(TimelineId::FIRST, at(100));
+        tail.epoch
+    }
+
     fn range(start: u64, end: u64) -> LsnRange {
         LsnRange::new(at(start), at(end)).unwrap()
     }
 
     fn filled(tail: &Tail, start: u64, end: u64) -> (Option<LsnRange>, Vec<u8>) {
-        let located = tail.locate(range(start, end));
+        let located = tail.locate(TimelineId::FIRST, range(start, end));
         (located.in_files, located.in_memory.concat())
     }
 
     #[test]
     fn a_range_is_cut_from_several_chunks_and_the_rest_is_left_to_the_files() {
         let mut tail = Tail::new(1 << 20);
-        tail.begin(at(100));
+        begun(&mut tail);
         tail.push(Bytes::from_static(b"abcd"), BlockId(1));
         tail.push(Bytes::from_static(b"efgh"), BlockId(1));
         assert_eq!(filled(&tail, 101, 106), (None, b"bcdef".to_vec()));
@@ -169,7 +193,7 @@ mod tests {
     #[test]
     fn memory_is_counted_in_blocks_and_only_what_was_written_leaves() {
         let mut tail = Tail::new(2 * RECEIVE_BLOCK_BYTES);
-        let epoch = tail.begin(at(100));
+        let epoch = begun(&mut tail);
         for number in 0..8 {
             tail.push(Bytes::from_static(b"xx"), BlockId(number / 2));
         }
@@ -183,7 +207,7 @@ mod tests {
     #[test]
     fn a_new_session_forgets_provisional_bytes_and_old_writes() {
         let mut tail = Tail::new(RECEIVE_BLOCK_BYTES);
-        let old = tail.begin(at(100));
+        let old = begun(&mut tail);
         tail.push(Bytes::from_static(b"abcd"), BlockId(1));
         tail.push(Bytes::from_static(b"bad"), BlockId(2));
         let new = tail.begin(at(102));
@@ -199,7 +223,7 @@ mod tests {
     #[test]
     fn what_left_the_tail_as_provisional_can_be_taken_back() {
         let mut tail = Tail::new(RECEIVE_BLOCK_BYTES);
-        let epoch = tail.begin(at(100));
+        let epoch = begun(&mut tail);
         tail.push(Bytes::from_static(b"abcd"), BlockId(1));
         tail.push(Bytes::from_static(b"efgh"), BlockId(2));
         tail.note_written(at(108), epoch, Follows::Nothing);

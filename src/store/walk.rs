@@ -14,13 +14,14 @@ use crate::store::partials::READ_BYTES;
 use crate::store::unproven::Gaps;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::scanner::{ScanContext, ScanError, Scanner};
-use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
 
 /// Segment files to be walked, in order and without a gap.
 pub(super) struct Walk<'a> {
     pub disk: &'a dyn Disk,
     pub layout: &'a Layout,
     pub control: &'a Control,
+    pub lineage: &'a Lineage,
     pub size: SegmentSize,
     /// Where what is held begins, if there are no complete segments.
     pub begin: SegmentNo,
@@ -163,7 +164,7 @@ impl Walk<'_> {
     }
 
     pub(super) fn name(&self, number: SegmentNo) -> SegmentName {
-        SegmentName { timeline: self.control.timeline, number }
+        self.lineage.name(number)
     }
 
     pub(super) fn complete_path(&self, number: SegmentNo) -> PathBuf {

@@ -95,7 +95,7 @@ impl WalWriter {
         let timeline = positions.timeline;
         let scanner = self.scanner.as_ref()?;
         let held_end = scanner.verified_end();
-        let oldest = self.shared.oldest()?;
+        let oldest = self.shared.begin()?;
         if held_end <= oldest {
             let (start, newest_start) = (held_end, held_end);
             let (fallback, unproven) = (None, None);
@@ -107,10 +107,16 @@ impl WalWriter {
         let segment_start = number.start(size).unwrap_or(oldest);
         let page_start = scanner.last_record().and_then(Lsn::page_start).unwrap_or(segment_start);
         let newest_start = page_start.max(segment_start).max(oldest);
+        // What a timeline began with is compared whole: it came from another file.
+        let is_first = self.shared.begins_in(number).is_some();
+        let newest_start = if is_first { segment_start.max(oldest) } else { newest_start };
         let fallback = (size.offset_of(held_end) == 0).then_some(held_end);
         // What only a comparison can prove is compared, however far back it lies.
         let unproven = self.shared.unproven.first();
-        let start = unproven.and_then(Lsn::page_start).map_or(newest_start, |page| page.min(newest_start));
+        let start = unproven
+            .and_then(Lsn::page_start)
+            .map_or(newest_start, |page| page.min(newest_start))
+            .max(oldest);
         Some(ResumePlan { timeline, held_end, start, newest_start, fallback, unproven })
     }
 
@@ -122,7 +128,7 @@ impl WalWriter {
         self.session = None;
         let scanner = self.scanner.as_mut().ok_or(StoreError::NotInitialized)?;
         let held_end = scanner.verified_end();
-        let oldest = self.shared.oldest().ok_or(StoreError::NotInitialized)?;
+        let oldest = self.shared.begin().ok_or(StoreError::NotInitialized)?;
         if start > held_end {
             return Err(StoreError::BadStart { start, reason: "it is beyond what is held" });
         }

@@ -254,7 +254,7 @@ impl Upstream {
         let size = self.store.identity().map(|identity| identity.segment_size);
         let segment_start = size.and_then(|size| SegmentNo::ending_at(plan.held_end, size).start(size));
         let start = segment_start.unwrap_or(plan.start).min(plan.start);
-        self.store.oldest().map_or(start, |oldest| start.max(oldest))
+        self.store.begin().map_or(start, |begin| start.max(begin))
     }
 
     /// The slot to use; one that an earlier session created in vain is dropped, and not created again.

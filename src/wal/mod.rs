@@ -10,6 +10,7 @@ pub mod contents;
 pub mod crc;
 pub mod format;
 pub mod insight;
+pub mod lineage;
 pub mod lsn;
 pub mod page;
 pub mod record;
@@ -19,6 +20,7 @@ pub mod time;
 pub mod timeline;
 
 pub use format::WalFormat;
+pub use lineage::Lineage;
 pub use lsn::{Lsn, LsnRange};
 pub use record::{Record, RecordHeader, RecordVisitor};
 pub use scanner::{ResumePoint, ScanContext, ScanError, Scanner};

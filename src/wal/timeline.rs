@@ -55,7 +55,7 @@ impl fmt::Debug for TimelineId {
 }
 
 /// One ancestor in a history: the timeline, and where the next one left it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Ancestor {
     /// The ancestor.
     pub timeline: TimelineId,

@@ -203,7 +203,9 @@ fn stream_error<S: Stream>(session: &Session<'_, S>, error: StreamError) -> Comm
             info!(error = &error as &dyn std::error::Error, "could not read WAL for a client");
             let sqlstate = match &error {
                 ReadError::Suspect { .. } => SqlState::DATA_CORRUPTED,
-                ReadError::Io { .. } | ReadError::Removed(_) => SqlState::IO_ERROR,
+                ReadError::Io { .. } | ReadError::Removed(_) | ReadError::TimelineLeft(_) => {
+                    SqlState::IO_ERROR
+                }
             };
             CommandError::Refused(ServerError::error(sqlstate, error.to_string()))
         }
