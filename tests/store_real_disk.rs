@@ -8,22 +8,24 @@
 )]
 #![allow(clippy::disallowed_methods, reason = "looks at the store's files from outside")]
 
-use std::any::Any;
 use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use walrelay::store::disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode};
 use walrelay::store::{
     AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
     ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
 use walrelay::wal::builder::WalBuilder;
 use walrelay::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, SystemId, TimelineId};
+
+use crate::disk::{HookedDisk, Hooks};
+
+#[path = "support/disk.rs"]
+mod disk;
 
 #[derive(Default)]
 struct Watch {
@@ -426,50 +428,17 @@ fn at_a_segment_boundary_the_first_record_proves_that_it_continues_ours() {
     assert!(opened.writer.is_overlap_proven());
 }
 
-/// The real disk; whoever replaces the file of the slots is held up by something.
+/// Whoever replaces the file of the slots is held up by this, once.
 #[derive(Default)]
-struct SlowSlots(Mutex<Option<Box<dyn Fn() + Send>>>);
+struct HoldUp(Mutex<Option<Box<dyn Fn() + Send>>>);
 
-impl Disk for SlowSlots {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
-    }
-
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        RealDisk.open(path, mode)
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+impl Hooks for HoldUp {
+    fn before_rename(&self, to: &Path) {
         if to.ends_with("walrelay.slots")
             && let Some(hold_up) = self.0.lock().take()
         {
             hold_up();
         }
-        RealDisk.rename(from, to)
-    }
-
-    fn unlink(&self, path: &Path) -> io::Result<()> {
-        RealDisk.unlink(path)
-    }
-
-    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>> {
-        RealDisk.open_dir(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        RealDisk.list(path)
-    }
-
-    fn lock(&self, path: &Path, content: &str) -> io::Result<Box<dyn Any + Send + Sync>> {
-        RealDisk.lock(path, content)
-    }
-
-    fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
-        RealDisk.map(path, bytes)
-    }
-
-    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
-        RealDisk.free_bytes(path)
     }
 }
 
@@ -477,9 +446,9 @@ impl Disk for SlowSlots {
 fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     let dir = tempfile::tempdir().unwrap();
     let wal = some_wal(8 << 20);
-    let disk = Arc::new(SlowSlots::default());
+    let slots = Arc::new(HoldUp::default());
     let settings = StoreSettings { wal_keep_size: 1 << 20, ..settings(dir.path()) };
-    let mut opened = open_on(disk.clone(), settings).unwrap();
+    let mut opened = open_on(Arc::new(HookedDisk(slots.clone())), settings).unwrap();
     opened.writer.initialize(identity(&wal), TimelineId::FIRST, wal.start()).unwrap();
     opened.store.create_slot("early", SlotKind::Temporary { owner: 1 }, true).unwrap();
     deliver(&mut opened, &wal);
@@ -489,7 +458,7 @@ fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     // Nobody else needs the oldest segments any more, just when the new slot is written down.
     let store = opened.store.clone();
     let (oldest, early) = (store.oldest(), store.slots().acquire("early", 1).unwrap());
-    *disk.0.lock() = Some(Box::new(move || {
+    *slots.0.lock() = Some(Box::new(move || {
         early.advance(wal.end());
         let deadline = Instant::now() + Duration::from_secs(3);
         while store.oldest() == oldest && Instant::now() < deadline {

@@ -11,6 +11,8 @@
 )]
 
 mod commands;
+#[path = "../support/disk.rs"]
+mod disk;
 mod handshake;
 mod limits;
 mod panics;

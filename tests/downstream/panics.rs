@@ -2,26 +2,16 @@
 //!
 //! The panics come from a disk that stands in for the code that would have the bug.
 
-use std::{
-    any::Any,
-    io::{self, IoSlice},
-    ops::Range,
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use bytes::Bytes;
 use tokio::io::AsyncReadExt;
 use walrelay::protocol::frontend::Message;
 use walrelay::session::cut::WAL_DATA_BYTES_MAX;
-use walrelay::store::{
-    Condition, Disk, RealDisk,
-    disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode},
-};
+use walrelay::store::Condition;
 
+use crate::disk::{HookedDisk, Hooks};
 use crate::support::{Options, PATIENCE, Relay, eventually};
 
 /// What panics, once switched on.
@@ -33,92 +23,20 @@ pub(crate) struct Panics {
     write: AtomicBool,
 }
 
-struct PanickingDisk(Arc<Panics>);
-
-struct PanickingFile(Arc<dyn DiskFile>, Arc<Panics>);
-
-struct PanickingMapping(Arc<dyn Mapping>, Arc<Panics>);
-
-impl Disk for PanickingDisk {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
+impl Hooks for Panics {
+    fn before_write(&self) {
+        assert!(!self.write.load(Ordering::SeqCst), "as a bug in the writer would");
     }
 
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(PanickingFile(RealDisk.open(path, mode)?, self.0.clone())))
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        RealDisk.rename(from, to)
-    }
-
-    fn unlink(&self, path: &Path) -> io::Result<()> {
-        RealDisk.unlink(path)
-    }
-
-    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>> {
-        RealDisk.open_dir(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        RealDisk.list(path)
-    }
-
-    fn lock(&self, path: &Path, content: &str) -> io::Result<Box<dyn Any + Send + Sync>> {
-        RealDisk.lock(path, content)
-    }
-
-    fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
-        Ok(Arc::new(PanickingMapping(RealDisk.map(path, bytes)?, self.0.clone())))
-    }
-
-    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
-        RealDisk.free_bytes(path)
-    }
-}
-
-impl DiskFile for PanickingFile {
-    fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
-        assert!(!self.1.write.load(Ordering::SeqCst), "as a bug in the writer would");
-        self.0.write_at(slices, offset)
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.0.read_at(buffer, offset)
-    }
-
-    fn allocate(&self, bytes: u64) -> io::Result<()> {
-        self.0.allocate(bytes)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.0.sync()
-    }
-
-    fn bytes(&self) -> io::Result<u64> {
-        self.0.bytes()
-    }
-}
-
-impl Mapping for PanickingMapping {
-    fn slice(&self, range: Range<usize>, keep: Arc<dyn Any + Send + Sync>) -> Option<Bytes> {
+    fn before_slice(&self, range: &Range<usize>) {
         // A session cuts messages; whole segments are cut for their checksum, elsewhere.
         let is_session = range.len() <= usize::try_from(WAL_DATA_BYTES_MAX).unwrap();
-        assert!(!(is_session && self.1.slice.load(Ordering::SeqCst)), "as a bug in a session would");
-        self.0.slice(range, keep)
-    }
-
-    fn is_resident(&self, range: Range<usize>) -> bool {
-        self.0.is_resident(range)
-    }
-
-    fn populate(&self, range: Range<usize>) -> io::Result<()> {
-        self.0.populate(range)
+        assert!(!(is_session && self.slice.load(Ordering::SeqCst)), "as a bug in a session would");
     }
 }
 
 async fn relay(panics: &Arc<Panics>) -> Relay {
-    let disk = Arc::new(PanickingDisk(panics.clone()));
+    let disk = Arc::new(HookedDisk(panics.clone()));
     Relay::start_with(Options { disk, tail_bytes_max: 1 << 20, ..Options::default() }).await
 }
 

@@ -1,17 +1,12 @@
 //! `send = "flushed"`: what is verified and not yet durable here is nobody else's business.
 
-use std::any::Any;
-use std::io;
-use std::io::IoSlice;
-use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 use walrelay::downstream::{DownstreamSettings, SendPolicy};
 use walrelay::protocol::replication::PrimaryMessage;
-use walrelay::store::disk::{DirEntry, Directory, DiskFile, Mapping, OpenMode};
-use walrelay::store::{Disk, RealDisk};
 
+use crate::disk::{HookedDisk, Hooks};
 use crate::support::{Options, Relay, eventually, settings};
 
 /// Lets syncs through, or holds them.
@@ -26,8 +21,10 @@ impl Gate {
         *self.is_closed.lock() = is_closed;
         self.changed.notify_all();
     }
+}
 
-    fn pass(&self) {
+impl Hooks for Gate {
+    fn before_sync(&self) {
         let mut is_closed = self.is_closed.lock();
         while *is_closed {
             self.changed.wait(&mut is_closed);
@@ -44,76 +41,11 @@ impl Drop for Closed {
     }
 }
 
-struct GatedDisk(Arc<Gate>);
-
-struct GatedFile(Arc<dyn DiskFile>, Arc<Gate>);
-
-impl Disk for GatedDisk {
-    fn create_dir(&self, path: &Path) -> io::Result<()> {
-        RealDisk.create_dir(path)
-    }
-
-    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(GatedFile(RealDisk.open(path, mode)?, self.0.clone())))
-    }
-
-    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        RealDisk.rename(from, to)
-    }
-
-    fn unlink(&self, path: &Path) -> io::Result<()> {
-        RealDisk.unlink(path)
-    }
-
-    fn open_dir(&self, path: &Path) -> io::Result<Arc<dyn Directory>> {
-        RealDisk.open_dir(path)
-    }
-
-    fn list(&self, path: &Path) -> io::Result<Vec<DirEntry>> {
-        RealDisk.list(path)
-    }
-
-    fn lock(&self, path: &Path, content: &str) -> io::Result<Box<dyn Any + Send + Sync>> {
-        RealDisk.lock(path, content)
-    }
-
-    fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
-        RealDisk.map(path, bytes)
-    }
-
-    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
-        RealDisk.free_bytes(path)
-    }
-}
-
-impl DiskFile for GatedFile {
-    fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
-        self.0.write_at(slices, offset)
-    }
-
-    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        self.0.read_at(buffer, offset)
-    }
-
-    fn allocate(&self, bytes: u64) -> io::Result<()> {
-        self.0.allocate(bytes)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.1.pass();
-        self.0.sync()
-    }
-
-    fn bytes(&self) -> io::Result<u64> {
-        self.0.bytes()
-    }
-}
-
 #[tokio::test]
 async fn what_is_not_durable_is_neither_sent_nor_told_of() {
     let gate = Arc::new(Gate::default());
     let settings = DownstreamSettings { send: SendPolicy::Flushed, ..settings() };
-    let disk = Arc::new(GatedDisk(gate.clone()));
+    let disk = Arc::new(HookedDisk(gate.clone()));
     let mut relay = Relay::start_with(Options { settings, disk, ..Options::default() }).await;
     let (start, durable) = (relay.start_lsn(), relay.grow(50_000));
     let store = relay.store.clone();

@@ -35,6 +35,19 @@ fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<Chain> {
     Some(Chain { primary, proxy, relay, standby })
 }
 
+/// The same with the relay's data on a disk of its own.
+fn chain_on(
+    disk: impl FnOnce() -> SmallDisk,
+    prepare: impl FnOnce(Relay) -> Relay,
+) -> Option<(SmallDisk, Chain)> {
+    if !may_mount() {
+        return None;
+    }
+    let disk = disk();
+    let chain = chain(|relay| prepare(relay.with_data_dir(&disk.path().join("relay"))))?;
+    Some((disk, chain))
+}
+
 impl Chain {
     fn session(&self) -> serde_json::Value {
         self.relay.downstream("standby").first().map(|session| session["pid"].clone()).unwrap_or_default()
@@ -54,15 +67,8 @@ impl Chain {
 
 #[test]
 fn a_full_disk_stops_acknowledging_keeps_the_standby_and_heals() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) =
-        chain(|relay| relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"4MB\""))
-    else {
-        return;
-    };
+    let keep = |relay: Relay| relay.with("store.wal_keep_size", "\"4MB\"");
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_megabytes(48), keep) else { return };
     write_wal(&chain.primary, MB);
     chain.standby.wait_replayed(chain.primary.flushed());
     let session = chain.session();
@@ -108,15 +114,8 @@ fn writes_that_fail_for_want_of_space_are_tried_again() {
 
 #[test]
 fn started_on_a_full_disk_it_serves_and_heals() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) = chain(|relay| {
-        relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"16MB\"")
-    }) else {
-        return;
-    };
+    let keep = |relay: Relay| relay.with("store.wal_keep_size", "\"16MB\"");
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_megabytes(48), keep) else { return };
     write_wal(&chain.primary, 2 * MB);
     let upto = chain.primary.flushed();
     chain.relay.wait_flushed(upto);
@@ -132,15 +131,8 @@ fn started_on_a_full_disk_it_serves_and_heals() {
 
 #[test]
 fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) = chain(|relay| {
-        relay.with_data_dir(&disk.path().join("relay")).with("store.wal_keep_size", "\"16MB\"")
-    }) else {
-        return;
-    };
+    let keep = |relay: Relay| relay.with("store.wal_keep_size", "\"16MB\"");
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_megabytes(48), keep) else { return };
     let reserve = chain.relay.wal_dir().join("walrelay.reserve");
     write_wal(&chain.primary, MB / 2);
     let upto = chain.primary.flushed();
@@ -177,18 +169,9 @@ fn the_reserve_lets_it_start_on_a_full_disk_again_and_again() {
 
 #[test]
 fn whoever_wants_more_wal_to_be_kept_is_refused_before_wal_is() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_megabytes(64);
-    let Some(mut chain) = chain(|relay| {
-        relay
-            .with_data_dir(&disk.path().join("relay"))
-            .with("store.wal_keep_size", "\"16MB\"")
-            .with("store.reserve_segments", "6")
-    }) else {
-        return;
-    };
+    let keep =
+        |relay: Relay| relay.with("store.wal_keep_size", "\"16MB\"").with("store.reserve_segments", "6");
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_megabytes(64), keep) else { return };
     let reserve = chain.relay.wal_dir().join("walrelay.reserve");
     wait_until("the reserve", || reserve.exists());
     let (session, mut client) = (chain.session(), RawClient::replication(chain.relay.port).unwrap());
@@ -223,11 +206,7 @@ fn whoever_wants_more_wal_to_be_kept_is_refused_before_wal_is() {
 
 #[test]
 fn without_a_free_inode_it_waits_and_heals() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_files(64);
-    let Some(mut chain) = chain(|relay| relay.with_data_dir(&disk.path().join("relay"))) else { return };
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_files(64), |relay| relay) else { return };
     write_wal(&chain.primary, MB);
     chain.standby.wait_replayed(chain.primary.flushed());
     let session = chain.session();
@@ -315,11 +294,7 @@ fn what_is_not_durable_here_reaches_no_standby_where_that_is_wished() {
 
 #[test]
 fn a_disk_that_dies_ends_the_process() {
-    if !may_mount() {
-        return;
-    }
-    let disk = SmallDisk::of_megabytes(48);
-    let Some(mut chain) = chain(|relay| relay.with_data_dir(&disk.path().join("relay"))) else { return };
+    let Some((disk, mut chain)) = chain_on(|| SmallDisk::of_megabytes(48), |relay| relay) else { return };
     write_wal(&chain.primary, MB);
     let upto = chain.primary.flushed();
     chain.relay.wait_flushed(upto);

@@ -77,6 +77,13 @@ impl Load {
     }
 }
 
+/// At least so many transactions of a [`Load::start`] are on this server, which has been promoted.
+pub(crate) fn assert_has_confirmed(heir: &Postgres, confirmed: u64) {
+    let transactions = heir.sql("select count(distinct xmin::text) from load_rows");
+    let has_all = transactions.parse::<u64>().unwrap() >= confirmed;
+    assert!(has_all, "{transactions} of {confirmed} confirmed transactions");
+}
+
 impl Drop for Load {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
