@@ -10,10 +10,46 @@ use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize};
 /// A complete segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct CompleteSegment {
-    /// CRC-32 of the file.
-    pub crc: u32,
+    /// CRC-32 of the file; `None` if nobody knows any more what it was.
+    pub crc: Option<u32>,
+    /// What is wrong with the file, if something is.
+    pub damage: Option<Damage>,
+}
+
+/// What is wrong with the file of a complete segment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Damage {
+    pub kind: DamageKind,
+    pub detail: String,
+    /// Why it could not be replaced yet.
+    pub repair_error: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum DamageKind {
+    /// The disk did not give it back. It may the next time: it is still read.
+    Unreadable,
+    /// It is not what was written, or not there. It is never served.
+    Wrong,
+}
+
+impl CompleteSegment {
+    /// One of which nothing bad is known.
+    pub(super) fn sound(crc: u32) -> Self {
+        Self { crc: Some(crc), damage: None }
+    }
+
+    /// One that is not what was written.
+    pub(super) fn wrong(crc: Option<u32>, detail: String) -> Self {
+        let damage = Damage { kind: DamageKind::Wrong, detail, repair_error: None };
+        Self { crc, damage: Some(damage) }
+    }
+
     /// Why it is not served, if it is not.
-    pub suspect: Option<String>,
+    pub(super) fn refusal(&self) -> Option<&str> {
+        let damage = self.damage.as_ref().filter(|damage| damage.kind == DamageKind::Wrong);
+        damage.map(|damage| damage.detail.as_str())
+    }
 }
 
 #[derive(Default)]
@@ -39,10 +75,40 @@ impl Catalog {
         self.complete.get(&name)
     }
 
-    pub(super) fn mark_suspect(&mut self, name: SegmentName, detail: &str) {
+    pub(super) fn mark_damaged(&mut self, name: SegmentName, kind: DamageKind, detail: &str) {
+        let Some(segment) = self.complete.get_mut(&name) else { return };
+        let before = segment.damage.take();
+        segment.damage = match before {
+            Some(before) if before.kind == DamageKind::Wrong && kind == DamageKind::Unreadable => {
+                Some(before)
+            }
+            before => {
+                let repair_error = before.and_then(|before| before.repair_error);
+                Some(Damage { kind, detail: detail.to_owned(), repair_error })
+            }
+        };
+    }
+
+    /// The file of a segment was read, and is what was written.
+    pub(super) fn mark_sound(&mut self, name: SegmentName) {
         if let Some(segment) = self.complete.get_mut(&name) {
-            segment.suspect = Some(detail.to_owned());
+            segment.damage = None;
         }
+    }
+
+    /// What is known to be damaged, oldest first.
+    pub(super) fn damaged(&self) -> impl DoubleEndedIterator<Item = (SegmentName, &Damage)> {
+        self.complete.iter().filter_map(|(name, segment)| Some((*name, segment.damage.as_ref()?)))
+    }
+
+    /// Remembers why a segment could not be repaired; whether that is news.
+    pub(super) fn note_repair_error(&mut self, name: SegmentName, error: &str) -> bool {
+        let damage = self.complete.get_mut(&name).and_then(|segment| segment.damage.as_mut());
+        let Some(damage) = damage.filter(|damage| damage.repair_error.as_deref() != Some(error)) else {
+            return false;
+        };
+        damage.repair_error = Some(error.to_owned());
+        true
     }
 
     /// The record that crosses the end of segment `number`, or ends there, starts at `start`.
@@ -51,7 +117,7 @@ impl Catalog {
     }
 
     pub(super) fn sealed(&mut self, name: SegmentName, crc: u32) {
-        self.complete.insert(name, CompleteSegment { crc, suspect: None });
+        self.complete.insert(name, CompleteSegment::sound(crc));
         self.anchor = self.crossing.get(&name.number).copied().or(self.anchor);
         self.crossing.retain(|number, _| *number > name.number);
     }
@@ -83,7 +149,7 @@ impl Catalog {
     }
 
     pub(super) fn index_entries(&self) -> BTreeMap<SegmentName, u32> {
-        self.complete.iter().map(|(name, segment)| (*name, segment.crc)).collect()
+        self.complete.iter().filter_map(|(name, segment)| Some((*name, segment.crc?))).collect()
     }
 
     /// In the order of the log.

@@ -332,6 +332,11 @@ pub(super) fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EMFILE | libc::ENFILE))
 }
 
+/// Whether a read failed for want of memory or of a descriptor, which says nothing about what was to be read.
+pub(super) fn is_read_shortage(error: &io::Error) -> bool {
+    is_shortage(error) || matches!(error.raw_os_error(), Some(libc::ENOMEM | libc::EAGAIN | libc::EINTR))
+}
+
 /// Makes the names in a directory durable.
 pub(super) fn sync_dir(disk: &dyn Disk, path: &Path) -> io::Result<()> {
     disk.open_dir(path)?.sync()

@@ -88,6 +88,39 @@ pub enum StoreError {
     /// Another history file of that timeline is stored.
     #[error("history file of timeline {0} differs from the one that is stored")]
     OtherHistory(TimelineId),
+    /// The segment is as it was written, or is not held any more.
+    #[error("WAL segment needs no repair (timeline {}, segment number {})", .0.timeline, .0.number.0)]
+    NothingToRepair(SegmentName),
+    /// Another segment is being repaired.
+    #[error("another WAL segment is being repaired")]
+    RepairRunning,
+    /// Nobody knows what was in the segment.
+    #[error("the checksum of the WAL segment is not known (timeline {}, segment number {})", .0.timeline, .0.number.0)]
+    ChecksumUnknown(SegmentName),
+    /// What came for a segment is not as long as a segment.
+    #[error("{got} bytes came for the WAL segment, expected {expected} (timeline {}, segment number {})", name.timeline, name.number.0)]
+    RepairLength {
+        /// The segment.
+        name: SegmentName,
+        /// Bytes of a segment.
+        expected: u64,
+        /// Bytes that came, as far as they were counted.
+        got: u64,
+    },
+    /// What came for a segment is not what was written.
+    #[error(
+        "what came for the WAL segment differs from what was stored: its checksum is {found:08x}, expected {expected:08x} (timeline {}, segment number {})",
+        name.timeline,
+        name.number.0
+    )]
+    OtherContent {
+        /// The segment.
+        name: SegmentName,
+        /// CRC-32 of what was stored.
+        expected: u32,
+        /// CRC-32 of what came.
+        found: u32,
+    },
     /// What happened before forbids any further change.
     #[error("the store has failed: {0}")]
     Failed(String),

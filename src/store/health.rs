@@ -28,6 +28,8 @@ pub trait Observer: Send + Sync {
     fn sealed(&self, _name: SegmentName) {}
     /// A complete segment is not what was written. It is not served.
     fn suspect(&self, _name: SegmentName, _detail: &str) {}
+    /// A complete segment was damaged, and has been replaced by what was written.
+    fn repaired(&self, _name: SegmentName) {}
     /// The disk could not give back a piece of a segment. It may the next time: the segment is still served.
     fn unreadable(&self, _name: SegmentName, _error: &io::Error) {}
     /// Work that can wait failed and will be tried again: removing old segments, preparing new ones, saving slots.

@@ -16,7 +16,8 @@ use bytes::Bytes;
 use crc32fast::Hasher;
 use parking_lot::Mutex;
 
-use crate::store::disk::Mapping;
+use crate::store::catalog::DamageKind;
+use crate::store::disk::{Mapping, is_read_shortage};
 use crate::store::error::ReadError;
 use crate::store::shared::Shared;
 use crate::wal::{SegmentName, SegmentSize};
@@ -49,8 +50,8 @@ impl Mappings {
         // the catalog before it leaves the list of those being written.
         let is_being_written = shared.is_being_written(name);
         let complete = shared.catalog.lock().get(name).cloned();
-        if let Some(detail) = complete.as_ref().and_then(|complete| complete.suspect.clone()) {
-            return Err(ReadError::Suspect { name, detail });
+        if let Some(detail) = complete.as_ref().and_then(|complete| complete.refusal()) {
+            return Err(ReadError::Suspect { name, detail: detail.to_owned() });
         }
         if let Some(mapped) = mappings.get(&name).and_then(Weak::upgrade) {
             return Ok(mapped);
@@ -73,7 +74,11 @@ impl Mappings {
                 break;
             }
         }
-        let mapping = result.map_err(|error| unreadable(shared, name, error))?;
+        let mapping = result.map_err(|error| {
+            let fault = Fault::of(error);
+            fault.mark(shared, name);
+            fault.error(name)
+        })?;
         let mapped = Arc::new(MappedSegment {
             name,
             mapping,
@@ -96,6 +101,27 @@ impl Mappings {
         }
         remove(is_mapped)
     }
+
+    /// Lets `replace` give a segment another file. Who has the old one mapped keeps it; nobody can open the segment
+    /// meanwhile, and from then on everybody opens the new one.
+    pub(super) fn while_replaced<T, E>(
+        &self,
+        name: SegmentName,
+        replace: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut mappings = self.0.lock();
+        let replaced = replace()?;
+        mappings.remove(&name);
+        Ok(replaced)
+    }
+
+    /// Does `mark` unless the segment has got another file since it was mapped: what is wrong with the old one says
+    /// nothing about that.
+    fn if_current<T>(&self, mapped: &MappedSegment, mark: impl FnOnce() -> T) -> Option<T> {
+        let mappings = self.0.lock();
+        let is_current = mappings.get(&mapped.name).is_some_and(|known| std::ptr::eq(known.as_ptr(), mapped));
+        is_current.then(mark)
+    }
 }
 
 impl MappedSegment {
@@ -117,7 +143,7 @@ impl MappedSegment {
         let end = range.end.max(range.start.saturating_add(COLD_WINDOW_BYTES)).min(self.bytes);
         // What the checksum was just computed of is there; asking is cheaper than bringing it in again.
         if !self.mapping.is_resident(range.start..end) {
-            self.mapping.populate(range.start..end).map_err(|error| unreadable(shared, self.name, error))?;
+            self.mapping.populate(range.start..end).map_err(|error| self.tell(shared, Fault::of(error)))?;
         }
         Ok(end)
     }
@@ -132,46 +158,81 @@ impl MappedSegment {
         }
         let name = self.name;
         let segment = shared.catalog.lock().get(name).cloned().ok_or(ReadError::Removed(name))?;
-        if let Some(detail) = segment.suspect {
-            return Err(ReadError::Suspect { name, detail });
+        if let Some(detail) = segment.refusal() {
+            return Err(ReadError::Suspect { name, detail: detail.to_owned() });
         }
         let mut hasher = Hasher::new();
         for start in (0..self.bytes).step_by(COLD_WINDOW_BYTES) {
             let window = start..(start + COLD_WINDOW_BYTES).min(self.bytes);
-            self.mapping.populate(window.clone()).map_err(|error| unreadable(shared, name, error))?;
+            self.mapping.populate(window.clone()).map_err(|error| self.tell(shared, Fault::of(error)))?;
             let keep = Arc::new(());
             hasher.update(&self.mapping.slice(window, keep).unwrap_or_default());
         }
         let found = hasher.finalize();
-        if found != segment.crc {
-            let detail = format!("its checksum is {found:08x}, expected {:08x}", segment.crc);
-            return Err(suspect(shared, name, detail));
+        if let Some(expected) = segment.crc.filter(|expected| *expected != found) {
+            let detail = format!("its checksum is {found:08x}, expected {expected:08x}");
+            return Err(self.tell(shared, Fault::Wrong(detail)));
         }
         self.is_verified.store(true, Ordering::Release);
+        if segment.damage.is_some() {
+            shared.mappings.if_current(self, || shared.catalog.lock().mark_sound(name));
+        }
         Ok(())
     }
+
+    fn tell(&self, shared: &Shared, fault: Fault) -> ReadError {
+        shared.mappings.if_current(self, || fault.mark(shared, self.name));
+        fault.error(self.name)
+    }
 }
 
-fn unreadable(shared: &Shared, name: SegmentName, error: io::Error) -> ReadError {
-    match error.kind() {
-        // Held according to the catalog: somebody took it away, or cut it off.
-        io::ErrorKind::NotFound => {
-            suspect(shared, name, "its file is missing".to_owned());
-            ReadError::Removed(name)
+/// What keeps a segment from being read.
+enum Fault {
+    /// Memory or descriptors are short: that says nothing about the segment.
+    Shortage(io::Error),
+    /// The disk does not give it back.
+    Unreadable(io::Error),
+    /// It is not what was written.
+    Wrong(String),
+}
+
+impl Fault {
+    fn of(error: io::Error) -> Self {
+        match error.kind() {
+            // Held according to the catalog: somebody took it away, or cut it off.
+            io::ErrorKind::NotFound => Self::Wrong(FILE_IS_MISSING.to_owned()),
+            io::ErrorKind::UnexpectedEof => Self::Wrong(error.to_string()),
+            _ if is_read_shortage(&error) => Self::Shortage(error),
+            _ => Self::Unreadable(error),
         }
-        io::ErrorKind::UnexpectedEof => suspect(shared, name, error.to_string()),
-        _ => {
-            shared.health.observer.unreadable(name, &error);
-            ReadError::Io { name, source: error }
+    }
+
+    /// Marks the segment and tells the observer.
+    fn mark(&self, shared: &Shared, name: SegmentName) {
+        let observer = &shared.health.observer;
+        match self {
+            Self::Shortage(_) => {}
+            Self::Unreadable(error) => {
+                shared.catalog.lock().mark_damaged(name, DamageKind::Unreadable, &error.to_string());
+                observer.unreadable(name, error);
+            }
+            Self::Wrong(detail) => {
+                shared.catalog.lock().mark_damaged(name, DamageKind::Wrong, detail);
+                observer.suspect(name, detail);
+            }
+        }
+    }
+
+    fn error(self, name: SegmentName) -> ReadError {
+        match self {
+            Self::Shortage(source) | Self::Unreadable(source) => ReadError::Io { name, source },
+            Self::Wrong(detail) => ReadError::Suspect { name, detail },
         }
     }
 }
 
-fn suspect(shared: &Shared, name: SegmentName, detail: String) -> ReadError {
-    shared.catalog.lock().mark_suspect(name, &detail);
-    shared.health.observer.suspect(name, &detail);
-    ReadError::Suspect { name, detail }
-}
+/// What is told of a segment whose file is not there.
+pub(super) const FILE_IS_MISSING: &str = "its file is missing";
 
 /// Offsets in a segment as the machine counts them.
 pub(super) fn offset(position: crate::wal::Lsn, size: SegmentSize) -> usize {

@@ -90,6 +90,8 @@
 //! | old segment renamed to a spare, `wal/` not synced | P: either name, the content whole | it is the oldest: still held, or a spare. It is not written to before `wal/` is synced |
 //! | old segment removed, `wal/` not synced | P: it is there again | still held; removed again |
 //! | index rewritten | the old one or the new one | entries without a file mean nothing; a file without an entry is verified and entered |
+//! | a damaged segment's content comes again | a `.tmp`; the damaged segment, as before | removes the `.tmp`; the damage is found again |
+//! | the `.tmp` renamed to the segment's name, `wal/` not synced | P: the damaged segment, or the whole one | as above, or nothing is left to be done |
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
 //! | during recovery | as before, the reserve perhaps used up or holding anything | begins again, with a sync of `wal/`; what it reads is never what it writes to |
 //! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
@@ -98,6 +100,13 @@
 //! segment, a newest segment with another checksum. The pieces that cannot be served are set aside under another name,
 //! [`Store::recovery_notes`] says so, and the upstream is asked again for what follows the last position that is proved.
 //! An older segment with another checksum is found when it is read: it is not served ([`ReadError::Suspect`]).
+//!
+//! # Damage
+//!
+//! A complete segment that is not what was written, has gone, or cannot be read is damaged ([`Store::damaged`]): so are the
+//! segments of a hole, if the index has the checksums of all of them. The upstream's task fetches it again
+//! ([`Store::begin_repair`]). Only content with the checksum of what was written takes its place, by a rename: sessions
+//! that have the old file mapped keep that. A shortage of memory or descriptors is no damage.
 
 use std::any::Any;
 use std::path::PathBuf;
@@ -110,6 +119,7 @@ mod error;
 mod flush;
 mod health;
 mod histories;
+mod holes;
 mod index;
 mod initialize;
 mod inventory;
@@ -123,6 +133,7 @@ mod positions;
 mod queue;
 mod reader;
 mod recovery;
+mod repair;
 mod retention;
 mod rewrite;
 mod shared;
@@ -142,6 +153,7 @@ pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, Stor
 pub use health::Observer;
 pub use positions::Positions;
 pub use reader::{ColdRead, Read, WalReader};
+pub use repair::{DamagedSegment, SegmentRepair};
 pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
 pub use writer::{ResumePlan, WalWriter};

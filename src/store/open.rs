@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -109,6 +110,7 @@ pub(super) fn open(
         slots,
         retention: Mutex::default(),
         keeper: Signal::default(),
+        is_repairing: AtomicBool::new(false),
         #[cfg(test)]
         mutant: variant,
     };

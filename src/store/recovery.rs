@@ -19,6 +19,7 @@ use crate::store::inventory::Inventory;
 use crate::store::partials::{PartialSegment, crc_of_file};
 use crate::store::pool::Pool;
 use crate::store::positions::Positions;
+use crate::store::rewrite::DETACHED_SUFFIX;
 use crate::store::walk::{Walk, Walked};
 use crate::wal::scanner::Scanner;
 use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
@@ -33,15 +34,17 @@ pub(super) struct Recovery<'a> {
     pub pool: &'a Pool,
     pub spares_max: usize,
     pub complete: BTreeMap<SegmentNo, u64>,
+    /// Complete segments before a hole, which recovery itself does not look at.
+    pub older: BTreeMap<SegmentNo, u64>,
     pub partial: BTreeMap<SegmentNo, u64>,
     /// Where what is held begins, whatever becomes of the first segments.
     pub begin: SegmentNo,
-    index: BTreeMap<SegmentName, u32>,
+    pub index: BTreeMap<SegmentName, u32>,
     /// Complete segments that are not on the line.
     others: BTreeSet<SegmentName>,
     pub has_reserve: bool,
     pub names: BTreeSet<String>,
-    damaged: Vec<(SegmentName, String)>,
+    pub damaged: Vec<(SegmentName, String)>,
     pub notes: Vec<String>,
     #[cfg(test)]
     pub mutant: crate::store::simulation::Mutant,
@@ -86,6 +89,7 @@ impl<'a> Recovery<'a> {
             pool,
             spares_max,
             complete,
+            older: BTreeMap::new(),
             partial,
             index: Index::read(disk, &layout.data_dir, size)?,
             begin: SegmentNo::holding(control.start, size),
@@ -167,7 +171,10 @@ impl<'a> Recovery<'a> {
     fn check_not_emptied(&self) -> Result<(), StoreError> {
         let entries = || self.index.keys().filter(|name| self.lineage.contains(**name));
         let is_here = |name: &SegmentName| self.partial.contains_key(&name.number);
-        if self.complete.is_empty() && entries().next().is_some() && !entries().any(is_here) {
+        // Or it was an earlier recovery that did not come to its end.
+        let is_set_aside = self.names.iter().any(|name| name.contains(DETACHED_SUFFIX));
+        let is_emptied = !entries().any(is_here) && !is_set_aside;
+        if self.complete.is_empty() && entries().next().is_some() && is_emptied {
             let segments = entries().count();
             return Err(StoreError::WalMissing { path: self.layout.data_dir.clone(), segments });
         }
@@ -217,32 +224,6 @@ impl<'a> Recovery<'a> {
         crc_of_file(&*file, self.size.bytes()).map_err(StoreError::io("read", path))
     }
 
-    /// A hole among the complete segments: what is before it cannot be served as one piece with the rest.
-    fn keep_newest_run(&mut self) -> Result<(), StoreError> {
-        let Some(mut first) = self.complete.last_key_value().map(|(number, _)| *number) else {
-            return Ok(());
-        };
-        while let Some(before) = first.previous().filter(|before| self.complete.contains_key(before)) {
-            first = before;
-        }
-        self.begin = first;
-        let detached: Vec<_> = self.complete.range(..first).map(|(number, _)| *number).collect();
-        for number in detached {
-            self.set_aside(
-                &self.walk().complete_path(number),
-                "segments between it and the newest are missing",
-            )?;
-            self.complete.remove(&number);
-        }
-        let newest = self.complete.last_key_value().map(|(number, _)| *number);
-        let stale: Vec<_> = self.partial.keys().filter(|number| Some(**number) < newest).copied().collect();
-        for number in stale {
-            self.set_aside(&self.walk().partial_path(number), "newer segments are complete")?;
-            self.partial.remove(&number);
-        }
-        Ok(())
-    }
-
     /// Walks to the end, from complete segments that are what was written.
     fn walk_trusted(&mut self) -> Result<Walked, StoreError> {
         loop {
@@ -264,6 +245,9 @@ impl<'a> Recovery<'a> {
     /// A complete segment at the end is damaged. What follows it cannot be claimed either, because a claim covers all
     /// that is before it; the upstream is asked again for what it still has.
     fn set_aside_from(&mut self, first: SegmentNo, fault: &str) -> Result<(), StoreError> {
+        if self.complete.range(..first).next().is_none() {
+            self.detach_older()?;
+        }
         self.pin_begin()?;
         let after = "a segment before it is damaged";
         for number in self.partial.range(first..).map(|(number, _)| *number).rev().collect::<Vec<_>>() {
@@ -303,6 +287,9 @@ impl<'a> Recovery<'a> {
         let beyond: Vec<_> =
             self.complete.keys().filter(|number| number.end(self.size) > end).copied().collect();
         if !beyond.is_empty() {
+            if beyond.len() == self.complete.len() {
+                self.detach_older()?;
+            }
             self.pin_begin()?;
         }
         for number in beyond.iter().rev() {
@@ -341,29 +328,29 @@ impl<'a> Recovery<'a> {
 
     /// The complete segments with their checksums, and the index that says the same.
     fn settle_index(&mut self) -> Result<(BTreeMap<SegmentName, CompleteSegment>, Index), StoreError> {
-        let mut complete = BTreeMap::new();
+        let mut complete = self.join_older();
         let numbers: Vec<_> = self.complete.keys().copied().collect();
         for number in numbers {
             let (name, path) = (self.walk().name(number), self.walk().complete_path(number));
-            let (crc, suspect) = match self.index.get(&name) {
-                Some(crc) => (*crc, None),
+            let segment = match self.index.get(&name) {
+                Some(crc) => CompleteSegment::sound(*crc),
                 None => match self.fault_of(number)? {
-                    None => (self.crc_of(&path)?, None),
-                    fault => (0, fault),
+                    None => CompleteSegment::sound(self.crc_of(&path)?),
+                    Some(fault) => {
+                        self.damaged.push((name, fault.clone()));
+                        CompleteSegment::wrong(None, fault)
+                    }
                 },
             };
-            if let Some(fault) = &suspect {
-                self.damaged.push((name, fault.clone()));
-            }
-            complete.insert(name, CompleteSegment { crc, suspect });
+            complete.insert(name, segment);
         }
         for name in &self.others {
             if let Some(crc) = self.index.get(name) {
-                complete.insert(*name, CompleteSegment { crc: *crc, suspect: None });
+                complete.insert(*name, CompleteSegment::sound(*crc));
             }
         }
-        let sound = complete.iter().filter(|(_, segment)| segment.suspect.is_none());
-        let entries: BTreeMap<_, _> = sound.map(|(name, segment)| (*name, segment.crc)).collect();
+        let known = complete.iter().filter_map(|(name, segment)| Some((*name, segment.crc?)));
+        let entries: BTreeMap<_, _> = known.collect();
         let dir = &self.layout.data_dir;
         let existing = Index::open(self.disk, dir, self.size).ok();
         let index = match existing {

@@ -3,6 +3,7 @@
 //! Owns nothing but the parts. Order of locks, where two are held at once: retention, then `Health::tell*`, before any;
 //! mappings before catalog; all others are held alone.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -51,6 +52,8 @@ pub(super) struct Shared {
     /// Held while somebody decides, by what is needed, which WAL goes, or begins to need what is there.
     pub retention: Mutex<()>,
     pub keeper: Signal,
+    /// Whether a segment is being repaired; one at a time.
+    pub is_repairing: AtomicBool,
     #[cfg(test)]
     pub mutant: crate::store::simulation::Mutant,
 }

@@ -49,6 +49,8 @@ pub(super) struct Faults {
     pub short_writes: u64,
     /// Per thousand reads and populations of mappings.
     pub read_errors: u64,
+    /// What those say; without it that the disk failed.
+    pub read_errno: Option<i32>,
 }
 
 pub(super) struct State {
@@ -126,6 +128,11 @@ impl SimDisk {
     pub(super) fn crash_after(&self, operations: u64) {
         let mut state = self.0.lock();
         state.crash_at = Some(state.operations + operations);
+    }
+
+    /// The process that had the directory is gone.
+    pub(super) fn unlock(&self) {
+        self.0.lock().is_locked = false;
     }
 
     pub(super) fn has_crashed(&self) -> bool {
@@ -262,7 +269,10 @@ impl State {
 
     pub(super) fn read_fault(&mut self) -> io::Result<()> {
         self.look()?;
-        if self.random.per_mille(self.faults.read_errors) { Err(eio()) } else { Ok(()) }
+        if !self.random.per_mille(self.faults.read_errors) {
+            return Ok(());
+        }
+        Err(self.faults.read_errno.map_or_else(eio, io::Error::from_raw_os_error))
     }
 
     /// The file lost a name; without any its space is free.

@@ -11,6 +11,7 @@ mod edges;
 mod exhaustive;
 mod named;
 mod random;
+mod repair;
 mod torn;
 mod truth;
 mod world;

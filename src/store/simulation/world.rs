@@ -261,6 +261,19 @@ impl World {
         self.start()
     }
 
+    /// The process ends, and the next one is started once; whether it came up.
+    pub(super) fn try_start(&mut self, crash: Crash) -> bool {
+        self.live = None;
+        let was_crashing = self.disk.has_crashed();
+        let observer = self.seen.clone();
+        self.disk.unlock();
+        let opened = open(self.settings.clone(), Arc::new(self.disk.clone()), observer, self.mutant);
+        let has_started = opened.is_ok() && !was_crashing && !self.disk.has_crashed();
+        drop(opened);
+        self.disk.restart(crash);
+        has_started
+    }
+
     pub(super) fn start(&mut self) -> Checked {
         for attempt in 0.. {
             if self.faults_per_mille > 0 && self.random.is_one_in(6) && attempt < 4 {
