@@ -15,6 +15,8 @@ mod histories;
 mod retained;
 mod slot;
 mod slot_advance;
+#[cfg(test)]
+mod tests;
 mod walreceiver;
 
 use std::{

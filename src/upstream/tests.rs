@@ -1,0 +1,245 @@
+//! Servers that stall while a stream is being opened, by tokio's stopped clock.
+//!
+//! Over Unix sockets: what is written to them is there at once, so that the clock moves only when both sides wait.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::Instant as VirtualInstant;
+
+use super::*;
+use crate::conninfo::FixedSurroundings;
+use crate::metrics::AllMetrics;
+use crate::protocol::acknowledge_policy::AcknowledgePolicy;
+use crate::protocol::backend::{
+    Authentication, Column, TransactionStatus, encode_authentication, encode_command_complete,
+    encode_notice_response, encode_ready_for_query, encode_row_description, encode_text_row,
+};
+use crate::protocol::{ServerError, SqlState};
+use crate::session::acknowledge::{Acknowledger, Standby, Standbys};
+use crate::store::{self, Observer, RealDisk, StoreSettings};
+use crate::wal::TimelineId;
+
+/// Where a server stops to answer.
+#[derive(Clone, Copy)]
+enum StallsAt {
+    Login,
+    Question(&'static str),
+    /// In the middle of the answer.
+    Answer(&'static str),
+}
+
+/// What it does then.
+#[derive(Clone, Copy)]
+enum Then {
+    Silence,
+    /// Something that is no answer comes often enough that no single wait is long.
+    Chatter,
+}
+
+/// A server that answers up to somewhere.
+struct Stall {
+    at: StallsAt,
+    then: Then,
+}
+
+impl Stall {
+    /// Listens in this folder, as PostgreSQL does.
+    fn listen(self, folder: &Path) {
+        let listener = UnixListener::bind(folder.join(".s.PGSQL.5432")).unwrap();
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            self.answer(&mut client).await;
+            match self.then {
+                Then::Silence => std::future::pending().await,
+                Then::Chatter => chatter(&mut client).await,
+            }
+        });
+    }
+
+    async fn answer(&self, client: &mut UnixStream) {
+        let startup_bytes = client.read_u32().await.unwrap() - 4;
+        read_bytes(client, startup_bytes).await;
+        if matches!(self.at, StallsAt::Login) {
+            return;
+        }
+        send(client, |out| {
+            encode_authentication(&Authentication::Ok, out);
+            encode_ready_for_query(TransactionStatus::Idle, out);
+        })
+        .await;
+        loop {
+            assert_eq!(client.read_u8().await.unwrap(), b'Q');
+            let bytes = client.read_u32().await.unwrap() - 4;
+            let question = String::from_utf8(read_bytes(client, bytes).await).unwrap();
+            let is_asked = |stalls_at: &str| question.starts_with(stalls_at);
+            if matches!(self.at, StallsAt::Question(stalls_at) if is_asked(stalls_at)) {
+                return;
+            }
+            let row = row_of(&question);
+            let columns: Vec<Column> = row.iter().map(|_| Column::text("column")).collect();
+            send(client, |out| encode_row_description(&columns, out)).await;
+            if matches!(self.at, StallsAt::Answer(stalls_at) if is_asked(stalls_at)) {
+                return;
+            }
+            send(client, |out| {
+                encode_text_row(&row.map(Some), out);
+                encode_command_complete("SELECT", out);
+                encode_ready_for_query(TransactionStatus::Idle, out);
+            })
+            .await;
+        }
+    }
+}
+
+fn row_of(question: &str) -> [&'static str; 4] {
+    match question.trim_end_matches(['\0', ';']) {
+        "IDENTIFY_SYSTEM" => ["7000000000000000000", "1", "0/3000000", ""],
+        "SHOW transaction_read_only" => ["off"; 4],
+        "SHOW wal_segment_size" => ["16MB"; 4],
+        "SHOW server_version_num" => ["180004"; 4],
+        _ => ["0"; 4],
+    }
+}
+
+async fn read_bytes(client: &mut UnixStream, bytes: u32) -> Vec<u8> {
+    let mut read = vec![0; bytes as usize];
+    client.read_exact(&mut read).await.unwrap();
+    read
+}
+
+async fn send(client: &mut UnixStream, encode: impl FnOnce(&mut BytesMut)) {
+    let mut out = BytesMut::new();
+    encode(&mut out);
+    client.write_all(&out).await.unwrap();
+}
+
+/// Until the other side has had enough, or ought to have had.
+async fn chatter(client: &mut UnixStream) {
+    let notice = ServerError::error(SqlState::INTERNAL_ERROR, "in a moment");
+    let mut out = BytesMut::new();
+    encode_notice_response(&notice, &mut out);
+    for _ in 0..100 {
+        if client.write_all(&out).await.is_err() {
+            break;
+        }
+        tokio::time::sleep(CHATTER_INTERVAL).await;
+    }
+}
+
+const CHATTER_INTERVAL: Duration = Duration::from_millis(9_700);
+
+fn settings(folder: &Path, more: &str) -> UpstreamSettings {
+    let text = format!("host={} user=relay sslmode=disable {more}", folder.display());
+    let surroundings = FixedSurroundings::of_user("relay");
+    let conninfo = Conninfo::parse_for_replication(&text, "relay", &surroundings).unwrap();
+    UpstreamSettings {
+        sql_conninfo: conninfo.clone(),
+        conninfo,
+        slot: Some("relay".to_owned()),
+        streams_by_slot: true,
+        create_slot: true,
+        receiver_timeout: None,
+        status_interval: None,
+        retry_interval: Duration::from_secs(5),
+    }
+}
+
+/// How an attempt to connect ended, and after how many seconds by the stopped clock.
+async fn attempt(at: StallsAt, then: Then, more: &str) -> (String, u64) {
+    let folder = tempfile::tempdir().unwrap();
+    Stall { at, then }.listen(folder.path());
+    let (really, began) = (Instant::now(), VirtualInstant::now());
+    let outcome = connect::connect(&settings(folder.path(), more), 0).await;
+    assert!(really.elapsed() < Duration::from_secs(5), "the clock is not stopped");
+    let Err(error) = outcome else { panic!("it stalls") };
+    assert_eq!(error.advice(), Advice::Retry);
+    (error.chain(), began.elapsed().as_secs())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_does_not_let_us_in_is_left_in_time() {
+    let (text, seconds) = attempt(StallsAt::Login, Then::Chatter, "").await;
+    assert!(text.ends_with("failed: timeout expired"), "{text}");
+    assert_eq!(seconds, 30);
+    for then in [Then::Silence, Then::Chatter] {
+        let (text, seconds) = attempt(StallsAt::Login, then, "connect_timeout=7").await;
+        assert!(text.ends_with("failed: timeout expired"), "{text}");
+        assert_eq!(seconds, 7);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_lets_us_in_and_then_stalls_is_left_in_time() {
+    let question = "SHOW transaction_read_only";
+    for at in [
+        StallsAt::Question(question),
+        StallsAt::Question("IDENTIFY_SYSTEM"),
+        StallsAt::Answer("IDENTIFY_SYSTEM"),
+        StallsAt::Answer("SHOW wal_sender_timeout"),
+    ] {
+        let (text, seconds) = attempt(at, Then::Silence, "").await;
+        assert_eq!((text.as_str(), seconds), ("could not communicate with the upstream: timed out", 30));
+        let (text, seconds) = attempt(at, Then::Chatter, "").await;
+        assert_eq!((text, seconds), (UpstreamError::OpeningTimeout.to_string(), 60));
+    }
+}
+
+struct Nobody;
+
+impl Standbys for Nobody {
+    fn show(&self, _: TimelineId, _: &mut dyn FnMut(&[Standby<'_>])) {}
+}
+
+struct Deaf;
+
+impl Observer for Deaf {
+    fn positions_changed(&self, _: Positions) {}
+    fn condition_changed(&self, _: Condition) {}
+}
+
+/// A relay that holds nothing yet.
+fn upstream(folder: &Path) -> Upstream {
+    let store_settings = StoreSettings {
+        data_dir: folder.join("data"),
+        wal_keep_size: 0,
+        tail_bytes_max: 1 << 20,
+        unwritten_bytes_max: 1 << 20,
+        spare_segments: 1,
+        reserve_segments: 0,
+        max_replication_slots: 1,
+    };
+    let (store, writer) = store::open(store_settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap();
+    let (status, metrics) = (watch::Sender::default(), AllMetrics::default().upstream);
+    let acknowledger = Acknowledger::new(AcknowledgePolicy::Local, None);
+    let standbys_moved = watch::Sender::new(()).subscribe();
+    let acknowledging =
+        Acknowledging::new(acknowledger, Arc::new(Nobody), standbys_moved, status.clone(), metrics.clone());
+    Upstream {
+        settings: settings(folder, ""),
+        store,
+        writer,
+        positions: watch::Sender::default().subscribe(),
+        condition: watch::Sender::new(Condition::Healthy).subscribe(),
+        acknowledging,
+        status,
+        metrics,
+        shutdown: CancellationToken::new(),
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_stalls_before_the_stream_is_left_in_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut upstream = upstream(folder.path());
+    let at = StallsAt::Question("READ_REPLICATION_SLOT");
+    Stall { at, then: Then::Chatter }.listen(folder.path());
+    let began = VirtualInstant::now();
+    let outcome = upstream.open(&mut Course::new(Duration::from_secs(5))).await;
+    assert!(matches!(outcome, Err(UpstreamError::OpeningTimeout)));
+    assert_eq!(began.elapsed().as_secs(), 60);
+    upstream.store.shutdown();
+}
