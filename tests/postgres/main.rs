@@ -17,6 +17,7 @@ mod crash;
 mod crashed_primary;
 mod cut_positions;
 mod damaged_store;
+mod descriptors;
 mod disk_full;
 mod harness;
 mod held;

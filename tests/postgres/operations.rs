@@ -1,4 +1,4 @@
-//! What operators meet: two relays on one folder, full logs, few descriptors, many connections, numbers that are true.
+//! What operators meet: two relays on one folder, full logs, many connections, numbers that are true.
 
 use std::time::Duration;
 
@@ -100,68 +100,6 @@ fn off_a_terminal_and_by_choice_every_log_line_is_json() {
         let is_start = |line: &serde_json::Value| line["fields"]["message"] == "walrelay is running";
         assert!(lines.iter().flatten().any(is_start), "{log}");
     }
-}
-
-#[test]
-fn with_few_descriptors_clients_are_refused_and_the_store_keeps_what_it_needs() {
-    let Some((primary, mut relay)) = pair(|mut relay| {
-        relay.wrapper = ["prlimit", "--nofile=64:160"].map(str::to_owned).to_vec();
-        relay
-            .with("downstream.max_wal_senders", "1000")
-            .with("store.tail_size", "\"1MB\"")
-            .with("store.unwritten_size", "\"1MB\"")
-    }) else {
-        return;
-    };
-    relay.wait_logged("max_wal_senders does not fit");
-    let limits = std::fs::read_to_string(format!("/proc/{}/limits", relay.process().id())).unwrap();
-    let open_files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
-    assert_eq!(open_files.split_whitespace().nth(3), Some("160"), "{open_files}");
-    let mut sessions = Vec::new();
-    let refused = loop {
-        match RawClient::replication(relay.port) {
-            Ok(session) => sessions.push(session),
-            Err(error) => break error.to_string(),
-        }
-        assert!(sessions.len() < 160, "more clients than descriptors");
-    };
-    assert!(refused.contains("53300"), "{refused}");
-    assert!(sessions.len() > 8, "only {} sessions", sessions.len());
-    // Each reads from files of its own, and takes nothing.
-    let sessions_bytes = u64::try_from(sessions.len()).unwrap() * 2 * MB;
-    write_wal(&primary, sessions_bytes);
-    primary.wait_reported_flush("relay", primary.flushed());
-    let starts: Vec<u64> =
-        (0..).map(|number| relay.oldest() + number * 2 * MB).take(sessions.len()).collect();
-    for (session, start) in sessions.iter_mut().zip(&starts) {
-        session.start_replication(None, *start, 1).unwrap();
-    }
-    let strangers: Vec<RawClient> = (0..200).filter_map(|_| RawClient::connect(relay.port).ok()).collect();
-    // All of them stay, and what counts goes on.
-    for _ in 0..2 {
-        write_wal(&primary, 8 * MB);
-        let upto = primary.flushed();
-        primary.wait_reported_flush("relay", upto);
-        assert_eq!(relay.condition(), "healthy");
-        assert_eq!(http::get(relay.admin_port, "/metrics").unwrap().0, 200);
-        assert_eq!(http::get(relay.admin_port, "/livez").unwrap().0, 200);
-    }
-    for (session, start) in sessions.iter_mut().zip(&starts) {
-        session.read_wal(*start, start + 8192);
-    }
-    relay.assert_running();
-    drop((sessions, strangers));
-    wait_until("new clients to be served again", || RawClient::replication(relay.port).is_ok());
-}
-
-#[test]
-fn where_nothing_is_left_for_clients_it_does_not_start() {
-    let mut relay = Relay::new("relay", 1);
-    relay.wrapper = ["prlimit", "--nofile=80:80"].map(str::to_owned).to_vec();
-    relay.launch();
-    assert!(!relay.process_mut().wait_for_end().success());
-    let complaint = "insufficient file descriptors available to start server process: system allows 80";
-    assert!(relay.log().contains(complaint), "{}", relay.log());
 }
 
 #[test]

@@ -31,6 +31,13 @@ pub(crate) fn wal_files(folder: &Path, segment_bytes: u64, timeline: u32) -> BTr
     files
 }
 
+/// End of the last complete segment of the first timeline in a folder; 0 when there is none.
+pub(crate) fn completed_end(folder: &Path, segment_bytes: u64) -> u64 {
+    let files = wal_files(folder, segment_bytes, 1);
+    let complete = files.iter().filter(|(_, path)| path.extension().is_none());
+    complete.map(|(start, _)| start + segment_bytes).max().unwrap_or(0)
+}
+
 /// Checks that `folder` holds every segment from its first to `upto`, byte for byte as the primary has them. Returns the
 /// start of the first.
 pub(crate) fn same_wal(

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::compare::wal_files;
+use super::compare::completed_end;
 use super::lab::{self, Installation};
 use super::process::{Process, Program};
 
@@ -59,8 +59,6 @@ impl PgReceivewal {
 
     /// End of the last segment that it has completed.
     pub(crate) fn completed(&self, segment_bytes: u64) -> u64 {
-        let files = wal_files(&self.folder, segment_bytes, 1);
-        let complete = files.iter().filter(|(_, path)| path.extension().is_none());
-        complete.map(|(start, _)| start + segment_bytes).max().unwrap_or(0)
+        completed_end(&self.folder, segment_bytes)
     }
 }
