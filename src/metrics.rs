@@ -82,6 +82,10 @@ pub struct StoreMetrics {
     pub sealed_segments: Counter,
     /// Segments found damaged.
     pub suspect_segments: Counter,
+    /// Segments that are damaged now.
+    pub damaged_segments: Gauge,
+    /// Damaged segments that were fetched again.
+    pub repaired_segments: Counter,
     /// Reads that the disk answered with an error.
     pub read_errors: Counter,
     /// 1 while no space can be had for new WAL.
@@ -109,6 +113,13 @@ impl StoreMetrics {
             sealed_segments: metrics.counter("walrelay_store_sealed_segments_total", "Segments sealed"),
             suspect_segments: metrics
                 .counter("walrelay_store_suspect_segments_total", "Segments found damaged"),
+            damaged_segments: metrics.gauge(
+                "walrelay_store_damaged_segments",
+                None,
+                "Segments that are damaged or cannot be read, and are not repaired yet",
+            ),
+            repaired_segments: metrics
+                .counter("walrelay_store_repaired_segments_total", "Damaged segments fetched again"),
             read_errors: metrics
                 .counter("walrelay_store_read_errors_total", "Reads of WAL that failed on the disk"),
             no_space: metrics.gauge("walrelay_store_no_space", None, "1 while no space can be had for WAL"),

@@ -47,6 +47,19 @@ pub struct StoreStatus {
     pub flushed: Option<Lsn>,
     /// End of the last complete, renamed segment.
     pub sealed: Option<Lsn>,
+    /// Segments that are damaged, and not repaired yet; oldest first.
+    pub damaged: Vec<DamagedSegmentStatus>,
+}
+
+/// A segment that is not as it was written, has gone, or cannot be read.
+#[derive(Clone, Debug, Serialize)]
+pub struct DamagedSegmentStatus {
+    /// Name of its file.
+    pub segment: String,
+    /// What was found.
+    pub detail: String,
+    /// Why it could not be fetched again yet.
+    pub repair_error: Option<String>,
 }
 
 /// State of the upstream connection, by the names of `pg_stat_wal_receiver`.

@@ -26,13 +26,15 @@ use crate::config::{self, Config};
 use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, ProcessMetrics, UPKEEP_INTERVAL};
+use crate::metrics::{AllMetrics, Metrics, ProcessMetrics, StoreMetrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::relay::descriptors::TooFewDescriptors;
-use crate::relay::observer::{Notices, condition_text, store_observer};
+use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_observer};
 use crate::session::acknowledge::{Acknowledger, Standbys};
-use crate::status::{Overview, RemovedWal, ReplicationSlotStatus, StoreStatus, UpstreamStatus};
+use crate::status::{
+    DamagedSegmentStatus, Overview, RemovedWal, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
+};
 use crate::store::{
     self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
@@ -146,6 +148,7 @@ impl Relay {
             status: status.subscribe(),
             downstream: Arc::clone(&downstream),
             registry: Arc::clone(&metrics.registry),
+            store_metrics: metrics.store.clone(),
             process: metrics.process.clone(),
             log_lines_dropped,
         });
@@ -172,6 +175,7 @@ impl Relay {
                 writer: self.writer,
                 positions: self.notices.positions.clone(),
                 condition: self.notices.condition.clone(),
+                damage: self.notices.damage.clone(),
                 acknowledging,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
@@ -185,6 +189,9 @@ impl Relay {
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
         }
+        let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
+        let until = shutdown.clone();
+        tokio::spawn(async move { until.run_until_cancelled(reminder).await });
         spawn_upkeep(Arc::clone(&self.metrics.registry), shutdown.clone());
         tracing::info!(name = %self.config.relay.name, "walrelay is running");
 
@@ -314,6 +321,7 @@ struct RelayPages {
     status: watch::Receiver<UpstreamStatus>,
     downstream: Arc<DownstreamContext>,
     registry: Arc<Metrics>,
+    store_metrics: StoreMetrics,
     process: ProcessMetrics,
     log_lines_dropped: LinesDropped,
 }
@@ -335,6 +343,8 @@ impl Pages for RelayPages {
     fn metrics(&self) -> String {
         let dropped = u32::try_from((self.log_lines_dropped)()).unwrap_or(u32::MAX);
         self.process.log_lines_dropped.set(dropped);
+        let damaged = u32::try_from(self.store.damaged().len()).unwrap_or(u32::MAX);
+        self.store_metrics.damaged_segments.set(damaged);
         self.registry.render()
     }
 
@@ -354,11 +364,26 @@ impl Pages for RelayPages {
                 written: positions.map(|positions| positions.written),
                 flushed: positions.map(|positions| positions.flushed),
                 sealed: positions.and_then(|positions| positions.sealed),
+                damaged: self.damaged(),
             },
             downstream: self.downstream.registry.statuses(),
             slots: self.store.slots().list().into_iter().map(slot_status).collect(),
         };
         serde_json::to_value(overview).unwrap_or_default()
+    }
+}
+
+impl RelayPages {
+    fn damaged(&self) -> Vec<DamagedSegmentStatus> {
+        let Some(size) = self.store.identity().map(|identity| identity.segment_size) else {
+            return Vec::new();
+        };
+        let shown = self.store.damaged().into_iter().map(|damaged| DamagedSegmentStatus {
+            segment: damaged.name.file_name(size),
+            detail: damaged.detail,
+            repair_error: damaged.repair_error,
+        });
+        shown.collect()
     }
 }
 

@@ -3,14 +3,14 @@
 //! Turns its notices into watches, metrics and log lines. Called from the store's threads: must not block, and never
 //! writes a line per segment or per sync.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::metrics::{StoreMetrics, position_value};
-use crate::store::{Condition, Observer, Positions, StoreError};
+use crate::store::{Condition, DamagedSegment, Observer, Positions, Store, StoreError};
 use crate::wal::SegmentName;
 
 /// Watches that the store's threads feed.
@@ -18,28 +18,33 @@ use crate::wal::SegmentName;
 pub(super) struct Notices {
     pub(super) positions: watch::Receiver<Option<Positions>>,
     pub(super) condition: watch::Receiver<Condition>,
+    /// Marked when a damaged segment was found, or is whole again.
+    pub(super) damage: watch::Receiver<()>,
 }
 
 pub(super) struct StoreObserver {
     positions: watch::Sender<Option<Positions>>,
     condition: watch::Sender<Condition>,
+    damage: watch::Sender<()>,
     metrics: StoreMetrics,
     /// The last failure of work that can wait, which is tried again every second, and when it was logged.
     housekeeping: Mutex<Option<(String, Instant)>>,
-    /// Segments that the disk could not give back, each told of once: every client that wants them meets the error again.
-    unreadable: Mutex<BTreeSet<SegmentName>>,
+    /// Damage that was told of: every client that wants the segment meets it again.
+    told: Mutex<Told>,
 }
 
 pub(super) fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) {
     let (positions, positions_watch) = watch::channel(None);
     let (condition, condition_watch) = watch::channel(Condition::Healthy);
-    let notices = Notices { positions: positions_watch, condition: condition_watch };
+    let (damage, damage_watch) = watch::channel(());
+    let notices = Notices { positions: positions_watch, condition: condition_watch, damage: damage_watch };
     let observer = StoreObserver {
         positions,
         condition,
+        damage,
         metrics,
         housekeeping: Mutex::default(),
-        unreadable: Mutex::default(),
+        told: Mutex::default(),
     };
     (observer, notices)
 }
@@ -82,20 +87,27 @@ impl Observer for StoreObserver {
 
     fn suspect(&self, name: SegmentName, detail: &str) {
         self.metrics.suspect_segments.increment(1);
+        if self.told.lock().is_news(Instant::now(), name, detail) {
+            let SegmentName { timeline, number } = name;
+            tracing::error!(%timeline, number = number.0, detail, "WAL segment is damaged and is not served");
+        }
+        self.damage.send_replace(());
+    }
+
+    fn repaired(&self, name: SegmentName) {
+        self.metrics.repaired_segments.increment(1);
         let SegmentName { timeline, number } = name;
-        tracing::error!(%timeline, number = number.0, detail, "WAL segment is damaged and is not served");
+        tracing::info!(%timeline, number = number.0, "WAL segment is as it was written again");
+        self.damage.send_replace(());
     }
 
     fn unreadable(&self, name: SegmentName, error: &std::io::Error) {
         self.metrics.read_errors.increment(1);
-        let mut told = self.unreadable.lock();
-        if told.len() >= SEGMENTS_REMEMBERED_MAX {
-            told.clear();
-        }
-        if told.insert(name) {
+        if self.told.lock().is_news(Instant::now(), name, &error.to_string()) {
             let SegmentName { timeline, number } = name;
             tracing::error!(%timeline, number = number.0, %error, "could not read WAL segment");
         }
+        self.damage.send_replace(());
     }
 
     fn housekeeping_failed(&self, error: &StoreError) {
@@ -126,8 +138,73 @@ fn error_text(error: &StoreError) -> String {
     cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }
 
-/// Segments that are remembered as told of.
-const SEGMENTS_REMEMBERED_MAX: usize = 4096;
+/// What was said of damaged segments, and when.
+#[derive(Default)]
+struct Told {
+    segments: BTreeMap<SegmentName, (String, Instant)>,
+}
+
+impl Told {
+    /// Whether a line is to be written: the same of one segment again only after a while, and not of too many at a time.
+    fn is_news(&mut self, now: Instant, name: SegmentName, detail: &str) -> bool {
+        self.segments.retain(|_, (_, at)| now.duration_since(*at) < SAME_ERROR_LOG_INTERVAL);
+        if self.segments.get(&name).is_some_and(|(before, _)| before == detail)
+            || self.segments.len() >= SEGMENTS_TOLD_MAX
+        {
+            return false;
+        }
+        self.segments.insert(name, (detail.to_owned(), now));
+        true
+    }
+}
+
+/// Says again, now and then, that segments are damaged, as long as some are.
+pub(super) async fn remind_of_damage(store: Store, mut damage: watch::Receiver<()>) {
+    loop {
+        if store.damaged().is_empty() {
+            if damage.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        tokio::time::sleep(DAMAGE_LOG_INTERVAL).await;
+        let damaged = store.damaged();
+        if let Some(DamagedSegment { name: SegmentName { timeline, number }, detail, repair_error }) =
+            damaged.first()
+        {
+            let repair_error = repair_error.as_deref().unwrap_or("none");
+            tracing::error!(
+                segments = damaged.len(), %timeline, number = number.0, detail, repair_error,
+                "WAL segments are damaged, this one and perhaps newer ones"
+            );
+        }
+    }
+}
+
+/// Segments of which something is said within [`SAME_ERROR_LOG_INTERVAL`]; `/status` has all.
+const SEGMENTS_TOLD_MAX: usize = 20;
+
+/// Damage that is still there is told of again after this time.
+const DAMAGE_LOG_INTERVAL: Duration = Duration::from_secs(600);
 
 /// The same failure is logged again after this time.
 const SAME_ERROR_LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::{SegmentNo, TimelineId};
+
+    #[test]
+    fn the_same_damage_is_told_again_after_a_while_and_not_of_everything_at_once() {
+        let (mut told, mut now) = (Told::default(), Instant::now());
+        let name = |number| SegmentName { timeline: TimelineId::FIRST, number: SegmentNo(number) };
+        assert!(told.is_news(now, name(1), "lost"));
+        assert!(!told.is_news(now, name(1), "lost"));
+        assert!(told.is_news(now, name(1), "rotten"));
+        now += SAME_ERROR_LOG_INTERVAL;
+        assert!(told.is_news(now, name(1), "rotten"));
+        let lines = (0..1000).filter(|number| told.is_news(now, name(*number), "lost")).count();
+        assert!(lines <= SEGMENTS_TOLD_MAX, "{lines}");
+    }
+}

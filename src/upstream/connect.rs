@@ -136,7 +136,7 @@ fn check_session_attributes(
     refusal.map_or(Ok(()), |text| Err(UpstreamError::WrongSessionAttributes(text)))
 }
 
-async fn identify_system(dialog: &mut Dialog) -> Result<IdentifySystem, UpstreamError> {
+pub(super) async fn identify_system(dialog: &mut Dialog) -> Result<IdentifySystem, UpstreamError> {
     let rows = dialog.query(&Command::IdentifySystem).await?;
     let field = |column: usize, field: &'static str| {
         let value = rows.first().and_then(|row| row.text(column)).unwrap_or_default().to_owned();

@@ -12,6 +12,8 @@ mod dial;
 mod dialog;
 mod error;
 mod histories;
+mod repair;
+mod repair_schedule;
 mod retained;
 mod slot;
 mod slot_advance;
@@ -76,6 +78,8 @@ pub struct Upstream {
     pub positions: watch::Receiver<Option<Positions>>,
     /// Condition of the store.
     pub condition: watch::Receiver<Condition>,
+    /// Marked when the store has found a damaged segment, or one is whole again.
+    pub damage: watch::Receiver<()>,
     /// By whose flush WAL is acknowledged.
     pub acknowledging: Acknowledging,
     /// Where the status is published.
@@ -132,6 +136,7 @@ impl Upstream {
         self.metrics.sessions.increment(1);
         course.note_streaming();
         let (durable, advance) = self.slot_advance(&opened);
+        let _repairs = self.repair_beside(&opened);
         let context = StreamContext {
             writer: &mut self.writer,
             positions: self.positions.clone(),

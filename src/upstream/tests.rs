@@ -224,6 +224,7 @@ fn upstream(folder: &Path) -> Upstream {
         writer,
         positions: watch::Sender::default().subscribe(),
         condition: watch::Sender::new(Condition::Healthy).subscribe(),
+        damage: watch::Sender::new(()).subscribe(),
         acknowledging,
         status,
         metrics,

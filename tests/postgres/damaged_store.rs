@@ -14,11 +14,11 @@ use crate::support::wait::wait_until;
 use crate::support::{MB, lsn};
 
 /// A relay that holds some twenty segments, the older ones not in memory.
-fn filled() -> Option<(Postgres, Proxy, Relay)> {
+pub(crate) fn filled() -> Option<(Postgres, Proxy, Relay)> {
     filled_with(&Faults::new())
 }
 
-fn filled_with(faults: &Faults) -> Option<(Postgres, Proxy, Relay)> {
+pub(crate) fn filled_with(faults: &Faults) -> Option<(Postgres, Proxy, Relay)> {
     // Earlier ones do not tell where a slot is, from which the relay sees that it has lost what it once had.
     let installation = Installation::since(15)?;
     let primary = Settings::new().segment_size_mb(1).start(&installation);
@@ -33,12 +33,12 @@ fn filled_with(faults: &Faults) -> Option<(Postgres, Proxy, Relay)> {
     Some((primary, proxy, relay))
 }
 
-fn complete_segments(relay: &Relay) -> Vec<PathBuf> {
+pub(crate) fn complete_segments(relay: &Relay) -> Vec<PathBuf> {
     wal_files(&relay.wal_dir(), MB, 1).into_values().filter(|path| path.extension().is_none()).collect()
 }
 
 /// Reads from the first segment until the session ends or all is there. Whatever is served must be the primary's.
-fn read_all(relay: &Relay, primary: &Postgres) -> Event {
+pub(crate) fn read_all(relay: &Relay, primary: &Postgres) -> Event {
     let upto = primary.flushed();
     let mut position = relay.oldest();
     let mut client = RawClient::replication(relay.port).unwrap();
@@ -62,25 +62,30 @@ fn read_all(relay: &Relay, primary: &Postgres) -> Event {
     }
 }
 
-/// Damages the files of a running relay and checks that nothing wrong is served and that the relay goes on.
+/// Damages the files of a running relay and checks that nothing wrong is served and that the relay goes on, whether the
+/// upstream is there to repair it or not.
 fn damaged_while_running(damage: impl FnOnce(&[PathBuf])) {
-    let Some((primary, _proxy, mut relay)) = filled() else { return };
+    let Some((primary, proxy, mut relay)) = filled() else { return };
+    proxy.close();
     damage(&complete_segments(&relay));
     println!("a session from the first segment ends with {:?}", read_all(&relay, &primary));
     relay.assert_running();
     relay.wait_logged("WAL segment is damaged and is not served");
     assert!(relay.metric("walrelay_store_suspect_segments_total").is_some_and(|count| count >= 1.0));
+    // And a start with such files is no crash loop.
+    relay.kill();
+    relay.launch();
+    relay.wait_serving();
+    assert!(!matches!(read_all(&relay, &primary), Event::Silence), "not all can be served");
+    relay.assert_running();
+    proxy.open();
     write_wal(&primary, MB);
     let upto = primary.flushed();
     relay.wait_flushed(upto);
     let mut client = RawClient::replication(relay.port).unwrap();
     client.start_replication(None, upto - upto % MB, 1).unwrap();
     client.read_wal(upto - upto % MB, upto);
-    // And a start with such files is no crash loop.
-    relay.kill();
-    relay.start();
-    read_all(&relay, &primary);
-    relay.assert_running();
+    wait_until("all to be served again", || matches!(read_all(&relay, &primary), Event::Silence));
 }
 
 #[test]

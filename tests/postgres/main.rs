@@ -27,6 +27,7 @@ mod operations;
 mod powercut;
 mod protocol_answers;
 mod receivewal;
+mod repaired_store;
 mod restarts;
 mod segment_sizes;
 mod sessions;
