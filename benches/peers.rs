@@ -1,7 +1,7 @@
 //! `cargo bench --bench peers [-- --quick] [-- drain fanout latency memory]`: the relay beside PostgreSQL's own tools.
 //!
 //! Starts a real primary, produces WAL, and prints one table for each question: how fast and at what cost one receiver
-//! takes it, how fast it fans out, how late a commit arrives at the end, and how much memory a stuck client costs. Every
+//! takes it (and, by perf, where the relay's time goes then), how fast it fans out, how late a commit arrives at the end, and how much memory a stuck client costs. Every
 //! peer is measured in the same run, in turns, on the same WAL.
 //!
 //! | variable | meaning | default |
@@ -25,6 +25,8 @@ mod lab;
 mod latency;
 #[path = "peers/memory.rs"]
 mod memory;
+#[path = "peers/profile.rs"]
+mod profile;
 #[path = "peers/table.rs"]
 mod table;
 #[path = "peers/usage.rs"]

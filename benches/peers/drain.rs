@@ -22,6 +22,7 @@ use walrelay::cli::demo::process::Process;
 
 use crate::client::{Client, Event};
 use crate::lab::{KEEP, Lab, gigabytes, megabytes};
+use crate::profile::{self, Profile};
 use crate::table::{Table, Target, median, spread};
 use crate::usage;
 
@@ -88,6 +89,24 @@ pub(crate) fn run(lab: &mut Lab, rounds: usize) -> Result<()> {
     }
     targets(&mut table, &summary);
     table.print();
+    profiles(lab)
+}
+
+/// One more round of each way of the relay, for what it does with its time.
+fn profiles(lab: &mut Lab) -> Result<()> {
+    if let Err(reason) = profile::availability() {
+        println!("\nno profile of the relay: {reason}");
+        return Ok(());
+    }
+    for (files, keep) in [("new", KEEP), ("recycled", KEEP_LITTLE)] {
+        lab.settle();
+        let folder = lab.scratch.path().to_owned();
+        let name = format!("drain_profile_{files}");
+        let (measured, profile) = drained(lab, &name, keep, |pid| Profile::attach(pid, &folder))?;
+        let cost = measured.cpu.unwrap_or_default().as_secs_f64() / gigabytes(lab.range.bytes());
+        let cost = format!("one more round, {cost:.2} CPU s/GB while it is sampled");
+        profile.print(&format!("Where the relay's CPU time goes, files {files} ({cost})"))?;
+    }
     Ok(())
 }
 
@@ -141,10 +160,21 @@ fn pg_receivewal(lab: &mut Lab, name: &str, arguments: &[&str]) -> Result<Measur
 }
 
 fn relay(lab: &mut Lab, name: &str, keep: &str) -> Result<Measured> {
+    Ok(drained(lab, name, keep, |_| Ok(()))?.0)
+}
+
+/// Also gives what `watch` made of the process when it was started.
+fn drained<W>(
+    lab: &mut Lab,
+    name: &str,
+    keep: &str,
+    watch: impl FnOnce(u32) -> Result<W>,
+) -> Result<(Measured, W)> {
     let settings = lab.prepare_relay(name)?.store("wal_keep_size", keep);
     let end = lab.range.end();
     let begun = Instant::now();
     let mut relay = lab.spawn_relay(&settings)?;
+    let watched = watch(relay.id())?;
     lab.wait("the relay", |lab| {
         relay.expect_running()?;
         Ok(lab.flushed_by(name)? >= Some(end))
@@ -154,7 +184,7 @@ fn relay(lab: &mut Lab, name: &str, keep: &str) -> Result<Measured> {
     relay.stop()?;
     lab.drop_slot(name)?;
     fs::remove_dir_all(lab.scratch.path().join(name))?;
-    Ok(Measured { elapsed, cpu: Some(cpu), whole: Some(cpu) })
+    Ok((Measured { elapsed, cpu: Some(cpu), whole: Some(cpu) }, watched))
 }
 
 fn standby(lab: &mut Lab, name: &str) -> Result<Measured> {
