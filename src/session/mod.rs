@@ -11,6 +11,7 @@ pub mod gather;
 pub mod lag;
 pub mod receiver;
 pub mod sender;
+pub mod timelines;
 
 pub use receiver::Receiver;
 pub use sender::Sender;

@@ -148,6 +148,14 @@ impl Catalog {
         (oldest.number < newest.number && oldest.number.end(size) <= horizon).then_some(oldest)
     }
 
+    /// Segments from `first` on are not there any more, whatever their timeline; the proof of what is left begins at `anchor`,
+    /// if that has changed.
+    pub(super) fn cut(&mut self, first: SegmentNo, anchor: Option<Lsn>) {
+        self.complete.retain(|name, _| name.number < first);
+        self.crossing.retain(|number, _| *number < first);
+        self.anchor = anchor.or(self.anchor);
+    }
+
     pub(super) fn index_entries(&self) -> BTreeMap<SegmentName, u32> {
         self.complete.iter().filter_map(|(name, segment)| Some((*name, segment.crc?))).collect()
     }

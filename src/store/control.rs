@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::store::dead_branch::DeadBranch;
 use crate::store::disk::Disk;
 use crate::store::error::StoreError;
 use crate::store::state::StateFile;
@@ -53,6 +54,9 @@ pub(super) struct Control {
     /// Names the process that has the directory open; given at each start.
     pub owner: String,
     pub facts: Option<ServerFacts>,
+    /// What was held beyond where a timeline was left, oldest first.
+    #[serde(default)]
+    pub dead_branches: Vec<DeadBranch>,
 }
 
 impl Control {

@@ -85,6 +85,21 @@ pub enum StoreError {
         /// Why not.
         reason: &'static str,
     },
+    /// What was received before could not be made durable in time.
+    #[error("WAL that was received is not yet durable")]
+    Busy,
+    /// The history of a timeline does not fit what is held.
+    #[error("timeline {next} cannot have left timeline {timeline} at {switch_lsn}: {reason}")]
+    BadSwitch {
+        /// The timeline that is held.
+        timeline: TimelineId,
+        /// The timeline that is to follow.
+        next: TimelineId,
+        /// Where it is said to have left it.
+        switch_lsn: Lsn,
+        /// Why not.
+        reason: &'static str,
+    },
     /// Another history file of that timeline is stored.
     #[error("history file of timeline {0} differs from the one that is stored")]
     OtherHistory(TimelineId),

@@ -125,6 +125,7 @@ impl WalWriter {
                     instance: unique_name(),
                     owner: unique_name(),
                     facts: None,
+                    dead_branches: Vec::new(),
                 }
             }
         };

@@ -12,7 +12,8 @@ use crate::store::flush::Step;
 use crate::store::index::{INDEX_NAME, Index};
 use crate::store::pool::Pool;
 use crate::store::shared::Shared;
-use crate::wal::{Lsn, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::timeline::Ancestor;
+use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize};
 
 pub(super) struct Keeper {
     shared: Arc<Shared>,
@@ -45,6 +46,8 @@ impl Keeper {
             return Step::Stop;
         }
         let Ok(size) = self.shared.segment_size() else { return Step::Idle };
+        let shared = self.shared.clone();
+        let _turn = shared.keeping.lock();
         match self.work(now, size) {
             Ok(true) => Step::Worked,
             Ok(false) => Step::Idle,
@@ -126,6 +129,7 @@ impl Keeper {
         let lineage = shared.lineage()?;
         let removable = shared.catalog.lock().removable(&lineage, horizon, size);
         let Some(name) = removable else { return Ok(false) };
+        remove_left(shared, &lineage, name, size)?;
         let (segment, is_mapped) =
             shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
         drop(turn);
@@ -195,6 +199,27 @@ impl Keeper {
         }
         Ok(false)
     }
+}
+
+/// With a segment go the beginnings of it that were left under the names of older timelines.
+fn remove_left(
+    shared: &Shared,
+    lineage: &Lineage,
+    name: SegmentName,
+    size: SegmentSize,
+) -> Result<(), StoreError> {
+    let is_left_in = |ancestor: &&Ancestor| SegmentNo::holding(ancestor.switch_lsn, size) == name.number;
+    for Ancestor { timeline, .. } in lineage.ancestors().iter().filter(is_left_in) {
+        let left = SegmentName { timeline: *timeline, number: name.number };
+        let path = shared.layout.partial(left, size);
+        match shared.disk.unlink(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::io("remove", &path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// From where on WAL is needed by somebody.

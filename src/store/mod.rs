@@ -114,10 +114,12 @@ use std::sync::Arc;
 
 mod catalog;
 mod control;
+mod dead_branch;
 pub mod disk;
 mod error;
 mod flush;
 mod health;
+mod held;
 mod histories;
 mod holes;
 mod index;
@@ -141,6 +143,7 @@ mod shared;
 mod simulation;
 mod slots;
 mod state;
+mod switch;
 mod tail;
 mod threads;
 mod unproven;
@@ -148,6 +151,7 @@ mod walk;
 mod writer;
 
 pub use control::{Identity, ServerFacts};
+pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
 pub use health::Observer;

@@ -109,6 +109,7 @@ pub(super) fn open(
         index: Mutex::new(None),
         slots,
         retention: Mutex::default(),
+        keeping: Mutex::default(),
         keeper: Signal::default(),
         is_repairing: AtomicBool::new(false),
         #[cfg(test)]

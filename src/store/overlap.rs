@@ -10,18 +10,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::store::disk::{DiskFile, OpenMode, read_full_at};
-use crate::store::error::{AppendError, StoreError};
+use crate::store::error::AppendError;
+use crate::store::held::HeldWal;
 use crate::store::queue::Piece;
 use crate::store::shared::Shared;
-use crate::store::walk::FirstRecord;
 use crate::wal::scanner::{ScanContext, ScanError, Scanner};
-use crate::wal::{Lsn, LsnRange, SegmentNo};
+use crate::wal::{Lsn, LsnRange};
 
 pub(super) struct Overlap {
-    shared: Arc<Shared>,
-    context: ScanContext,
-    file: Option<(SegmentNo, Arc<dyn DiskFile>)>,
+    held: HeldWal,
+    unwritten_bytes_max: u64,
     /// Where the session began.
     start: Lsn,
     dispute: Option<Dispute>,
@@ -66,7 +64,9 @@ impl Overlap {
         context: ScanContext,
         unproven: Vec<LsnRange>,
     ) -> Self {
-        Self { shared, context, file: None, start, dispute: None, unproven, tears: Tears::default() }
+        let unwritten_bytes_max = shared.settings.unwritten_bytes_max;
+        let held = HeldWal::new(shared, context);
+        Self { held, unwritten_bytes_max, start, dispute: None, unproven, tears: Tears::default() }
     }
 
     pub(super) fn is_disputed(&self) -> bool {
@@ -80,7 +80,7 @@ impl Overlap {
 
     /// All that is held, up to `held_end`, was compared: its file is not needed any more. What is to replace held bytes.
     pub(super) fn close(&mut self, held_end: Lsn) -> Result<Vec<Piece>, AppendError> {
-        self.file = None;
+        self.held.close();
         let ends_elsewhere = |scanner: &Scanner| scanner.verified_end() != held_end;
         if let Some(scanner) = self.tears.scanner.take().filter(ends_elsewhere) {
             return Err(AppendError::Corrupt(ScanError::EndOfWal { at: scanner.verified_end() }));
@@ -91,10 +91,10 @@ impl Overlap {
     /// `whole` was delivered at `at`; `part`, its beginning, is held.
     pub(super) fn compare(&mut self, at: Lsn, part: &[u8], whole: &Bytes) -> Result<Verdict, AppendError> {
         if self.dispute.is_none() {
-            let held = self.held(at, part.len())?;
+            let held = self.held.read(at, part.len())?;
             let differences = self.differences(at, &held, part);
             if let (None, Some(first)) = (&self.tears.scanner, differences.first()) {
-                self.tears.scanner = Some(self.scanner_before(at, first.start)?);
+                self.tears.scanner = Some(self.held.scanner_before(self.start, at, first.start)?);
             }
             match differences.iter().find(|difference| !difference.is_tear) {
                 None => {
@@ -110,7 +110,7 @@ impl Overlap {
         let Some(dispute) = &mut self.dispute else { return Ok(Verdict::Same) };
         dispute.scanner.feed(whole, &mut ()).map_err(AppendError::Corrupt)?;
         if dispute.scanner.verified_end() > dispute.at {
-            return Err(AppendError::Diverged { at: dispute.at, timeline: self.context.timeline });
+            return Err(AppendError::Diverged { at: dispute.at, timeline: self.held.timeline() });
         }
         Ok(Verdict::Disputed)
     }
@@ -148,7 +148,7 @@ impl Overlap {
             // A copy, so that a few bytes do not keep their receive block.
             let bytes = part.get(offset(*start)..offset(*end)).unwrap_or_default();
             self.tears.bytes += (bytes.len() + size_of::<Piece>()) as u64;
-            let is_full = self.tears.bytes > self.shared.settings.unwritten_bytes_max;
+            let is_full = self.tears.bytes > self.unwritten_bytes_max;
             if is_full && !self.tears.pieces.is_empty() {
                 self.tears.left.get_or_insert(*start);
                 break;
@@ -156,84 +156,6 @@ impl Overlap {
             self.tears.pieces.push(Piece { at: *start, bytes: Bytes::copy_from_slice(bytes) });
         }
         Ok(())
-    }
-
-    /// A scanner that has seen what is held up to `fed`, from a segment on in which a record starts before the
-    /// difference at `at`.
-    fn scanner_before(&mut self, fed: Lsn, at: Lsn) -> Result<Scanner, StoreError> {
-        let size = self.context.segment_size;
-        let oldest = self.shared.oldest().ok_or(StoreError::NotInitialized)?;
-        let mut number = SegmentNo::holding(self.start, size);
-        loop {
-            let start = number.start(size).unwrap_or(oldest).max(oldest);
-            let mut scanner = Scanner::at_segment_start(self.context, start);
-            let mut first = FirstRecord::default();
-            while scanner.position() < fed {
-                let at = scanner.position();
-                let wanted = usize::try_from(fed.bytes_since(at)).unwrap_or(usize::MAX).min(COMPARE_BYTES);
-                let held = self.held(at, wanted)?;
-                scanner.feed(&held, &mut first).map_err(|error| StoreError::Damaged {
-                    path: self.shared.layout.wal_dir.clone(),
-                    detail: error.to_string(),
-                })?;
-            }
-            match number.previous() {
-                Some(before) if first.0.is_none_or(|first| first > at) && start > oldest => number = before,
-                _ => return Ok(scanner),
-            }
-        }
-    }
-
-    /// The bytes that are held from `at` on.
-    fn held(&mut self, at: Lsn, bytes: usize) -> Result<Vec<u8>, StoreError> {
-        let Some(range) = LsnRange::new(at, at.advance(bytes as u64)) else { return Ok(Vec::new()) };
-        let located = self.shared.tail.lock().locate(self.context.timeline, range);
-        let mut held = Vec::with_capacity(bytes);
-        if let Some(range) = located.in_files {
-            self.read_files(range, &mut held)?;
-        }
-        for part in located.in_memory {
-            held.extend_from_slice(&part);
-        }
-        Ok(held)
-    }
-
-    fn read_files(&mut self, range: LsnRange, held: &mut Vec<u8>) -> Result<(), StoreError> {
-        let size = self.context.segment_size;
-        let mut at = range.start();
-        while at < range.end() {
-            let number = SegmentNo::holding(at, size);
-            let end = range.end().min(number.end(size));
-            let file = self.file_of(number)?;
-            let filled = held.len();
-            held.resize(filled + usize::try_from(end.bytes_since(at)).unwrap_or(0), 0);
-            let part = held.get_mut(filled..).unwrap_or_default();
-            let path = self.shared.layout.wal_dir.clone();
-            let read =
-                read_full_at(&*file, part, size.offset_of(at)).map_err(StoreError::io("read", &path))?;
-            if read < part.len() {
-                return Err(StoreError::Damaged { path, detail: "a segment is too short".to_owned() });
-            }
-            at = end;
-        }
-        Ok(())
-    }
-
-    fn file_of(&mut self, number: SegmentNo) -> Result<Arc<dyn DiskFile>, StoreError> {
-        if let Some((_, file)) = self.file.as_ref().filter(|(open, _)| *open == number) {
-            return Ok(file.clone());
-        }
-        let name = self.shared.name_of(number)?;
-        let partial = self.shared.partials.lock().get(&number).map(|segment| segment.file.clone());
-        let file = match partial {
-            Some(file) => file,
-            None => {
-                let path = self.shared.layout.complete(name, self.context.segment_size);
-                self.shared.disk.open(&path, OpenMode::Read).map_err(StoreError::io("open", &path))?
-            }
-        };
-        self.file = Some((number, file.clone()));
-        Ok(file)
     }
 }
 
@@ -246,6 +168,3 @@ struct Difference {
     /// What is held there is unproven.
     is_tear: bool,
 }
-
-/// Held bytes read at a time.
-const COMPARE_BYTES: usize = 1 << 20;

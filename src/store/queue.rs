@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -82,6 +82,8 @@ impl Batch {
 /// Batches to be written.
 pub(super) struct WriteQueue {
     batches: Mutex<Waiting>,
+    /// Nothing waits, and nothing is in hand.
+    is_idle: Condvar,
     room: Mutex<Room>,
     unwritten_bytes_max: u64,
     pub(super) signal: Signal,
@@ -111,7 +113,7 @@ const ROOM_BACK_DIVISOR: u64 = 2;
 impl WriteQueue {
     pub(super) fn new(unwritten_bytes_max: u64) -> Self {
         let (batches, room) = (Mutex::default(), Mutex::default());
-        Self { batches, room, unwritten_bytes_max, signal: Signal::default() }
+        Self { batches, is_idle: Condvar::new(), room, unwritten_bytes_max, signal: Signal::default() }
     }
 
     pub(super) fn unwritten_bytes(&self) -> u64 {
@@ -150,9 +152,21 @@ impl WriteQueue {
         waiting.batches.is_empty() && !waiting.is_in_hand
     }
 
+    /// Waits until `is_idle`; whether it came to that.
+    pub(super) fn wait_until_idle(&self, deadline: Instant) -> bool {
+        let mut waiting = self.batches.lock();
+        while waiting.is_in_hand || !waiting.batches.is_empty() {
+            if self.is_idle.wait_until(&mut waiting, deadline).timed_out() {
+                return !waiting.is_in_hand && waiting.batches.is_empty();
+            }
+        }
+        true
+    }
+
     /// What was taken is published.
     pub(super) fn published(&self) {
         self.batches.lock().is_in_hand = false;
+        self.is_idle.notify_all();
     }
 
     pub(super) fn push(&self, batch: Batch) {
@@ -218,6 +232,8 @@ pub(super) struct Unsynced {
     pub(super) job: Mutex<SyncJob>,
     /// One was taken and is not yet done; changed under the lock of `job`.
     is_in_hand: AtomicBool,
+    /// Nothing waits, and nothing is in hand.
+    idle: Condvar,
     pub(super) signal: Signal,
 }
 
@@ -247,7 +263,20 @@ impl Unsynced {
 
     /// What was taken is published.
     pub(super) fn published(&self) {
+        let _job = self.job.lock();
         self.is_in_hand.store(false, Ordering::Release);
+        self.idle.notify_all();
+    }
+
+    /// Waits until `is_idle`; whether it came to that.
+    pub(super) fn wait_until_idle(&self, deadline: Instant) -> bool {
+        let mut job = self.job.lock();
+        while !job.is_empty() || self.is_in_hand.load(Ordering::Acquire) {
+            if self.idle.wait_until(&mut job, deadline).timed_out() {
+                return job.is_empty() && !self.is_in_hand.load(Ordering::Acquire);
+            }
+        }
+        true
     }
 
     /// Whether nothing waits to be synced or published.

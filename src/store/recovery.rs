@@ -77,6 +77,16 @@ impl<'a> Recovery<'a> {
         spares_max: usize,
     ) -> Result<Self, StoreError> {
         let size = control.identity(layout)?.segment_size;
+        let mut notes = Vec::new();
+        for branch in &control.dead_branches {
+            let files = branch.set_aside(disk, layout, size)?;
+            if files > 0 {
+                notes.push(format!(
+                    "set aside {files} WAL files of timeline {} beyond {}, where timeline {} left it",
+                    branch.timeline, branch.fork, branch.next
+                ));
+            }
+        }
         let inventory = Inventory::take(disk, layout, size)?;
         let names = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
         let lineage = control.lineage(size);
@@ -99,7 +109,7 @@ impl<'a> Recovery<'a> {
             has_reserve: inventory.reserve == Some(size.bytes()),
             names: names.into_iter().map(|entry| entry.name).collect(),
             damaged: Vec::new(),
-            notes: Vec::new(),
+            notes,
             #[cfg(test)]
             mutant: crate::store::simulation::Mutant::None,
         };
@@ -117,6 +127,9 @@ impl<'a> Recovery<'a> {
         self.keep_newest_run()?;
         let walked = self.walk_trusted()?;
         let end = self.end_of(&walked);
+        if self.has_lost_beginning(end) {
+            return self.step_back(end);
+        }
         let is_cut = self.reopen_complete(end)?;
         let partials = self.rewrite_partials(end)?;
         self.discard_beyond(end)?;
@@ -147,6 +160,31 @@ impl<'a> Recovery<'a> {
             damaged: self.damaged,
             notes: self.notes,
         })
+    }
+
+    /// Whether what the timeline began with, which was there when the timeline was gone over to, is there no more.
+    fn has_lost_beginning(&self, end: Lsn) -> bool {
+        let timeline = self.control.timeline;
+        let began = SegmentNo::holding(self.control.start, self.size);
+        self.lineage.timeline_at(end) != timeline && Some(began) < self.lineage.first_segment(timeline)
+    }
+
+    /// What the timeline began with is gone: the timeline that it left is to be received again, up to there.
+    fn step_back(self, end: Lsn) -> Result<Recovered, StoreError> {
+        let Self { disk, layout, pool, spares_max, lineage, mut control, mut notes, damaged, .. } = self;
+        let timeline = lineage.timeline_at(end);
+        notes.push(format!(
+            "WAL ends at {end}, before timeline {} began: timeline {timeline} is received again",
+            control.timeline
+        ));
+        control.ancestors = lineage.up_to(timeline).ancestors().to_vec();
+        control.timeline = timeline;
+        control.write(disk, layout)?;
+        // There are fewer timelines each time.
+        let mut recovery = Recovery::new(disk, layout, control, pool, spares_max)?;
+        recovery.notes.splice(..0, notes);
+        recovery.damaged = damaged;
+        recovery.run()
     }
 
     fn take_in_spares(

@@ -12,7 +12,7 @@ use crate::store::disk::{DiskFile, OpenMode, TEMPORARY_SUFFIX, read_full_at, syn
 use crate::store::error::StoreError;
 use crate::store::partials::{PartialSegment, READ_BYTES};
 use crate::store::recovery::Recovery;
-use crate::wal::{Lsn, SegmentNo};
+use crate::wal::{Lsn, SegmentNo, SegmentSize};
 
 impl Recovery<'_> {
     /// Copies every segment that was being written, up to the end of its valid WAL.
@@ -57,21 +57,7 @@ impl Recovery<'_> {
     ) -> Result<Arc<dyn DiskFile>, StoreError> {
         let (path, file) = self.fresh_file()?;
         let from = self.disk.open(source, OpenMode::Read).map_err(StoreError::io("open", source))?;
-        let mut buffer = vec![0; READ_BYTES];
-        let mut at = 0;
-        while at < self.size.bytes() {
-            let wanted = usize::try_from(keep.saturating_sub(at)).unwrap_or(READ_BYTES).min(READ_BYTES);
-            let part = buffer.get_mut(..wanted).unwrap_or_default();
-            if read_full_at(&*from, part, at).map_err(StoreError::io("read", source))? < wanted {
-                let detail = "it became shorter".to_owned();
-                return Err(StoreError::Damaged { path: source.to_path_buf(), detail });
-            }
-            // Behind the end there are zeros.
-            buffer.get_mut(wanted..).unwrap_or_default().fill(0);
-            write_all_at(&*file, &buffer, at).map_err(StoreError::io("write", &path))?;
-            at += READ_BYTES as u64;
-        }
-        file.sync().map_err(StoreError::io("sync", &path))?;
+        copy_head((&*from, source), keep, (&*file, &path), self.size)?;
         self.disk.rename(&path, target).map_err(StoreError::io("rename", &path))?;
         // Also gives back the space of the file that lost its name, which the next one may need.
         self.sync_dir()?;
@@ -142,6 +128,30 @@ impl Recovery<'_> {
         let dir = &self.layout.wal_dir;
         sync_dir(self.disk, dir).map_err(StoreError::io("sync directory", dir))
     }
+}
+
+/// Gives a file of segment size the first `keep` bytes of another, and zeros behind them; durable on return.
+pub(super) fn copy_head(
+    (from, source): (&dyn DiskFile, &Path),
+    keep: u64,
+    (to, target): (&dyn DiskFile, &Path),
+    size: SegmentSize,
+) -> Result<(), StoreError> {
+    let mut buffer = vec![0; READ_BYTES];
+    let mut at = 0;
+    while at < size.bytes() {
+        let wanted = usize::try_from(keep.saturating_sub(at)).unwrap_or(READ_BYTES).min(READ_BYTES);
+        let part = buffer.get_mut(..wanted).unwrap_or_default();
+        if read_full_at(from, part, at).map_err(StoreError::io("read", source))? < wanted {
+            let detail = "it became shorter".to_owned();
+            return Err(StoreError::Damaged { path: source.to_path_buf(), detail });
+        }
+        // Behind the end there are zeros.
+        buffer.get_mut(wanted..).unwrap_or_default().fill(0);
+        write_all_at(to, &buffer, at).map_err(StoreError::io("write", target))?;
+        at += READ_BYTES as u64;
+    }
+    to.sync().map_err(StoreError::io("sync", target))
 }
 
 /// Suffix of files that recovery sets aside.

@@ -1,7 +1,7 @@
 //! What the threads, the receiver and the readers of one store have in common.
 //!
 //! Owns nothing but the parts. Order of locks, where two are held at once: retention, then `Health::tell*`, before any;
-//! mappings before catalog; all others are held alone.
+//! mappings before catalog; all others are held alone. `keeping` comes before all.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -51,6 +51,8 @@ pub(super) struct Shared {
     pub slots: SlotTable,
     /// Held while somebody decides, by what is needed, which WAL goes, or begins to need what is there.
     pub retention: Mutex<()>,
+    /// Held while the keeper works, or somebody changes what it works with.
+    pub keeping: Mutex<()>,
     pub keeper: Signal,
     /// Whether a segment is being repaired; one at a time.
     pub is_repairing: AtomicBool,
@@ -78,6 +80,15 @@ impl Shared {
                 positions.assert_order(before);
             }
             Some(*positions)
+        };
+        self.health.tell_change(change, |observer, positions| observer.positions_changed(positions));
+    }
+
+    /// Puts the positions where another timeline begins, which may be further back, and tells the observer.
+    pub(super) fn replace_positions(&self, positions: Positions) {
+        let change = || {
+            *self.positions.lock() = Some(positions);
+            (!self.health.has_failed()).then_some(positions)
         };
         self.health.tell_change(change, |observer, positions| observer.positions_changed(positions));
     }

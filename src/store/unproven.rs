@@ -56,6 +56,13 @@ impl Unproven {
         is_settled
     }
 
+    /// What lies behind `end` is not held any more.
+    pub(super) fn cut(&self, end: Lsn) {
+        let mut state = self.0.lock();
+        let within = |range: &LsnRange| LsnRange::new(range.start(), range.end().min(end));
+        state.ranges = state.ranges.iter().filter_map(within).collect();
+    }
+
     #[cfg(test)]
     pub(super) fn ranges(&self) -> Vec<LsnRange> {
         self.0.lock().ranges.clone()
