@@ -49,6 +49,8 @@ pub struct StoreStatus {
     pub sealed: Option<Lsn>,
     /// Segments that are damaged, and not repaired yet; oldest first.
     pub damaged: Vec<DamagedSegmentStatus>,
+    /// What was held beyond where a timeline was left, and is held still, set aside.
+    pub dead_branches: Vec<DeadBranchStatus>,
 }
 
 /// A segment that is not as it was written, has gone, or cannot be read.
@@ -60,6 +62,33 @@ pub struct DamagedSegmentStatus {
     pub detail: String,
     /// Why it could not be fetched again yet.
     pub repair_error: Option<String>,
+}
+
+/// WAL that exists only here, because the timeline it is on was left before it.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeadBranchStatus {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// The one that goes on from the fork.
+    pub next: TimelineId,
+    /// Where it was left.
+    pub fork: Lsn,
+    /// End of what was held.
+    pub end: Lsn,
+    /// From the fork to the end.
+    pub bytes: u64,
+    /// Transactions committed there.
+    pub commits: u64,
+    /// When the first of them was committed, by the server's clock.
+    pub first_commit: Option<Timestamp>,
+    /// When the last of them was committed.
+    pub last_commit: Option<Timestamp>,
+    /// Ids of the transactions that wrote there.
+    pub transactions: Vec<u32>,
+    /// Whether there were more.
+    pub has_more_transactions: bool,
+    /// File in the data directory that tells of it.
+    pub report: String,
 }
 
 /// State of the upstream connection, by the names of `pg_stat_wal_receiver`.
@@ -146,10 +175,19 @@ pub struct UpstreamStatus {
     pub removed: Option<RemovedWal>,
     /// The data directory was empty when the process started, though the upstream's slot had been in use.
     pub started_empty: bool,
+    /// Since the process started, a server was followed that had less than this relay: see `store.dead_branches`.
+    pub diverged: bool,
     /// Why the last attempt or session ended.
     pub last_error: Option<String>,
     /// Whether a person must look at it: before it can go on, or because something was lost.
     pub needs_attention: bool,
+}
+
+impl UpstreamStatus {
+    /// Whether something was lost or set aside that a person must know of, however well WAL flows now.
+    pub fn is_hurt(&self) -> bool {
+        self.lost.is_some() || self.removed.is_some() || self.started_empty || self.diverged
+    }
 }
 
 /// State of a sending side (`WalSndState`).

@@ -7,8 +7,8 @@ use std::{ops::RangeInclusive, path::Path, time::Duration};
 use secrecy::SecretString;
 
 use crate::config::{
-    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, Relay, SendPolicy,
-    Store, Upstream, Users,
+    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence, Relay,
+    SendPolicy, Store, Upstream, Users,
     error::Problem,
     listen,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
@@ -86,6 +86,14 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         })?,
         acknowledge_timeout: timeout("upstream.acknowledge_timeout", &raw.acknowledge_timeout)?,
         acknowledge_users: raw.acknowledge_users.clone(),
+        on_divergence: match raw.on_divergence.as_str() {
+            "follow" => OnDivergence::Follow,
+            "stop" => OnDivergence::Stop,
+            other => {
+                let advice = "expected \"follow\" or \"stop\"";
+                return Err(Problem::invalid("upstream.on_divergence", other, advice));
+            }
+        },
         wal_receiver_timeout: timeout("upstream.wal_receiver_timeout", &raw.wal_receiver_timeout)?,
         wal_receiver_status_interval: timeout(
             "upstream.wal_receiver_status_interval",

@@ -84,12 +84,23 @@ pub struct Upstream {
     pub acknowledge_timeout: Option<Duration>,
     /// User that must be behind an `application_name` for what it reports to count.
     pub acknowledge_users: BTreeMap<String, String>,
+    /// What to do when what is held goes beyond the fork of a new timeline.
+    pub on_divergence: OnDivergence,
     /// Silence after which the connection is given up; `None`: never.
     pub wal_receiver_timeout: Option<Duration>,
     /// Longest time between two status updates; `None`: only when asked.
     pub wal_receiver_status_interval: Option<Duration>,
     /// Longest pause before another attempt to connect; the first ones come sooner, and all are jittered.
     pub wal_retrieve_retry_interval: Duration,
+}
+
+/// What to do when a server was promoted from less than what is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDivergence {
+    /// What is held beyond is set aside and reported; the new timeline is followed.
+    Follow,
+    /// Nothing is received until a person has decided.
+    Stop,
 }
 
 /// Where WAL goes.

@@ -7,4 +7,4 @@ pub mod blocks;
 pub mod socket;
 
 pub use blocks::BlockReader;
-pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf};
+pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};

@@ -144,6 +144,15 @@ impl Socket {
     }
 }
 
+/// The halves of one socket, which were split before.
+pub fn reunite(read: ReadHalf, write: WriteHalf) -> Option<Socket> {
+    match (read, write) {
+        (ReadHalf::Tcp(read), WriteHalf::Tcp(write)) => read.reunite(write).ok().map(Socket::Tcp),
+        (ReadHalf::Unix(read), WriteHalf::Unix(write)) => read.reunite(write).ok().map(Socket::Unix),
+        _ => None,
+    }
+}
+
 /// The receiving half of a [`Socket`].
 #[derive(Debug)]
 pub enum ReadHalf {

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 
 use crate::protocol::replication::{
     Keepalive, PRIMARY_MESSAGE_BYTES_MAX, PRIMARY_MESSAGE_NAME, PrimaryMessage, WAL_DATA,
@@ -101,6 +101,15 @@ impl CopyStream {
                 Err(error)
             }
         }
+    }
+
+    /// What was pushed and not read: what follows the copy, once that has ended.
+    pub fn into_rest(self) -> BytesMut {
+        let mut rest = BytesMut::with_capacity(self.unread);
+        for (block, _) in self.blocks {
+            rest.extend_from_slice(&block);
+        }
+        rest
     }
 
     /// Bytes copied out of blocks so far: headers and small messages. WAL is never among them.

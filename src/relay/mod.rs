@@ -33,10 +33,11 @@ use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_observer};
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::status::{
-    DamagedSegmentStatus, Overview, RemovedWal, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
+    DamagedSegmentStatus, DeadBranchStatus, Overview, RemovedWal, ReplicationSlotStatus, StoreStatus,
+    Timestamp, UpstreamStatus,
 };
 use crate::store::{
-    self, Condition, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
+    self, Condition, DeadBranch, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
 };
 use crate::upstream::{Acknowledging, Upstream, UpstreamSettings};
 
@@ -256,6 +257,7 @@ fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
         create_slot: upstream.create_slot,
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,
+        on_divergence: upstream.on_divergence,
         retry_interval: upstream.wal_retrieve_retry_interval,
     }
 }
@@ -365,6 +367,7 @@ impl Pages for RelayPages {
                 flushed: positions.map(|positions| positions.flushed),
                 sealed: positions.and_then(|positions| positions.sealed),
                 damaged: self.damaged(),
+                dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
             },
             downstream: self.downstream.registry.statuses(),
             slots: self.store.slots().list().into_iter().map(slot_status).collect(),
@@ -384,6 +387,22 @@ impl RelayPages {
             repair_error: damaged.repair_error,
         });
         shown.collect()
+    }
+}
+
+fn dead_branch_status(dead: &DeadBranch) -> DeadBranchStatus {
+    DeadBranchStatus {
+        timeline: dead.timeline,
+        next: dead.next,
+        fork: dead.fork,
+        end: dead.end,
+        bytes: dead.bytes(),
+        commits: dead.commits,
+        first_commit: dead.first_commit.map(Timestamp),
+        last_commit: dead.last_commit.map(Timestamp),
+        transactions: dead.transactions.clone(),
+        has_more_transactions: dead.has_more_transactions,
+        report: dead.report_name(),
     }
 }
 

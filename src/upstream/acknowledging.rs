@@ -12,6 +12,7 @@ use crate::metrics::UpstreamMetrics;
 use crate::session::acknowledge::{Acknowledged, Acknowledger, LocalWindow, Standbys};
 use crate::status::{LocalWindowStatus, UpstreamStatus};
 use crate::store::Positions;
+use crate::wal::Lsn;
 
 /// The policy at work.
 pub struct Acknowledging {
@@ -54,6 +55,11 @@ impl Acknowledging {
         });
         self.tell(acknowledged);
         acknowledged
+    }
+
+    /// The timeline was left at `fork`.
+    pub(super) fn cut(&mut self, fork: Lsn) {
+        self.acknowledger.cut(fork);
     }
 
     /// When `update` is to be called although nothing moves.

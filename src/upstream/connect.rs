@@ -14,11 +14,12 @@ use crate::protocol::{
     Command, ServerError, SqlState,
     command::{StartReplication, StreamKind},
 };
+use crate::session::timelines::{Refusal, Route, route};
 use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{
-    UpstreamError, UpstreamSettings,
+    OnDivergence, UpstreamError, UpstreamSettings,
     dial::log_in,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
@@ -31,8 +32,6 @@ pub(crate) struct Connected {
     pub(crate) dialog: Dialog,
     pub(crate) host: String,
     pub(crate) system: IdentifySystem,
-    /// Where its timeline began; the lowest position for the first, and until the history is known.
-    pub(crate) switch_lsn: Lsn,
     pub(crate) segment_size: SegmentSize,
     pub(crate) is_writable: bool,
     /// The server's `wal_sender_timeout`; `None` when it has none.
@@ -60,9 +59,14 @@ pub(crate) struct Streaming {
     pub(crate) held_end: Lsn,
 }
 
-/// Tries the hosts in order until one has the session attributes that are asked for. `random` orders them where the
-/// connection string asks for that.
-pub(crate) async fn connect(settings: &UpstreamSettings, random: u64) -> Result<Connected, UpstreamError> {
+/// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed. `random`
+/// orders them where the connection string asks for that.
+pub(crate) async fn connect(
+    settings: &UpstreamSettings,
+    store: &Store,
+    writer: &WalWriter,
+    random: u64,
+) -> Result<(Connected, NewestHistory), UpstreamError> {
     let mut conninfo = settings.conninfo.clone();
     conninfo.reread_passwords(&ProcessSurroundings);
     conninfo.check_without_tls()?;
@@ -70,20 +74,56 @@ pub(crate) async fn connect(settings: &UpstreamSettings, random: u64) -> Result<
         TargetSessionAttrs::PreferStandby => vec![TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
         other => vec![other],
     };
-    let mut last = UpstreamError::NoHost;
+    let mut errors: Vec<(String, UpstreamError)> = Vec::new();
     for wanted in wanted {
         let below = |n: usize| usize::try_from(random % n.max(1) as u64).unwrap_or(0);
         for host in conninfo.attempt_order(below) {
-            match connect_to_host(&conninfo, host, wanted).await {
-                Ok(connected) => return Ok(connected),
+            let checked = async {
+                let connected = connect_to_host(&conninfo, host, wanted).await?;
+                check_in_time(connected, settings, store, writer).await
+            };
+            match checked.await {
+                Ok(found) => return Ok(found),
                 Err(error) => {
                     tracing::debug!(%host, error = %error.chain(), "host did not serve");
-                    last = error;
+                    errors.push((host.to_string(), error));
                 }
             }
         }
     }
-    Err(last)
+    match errors.len() {
+        0 | 1 => Err(errors.pop().map_or(UpstreamError::NoHost, |(_, error)| error)),
+        _ => Err(UpstreamError::AllHosts(errors)),
+    }
+}
+
+/// The server has ended a stream at the end of its timeline: asks again what it is, and whether it may be followed.
+pub(crate) async fn ask_again(
+    dialog: Dialog,
+    host: &str,
+    settings: &UpstreamSettings,
+    store: &Store,
+    writer: &WalWriter,
+) -> Result<(Connected, NewestHistory), UpstreamError> {
+    let wanted = match settings.conninfo.target_session_attrs {
+        // It was good enough before.
+        TargetSessionAttrs::PreferStandby => TargetSessionAttrs::Any,
+        other => other,
+    };
+    let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, host)).await;
+    let connected = interrogation.map_err(|_| UpstreamError::OpeningTimeout)??;
+    check_in_time(connected, settings, store, writer).await
+}
+
+async fn check_in_time(
+    mut connected: Connected,
+    settings: &UpstreamSettings,
+    store: &Store,
+    writer: &WalWriter,
+) -> Result<(Connected, NewestHistory), UpstreamError> {
+    let checked = timeout(OPENING_TIME_MAX, check_server(&mut connected, settings, store, writer)).await;
+    let newest = checked.map_err(|_| UpstreamError::OpeningTimeout)??;
+    Ok((connected, newest))
 }
 
 async fn connect_to_host(
@@ -93,7 +133,7 @@ async fn connect_to_host(
 ) -> Result<Connected, UpstreamError> {
     // As libpq: a server that answers but will not do ends the attempt at this host.
     let dialog = log_in(conninfo, host).await?;
-    let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, host)).await;
+    let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, &host.to_string())).await;
     interrogation.map_err(|_| UpstreamError::OpeningTimeout)?
 }
 
@@ -101,7 +141,7 @@ async fn connect_to_host(
 async fn interrogate(
     mut dialog: Dialog,
     wanted: TargetSessionAttrs,
-    host: &Host,
+    host: &str,
 ) -> Result<Connected, UpstreamError> {
     let in_recovery = dialog.parameters.get("in_hot_standby").cloned();
     let read_only = dialog.show("transaction_read_only").await? == "on";
@@ -116,9 +156,8 @@ async fn interrogate(
     })?;
     let sender_timeout = parse_milliseconds(&dialog.show("wal_sender_timeout").await?);
     let facts = server_facts(&mut dialog).await?;
-    let (host, is_writable) = (host.to_string(), !read_only);
-    let switch_lsn = Lsn::MIN;
-    Ok(Connected { dialog, host, system, switch_lsn, segment_size, is_writable, sender_timeout, facts })
+    let (host, is_writable) = (host.to_owned(), !read_only);
+    Ok(Connected { dialog, host, system, segment_size, is_writable, sender_timeout, facts })
 }
 
 fn check_session_attributes(
@@ -184,8 +223,9 @@ fn parse_milliseconds(text: &str) -> Option<Duration> {
 }
 
 /// Checks that the server is the one whose WAL is held. Changes nothing on the server, and nothing in the store.
-pub(crate) async fn check_server(
+async fn check_server(
     connected: &mut Connected,
+    settings: &UpstreamSettings,
     store: &Store,
     writer: &WalWriter,
 ) -> Result<NewestHistory, UpstreamError> {
@@ -199,17 +239,19 @@ pub(crate) async fn check_server(
             return Err(UpstreamError::WrongSegmentSize { expected, got });
         }
     }
-    let got = connected.system.timeline;
-    if let Some(plan) = writer.plan() {
-        if got < plan.timeline {
-            return Err(UpstreamError::TimelineBehind { expected: plan.timeline, got });
-        }
-        if got > plan.timeline {
-            return Err(UpstreamError::TimelineAhead { expected: plan.timeline, got });
-        }
+    // Before its history is asked for, which may be of another timeline of that number than ours.
+    if let Some(lineage) = store.lineage().filter(|lineage| lineage.timeline() > connected.system.timeline) {
+        let (held, upstream) = (lineage.timeline(), connected.system.timeline);
+        return Err(Refusal::Behind { held, upstream }.into());
     }
     let newest = check_newest(connected, store).await?;
-    connected.switch_lsn = newest.switch_lsn;
+    if let (Some(lineage), Some(plan)) = (store.lineage(), writer.plan()) {
+        let route = route(&lineage, plan.held_end, &newest.history)?;
+        if let (Route::Diverged(fork), OnDivergence::Stop) = (route, settings.on_divergence) {
+            let (timeline, held_end) = (plan.timeline, plan.held_end);
+            return Err(UpstreamError::Forked { timeline, next: fork.next, fork: fork.at, held_end });
+        }
+    }
     Ok(newest)
 }
 
@@ -239,17 +281,20 @@ pub(crate) fn plan_stream(
     writer: &mut WalWriter,
     slot: UpstreamSlot,
     beginning: Beginning,
+    upstream_begin: Lsn,
 ) -> Result<StreamPlan, UpstreamError> {
     let had_wal = !writer.holds_nothing();
     let used_until = slot.restart_lsn.filter(|_| slot.origin == SlotOrigin::Found);
     let begins_anew = beginning == Beginning::Anew && !had_wal;
     let begins = begins_anew || writer.plan().is_none();
     if begins {
-        begin_store(connected, writer, slot.restart_lsn.filter(|_| !begins_anew))?;
+        begin_store(connected, writer, slot.restart_lsn.filter(|_| !begins_anew), upstream_begin)?;
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    if connected.system.flushed < plan.newest_start {
+    // On a later timeline it has come past ours, wherever it is now.
+    let is_same = connected.system.timeline == plan.timeline;
+    if is_same && connected.system.flushed < plan.newest_start {
         let upstream = if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
         let flushed = connected.system.flushed;
         return Err(UpstreamError::BehindUs {
@@ -269,10 +314,11 @@ fn begin_store(
     connected: &Connected,
     writer: &mut WalWriter,
     reserved: Option<Lsn>,
+    upstream_begin: Lsn,
 ) -> Result<(), UpstreamError> {
     let found = identity(connected);
     // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
-    let first = reserved.unwrap_or(connected.system.flushed).max(connected.switch_lsn);
+    let first = reserved.unwrap_or(connected.system.flushed).max(upstream_begin);
     let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
     let start = start.unwrap_or(Lsn::MIN);
     Ok(block_in_place(|| writer.initialize(found, connected.system.timeline, start))?)
@@ -312,8 +358,8 @@ pub(crate) async fn start_streaming(
             Err(stream_refused(*error, plan.held_end))
         }
         Err(StartCopyError::TimelineEndsHere) => {
-            let (expected, got) = (plan.timeline, connected.system.timeline);
-            Err(UpstreamError::TimelineAhead { expected, got })
+            let (timeline, held_end) = (plan.timeline, plan.held_end);
+            Err(UpstreamError::EndedEarly { timeline, held_end, fork: start })
         }
         Err(StartCopyError::Failed(error)) => Err(error),
     }

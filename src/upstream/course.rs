@@ -10,7 +10,7 @@ use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
-use crate::wal::Lsn;
+use crate::wal::{Lsn, TimelineId};
 
 /// What is remembered from session to session.
 pub(super) struct Course {
@@ -38,6 +38,8 @@ pub(super) struct Course {
     pub(super) host: Option<String>,
     /// The store was begun by this process although the slot had been in use up to here.
     pub(super) replaces: Option<Lsn>,
+    /// The timeline that the upstream has ended on this connection, and our end then.
+    pub(super) ended: Option<(TimelineId, Lsn)>,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -61,6 +63,7 @@ impl Course {
             slot_in_vain_at: None,
             host: None,
             replaces: None,
+            ended: None,
             refusals: 0,
             corrupt: None,
             last_logged: None,

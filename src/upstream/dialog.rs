@@ -15,7 +15,7 @@ use crate::net::Socket;
 use crate::protocol::{
     Command,
     backend::{self, DataRow, Message},
-    frontend::encode_query,
+    frontend::{self, encode_query},
 };
 use crate::upstream::UpstreamError;
 
@@ -30,6 +30,20 @@ pub(crate) struct Dialog {
 impl Dialog {
     pub(crate) fn new(socket: Socket) -> Self {
         Self { socket, input: BytesMut::new(), parameters: std::collections::BTreeMap::new() }
+    }
+
+    /// Goes on after a copy that the server has ended: ends it too, and reads what the server says of it.
+    pub(crate) async fn after_copy(socket: Socket, input: BytesMut) -> Result<Self, UpstreamError> {
+        let mut dialog = Self { socket, input, parameters: std::collections::BTreeMap::new() };
+        dialog.send(|output| frontend::Message::CopyDone.encode(output)).await?;
+        loop {
+            match dialog.receive().await? {
+                Message::RowDescription(_) | Message::DataRow(_) | Message::CommandComplete(_) => {}
+                Message::ErrorResponse(error) => return Err(UpstreamError::Server(Box::new(error))),
+                Message::ReadyForQuery(_) => return Ok(dialog),
+                other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),
+            }
+        }
     }
 
     /// Sends what `encode` appends.
@@ -112,7 +126,7 @@ impl Dialog {
     /// Ends the session politely.
     pub(crate) async fn terminate(mut self) {
         // The server may be gone already.
-        let _ = self.send(|output| crate::protocol::frontend::Message::Terminate.encode(output)).await;
+        let _ = self.send(|output| frontend::Message::Terminate.encode(output)).await;
     }
 }
 

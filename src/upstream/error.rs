@@ -6,6 +6,7 @@ use std::{io, time::Duration};
 
 use crate::conninfo::ConninfoError;
 use crate::protocol::{DecodeError, ServerError, SqlState, frontend::ProtocolVersion, scram::ClientError};
+use crate::session::timelines::Refusal;
 use crate::store::{AppendError, StoreError};
 use crate::wal::timeline::HistoryError;
 use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
@@ -128,22 +129,38 @@ pub enum UpstreamError {
         /// What was found.
         got: SegmentSize,
     },
-    /// The upstream's timeline is older than ours.
-    #[error("highest timeline {got} of the upstream is behind timeline {expected} of this relay")]
-    TimelineBehind {
-        /// What is held.
-        expected: TimelineId,
-        /// What was found.
-        got: TimelineId,
+    /// Its timeline is not one that may be followed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// We hold WAL that the upstream's history does not have, and are not to go on without a word from a person.
+    #[error(
+        "new timeline {next} forked off timeline {timeline} at {fork}, before {held_end}, the end of what this relay holds"
+    )]
+    Forked {
+        /// The timeline that is held.
+        timeline: TimelineId,
+        /// The timeline that goes on.
+        next: TimelineId,
+        /// Where it was left.
+        fork: Lsn,
+        /// Our end.
+        held_end: Lsn,
     },
-    /// The upstream went to another timeline.
-    #[error("upstream is on timeline {got}, this relay holds timeline {expected}")]
-    TimelineAhead {
-        /// What is held.
-        expected: TimelineId,
-        /// What was found.
-        got: TimelineId,
+    /// The upstream has no more of a timeline than what we hold, and says that it went on.
+    #[error(
+        "the upstream ended timeline {timeline} after {held_end}, but its history says that it was left at {fork}"
+    )]
+    EndedEarly {
+        /// The timeline.
+        timeline: TimelineId,
+        /// Our end.
+        held_end: Lsn,
+        /// Where it was left, by its history.
+        fork: Lsn,
     },
+    /// None of several hosts will do.
+    #[error("no host of the connection string can be followed: {}", all_hosts(.0))]
+    AllHosts(Vec<(String, UpstreamError)>),
     /// The WAL that follows ours is gone from the upstream.
     #[error("the upstream has removed WAL that follows {held_end}, the end of what this relay holds")]
     WalRemoved {
@@ -214,6 +231,7 @@ impl UpstreamError {
     /// What to do about it.
     pub fn advice(&self) -> Advice {
         match self {
+            Self::AllHosts(errors) => advice_of_all(errors),
             Self::Connect { .. }
             | Self::Resolve { .. }
             | Self::ConnectTimeout { .. }
@@ -244,8 +262,9 @@ impl UpstreamError {
             Self::Unsupported(_)
             | Self::WrongSystem { .. }
             | Self::WrongSegmentSize { .. }
-            | Self::TimelineBehind { .. }
-            | Self::TimelineAhead { .. }
+            | Self::Refused(_)
+            | Self::Forked { .. }
+            | Self::EndedEarly { .. }
             | Self::WalRemoved { .. }
             | Self::SlotGone(_)
             | Self::SlotInvalidated { .. }
@@ -253,6 +272,14 @@ impl UpstreamError {
             | Self::BehindUs { upstream: BehindUpstream::Primary, .. }
             | Self::Append(AppendError::Diverged { .. } | AppendError::Store(_))
             | Self::Store(_) => Advice::TellAHuman,
+        }
+    }
+
+    /// Whether somebody must act, whatever else is tried meanwhile: one of several servers is enough.
+    pub fn needs_a_person(&self) -> bool {
+        match self {
+            Self::AllHosts(errors) => errors.iter().any(|(_, error)| error.needs_a_person()),
+            other => other.advice() == Advice::TellAHuman,
         }
     }
 
@@ -273,6 +300,7 @@ impl UpstreamError {
             | Self::WrongPeer { .. }
             | Self::NoChannelBinding(_)
             | Self::OldProtocol { .. } => true,
+            Self::AllHosts(errors) => errors.iter().all(|(_, error)| error.is_refusal()),
             _ => false,
         }
     }
@@ -293,6 +321,20 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// Whichever may pass soonest: a server that must not be followed does not keep us from looking for the others.
+fn advice_of_all(errors: &[(String, UpstreamError)]) -> Advice {
+    let advices = || errors.iter().map(|(_, error)| error.advice());
+    [Advice::Retry, Advice::RetryLater]
+        .into_iter()
+        .find(|soon| advices().any(|advice| advice == *soon))
+        .unwrap_or(Advice::TellAHuman)
+}
+
+fn all_hosts(errors: &[(String, UpstreamError)]) -> String {
+    let told: Vec<_> = errors.iter().map(|(host, error)| format!("{host}: {}", error.chain())).collect();
+    told.join("; ")
 }
 
 /// Least time between attempts at a server that said no.

@@ -21,8 +21,14 @@ pub(crate) struct NewestHistory {
     timeline: TimelineId,
     /// Absent for the first timeline, which has none.
     content: Option<Bytes>,
-    /// Where the timeline began.
-    pub(crate) switch_lsn: Lsn,
+    pub(crate) history: TimelineHistory,
+}
+
+impl NewestHistory {
+    /// Where the timeline began; the lowest position for the first.
+    pub(crate) fn begin(&self) -> Lsn {
+        self.history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn)
+    }
 }
 
 /// Fetches the newest history, and compares it with the one held, if it is: a number can stand for two histories, and what
@@ -40,7 +46,7 @@ pub(crate) async fn check_newest(
         });
     }
     if timeline == TimelineId::FIRST {
-        return Ok(NewestHistory { timeline, content: None, switch_lsn: Lsn::MIN });
+        return Ok(NewestHistory { timeline, content: None, history: TimelineHistory::of_first() });
     }
     // Whatever lies in a directory that belongs to no cluster yet is nobody's.
     let held = if store.identity().is_some() { block_in_place(|| store.history(timeline))? } else { None };
@@ -52,11 +58,10 @@ pub(crate) async fn check_newest(
         (fetched, _) => fetched?,
     };
     let history = TimelineHistory::parse(timeline, &content)?;
-    let switch_lsn = history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn);
     if held.is_some_and(|held| held != content) {
         return Err(StoreError::OtherHistory(timeline).into());
     }
-    Ok(NewestHistory { timeline, content: Some(content), switch_lsn })
+    Ok(NewestHistory { timeline, content: Some(content), history })
 }
 
 /// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:

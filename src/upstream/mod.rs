@@ -11,6 +11,7 @@ mod course;
 mod dial;
 mod dialog;
 mod error;
+mod follow;
 mod histories;
 mod repair;
 mod repair_schedule;
@@ -39,10 +40,12 @@ use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
 use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
+use crate::upstream::dialog::Dialog;
+use crate::upstream::histories::NewestHistory;
 use crate::upstream::retained::{Retained, SlotMover};
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::slot_advance::SlotAdvance;
-use crate::upstream::walreceiver::{StreamContext, StreamEnd, WalReceiver};
+use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
 /// How the upstream is reached and treated.
@@ -62,9 +65,13 @@ pub struct UpstreamSettings {
     pub receiver_timeout: Option<Duration>,
     /// `wal_receiver_status_interval`; `None`: only when asked, or when a position moves.
     pub status_interval: Option<Duration>,
+    /// What to do when what is held goes beyond the fork of a new timeline.
+    pub on_divergence: OnDivergence,
     /// Longest delay between attempts (`wal_retrieve_retry_interval`).
     pub retry_interval: Duration,
 }
+
+pub use crate::config::OnDivergence;
 
 /// What the upstream task works with.
 pub struct Upstream {
@@ -123,13 +130,33 @@ impl Upstream {
         }
     }
 
-    /// One connection, from dialling to its end.
+    /// One connection, from dialling to its end; over as many timelines as the server goes through.
     async fn session(&mut self, course: &mut Course) -> Result<StreamEnd, UpstreamError> {
         self.status.send_modify(|status| status.state = WalReceiverState::Connecting);
+        let mut resumed = None;
+        loop {
+            let streamed = self.stream(course, resumed.take()).await?;
+            course.block = BlockId(streamed.block.0 + 1);
+            match streamed.dialog {
+                Some(dialog) => {
+                    course.ended = self.writer.plan().map(|plan| (plan.timeline, plan.held_end));
+                    resumed = Some(dialog);
+                }
+                None => return streamed.outcome,
+            }
+        }
+    }
+
+    /// One stream, by a new connection or one that has served before.
+    async fn stream(
+        &mut self,
+        course: &mut Course,
+        resumed: Option<Dialog>,
+    ) -> Result<Streamed, UpstreamError> {
         let shutdown = self.shutdown.clone();
-        let opening = self.open(course);
+        let opening = self.open(course, resumed);
         let opened = tokio::select! {
-            () = shutdown.cancelled() => return Ok(StreamEnd::StopRequested),
+            () = shutdown.cancelled() => return Ok(Streamed::stop_requested(course.block)),
             opened = opening => opened?,
         };
         self.metrics.streaming.set(1.0);
@@ -148,13 +175,11 @@ impl Upstream {
             shutdown: self.shutdown.clone(),
         };
         let stream = WalReceiver::new(context, opened).run();
-        let (outcome, block) = tokio::select! {
-            ended = stream => ended,
+        Ok(tokio::select! {
+            streamed = stream => streamed,
             // Only to be dropped with the stream.
-            () = advance => return Ok(StreamEnd::StopRequested),
-        };
-        course.block = BlockId(block.0 + 1);
-        outcome
+            () = advance => Streamed::stop_requested(course.block),
+        })
     }
 
     /// What moves the slot while the stream does not, and where it hears how far.
@@ -175,22 +200,28 @@ impl Upstream {
         (sender, future)
     }
 
-    async fn open(&mut self, course: &mut Course) -> Result<Opened, UpstreamError> {
-        let connected = connect::connect(&self.settings, random()).await?;
-        let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, course)).await;
+    async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
+        let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
+        let (connected, newest) = match (resumed, course.host.clone()) {
+            (Some(dialog), Some(host)) => connect::ask_again(dialog, &host, settings, store, writer).await?,
+            _ => connect::connect(settings, store, writer, random()).await?,
+        };
+        let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, newest, course)).await;
         opening.map_err(|_| UpstreamError::OpeningTimeout)?
     }
 
     async fn open_stream(
         &mut self,
         mut connected: Connected,
+        newest: NewestHistory,
         course: &mut Course,
     ) -> Result<Opened, UpstreamError> {
-        let newest = connect::check_server(&mut connected, &self.store, &self.writer).await?;
         let slot = self.slot(&mut connected, course).await?;
+        let (begin, history) = (newest.begin(), newest.history.clone());
         histories::store_missing(&mut connected, &self.store, newest).await?;
-        let planned =
-            connect::plan_stream(&connected, &self.store, &mut self.writer, slot, course.beginning)?;
+        self.follow(&history, course)?;
+        let (store, writer) = (&self.store, &mut self.writer);
+        let planned = connect::plan_stream(&connected, store, writer, slot, course.beginning, begin)?;
         course.replaces = course.replaces.or(planned.replaces);
         course.beginning = Beginning::AsPlanned;
         let plan = planned.resume;
@@ -238,10 +269,6 @@ impl Upstream {
                  its directory was lost or is not mounted"
             );
         }
-        // A server lets a stream begin before it looks for the WAL.
-        let is_removed = self.status.borrow().removed.is_some();
-        let needs_attention = planned.lost.is_some() || course.replaces.is_some() || is_removed;
-        self.metrics.needs_attention.set(f64::from(u8::from(needs_attention)));
         self.metrics.lost.set(planned.lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Streaming;
@@ -251,7 +278,9 @@ impl Upstream {
             status.sessions += 1;
             status.lost = planned.lost;
             status.started_empty = course.replaces.is_some();
-            status.needs_attention = needs_attention;
+            // Also what was removed: a server lets a stream begin before it looks for the WAL.
+            status.needs_attention = status.is_hurt();
+            self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
         });
     }
 
@@ -365,19 +394,18 @@ impl Upstream {
             advice = Advice::TellAHuman;
             text.push_str("; it is the same each time it is sent");
         }
+        let needs_a_person = advice == Advice::TellAHuman || error.needs_a_person();
         if course.is_news(advice, &text) {
-            match advice {
-                Advice::TellAHuman => tracing::error!(error = %text, "cannot follow the upstream"),
-                Advice::Retry | Advice::RetryLater => {
-                    tracing::warn!(error = %text, "upstream session failed")
-                }
+            if needs_a_person {
+                tracing::error!(error = %text, "cannot follow the upstream");
+            } else {
+                tracing::warn!(error = %text, "upstream session failed");
             }
         }
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Waiting;
             status.is_writable = false;
-            let is_hurt = status.lost.is_some() || status.started_empty;
-            status.needs_attention = is_hurt || advice == Advice::TellAHuman;
+            status.needs_attention = status.is_hurt() || needs_a_person;
             self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
             status.last_error = Some(text);
         });

@@ -144,6 +144,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         create_slot: true,
         receiver_timeout: None,
         status_interval: None,
+        on_divergence: OnDivergence::Follow,
         retry_interval: Duration::from_secs(5),
     }
 }
@@ -153,7 +154,8 @@ async fn attempt(at: StallsAt, then: Then, more: &str) -> (String, u64) {
     let folder = tempfile::tempdir().unwrap();
     Stall { at, then }.listen(folder.path());
     let (really, began) = (Instant::now(), VirtualInstant::now());
-    let outcome = connect::connect(&settings(folder.path(), more), 0).await;
+    let Upstream { store, writer, .. } = upstream(folder.path());
+    let outcome = connect::connect(&settings(folder.path(), more), &store, &writer, 0).await;
     assert!(really.elapsed() < Duration::from_secs(5), "the clock is not stopped");
     let Err(error) = outcome else { panic!("it stalls") };
     assert_eq!(error.advice(), Advice::Retry);
@@ -239,7 +241,7 @@ async fn a_server_that_stalls_before_the_stream_is_left_in_time() {
     let at = StallsAt::Question("READ_REPLICATION_SLOT");
     Stall { at, then: Then::Chatter }.listen(folder.path());
     let began = VirtualInstant::now();
-    let outcome = upstream.open(&mut Course::new(Duration::from_secs(5))).await;
+    let outcome = upstream.open(&mut Course::new(Duration::from_secs(5)), None).await;
     assert!(matches!(outcome, Err(UpstreamError::OpeningTimeout)));
     assert_eq!(began.elapsed().as_secs(), 60);
     upstream.store.shutdown();

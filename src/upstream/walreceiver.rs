@@ -11,7 +11,7 @@ use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{UpstreamMetrics, bytes_value, position_value};
-use crate::net::{BlockReader, ReadHalf, WriteHalf};
+use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite};
 use crate::protocol::{
     CopyStream, StreamItem, backend, frontend,
     replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
@@ -24,6 +24,7 @@ use crate::session::{
 use crate::status::{LostWal, RemovedWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
 use crate::upstream::acknowledging::Acknowledging;
+use crate::upstream::dialog::Dialog;
 use crate::upstream::retained::Retained;
 use crate::upstream::{Opened, UpstreamError};
 use crate::wal::{Lsn, PgTimestamp};
@@ -54,6 +55,22 @@ pub(crate) struct StreamContext<'a> {
     pub(crate) status: &'a watch::Sender<UpstreamStatus>,
     pub(crate) metrics: &'a UpstreamMetrics,
     pub(crate) shutdown: CancellationToken,
+}
+
+/// What is left of a stream.
+pub(crate) struct Streamed {
+    pub(crate) outcome: Result<StreamEnd, UpstreamError>,
+    /// The last block used, so that no number is used twice.
+    pub(crate) block: BlockId,
+    /// The connection, when the server has ended the timeline and can be asked for the next.
+    pub(crate) dialog: Option<Dialog>,
+}
+
+impl Streamed {
+    /// The relay stops.
+    pub(crate) fn stop_requested(block: BlockId) -> Self {
+        Self { outcome: Ok(StreamEnd::StopRequested), block, dialog: None }
+    }
 }
 
 /// One stream.
@@ -120,14 +137,30 @@ impl<'a> WalReceiver<'a> {
         }
     }
 
-    /// Streams until an end or an error; then the last block used is told, so that no number is used twice.
-    pub(crate) async fn run(mut self) -> (Result<StreamEnd, UpstreamError>, BlockId) {
-        let result = self.stream().await;
+    /// Streams until an end or an error.
+    pub(crate) async fn run(mut self) -> Streamed {
+        let mut outcome = self.stream().await;
         self.context.writer.submit();
-        if matches!(result, Ok(StreamEnd::StopRequested)) {
-            self.say_goodbye().await;
+        let block = self.blocks.current();
+        let mut dialog = None;
+        match outcome {
+            Ok(StreamEnd::StopRequested) => self.say_goodbye().await,
+            Ok(StreamEnd::TimelineEnded) => match self.end_copy().await {
+                Ok(ready) => dialog = Some(ready),
+                Err(error) => outcome = Err(error),
+            },
+            _ => {}
         }
-        (result, self.blocks.current())
+        Streamed { outcome, block, dialog }
+    }
+
+    /// The server has ended the copy, and goes on with other commands when we do so too.
+    async fn end_copy(mut self) -> Result<Dialog, UpstreamError> {
+        // A message that is half sent comes first.
+        let sent = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+        sent.map_err(|_| UpstreamError::Closed)??;
+        let socket = reunite(self.read, self.write).ok_or(UpstreamError::Closed)?;
+        Dialog::after_copy(socket, self.stream.into_rest()).await
     }
 
     async fn stream(&mut self) -> Result<StreamEnd, UpstreamError> {
@@ -288,7 +321,7 @@ impl<'a> WalReceiver<'a> {
                 let is_filled = status.removed.is_some_and(is_filled);
                 if is_filled {
                     status.removed = None;
-                    status.needs_attention = status.lost.is_some() || status.started_empty;
+                    status.needs_attention = status.is_hurt();
                     self.context.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
                 }
                 is_filled
@@ -320,7 +353,7 @@ impl<'a> WalReceiver<'a> {
         tracing::info!(lost_from = %lost.from, lost_to = %lost.to, "the WAL that had been lost is here again");
         self.context.status.send_modify(|status| {
             status.lost = None;
-            status.needs_attention = status.started_empty;
+            status.needs_attention = status.is_hurt();
             metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
         });
     }
@@ -360,7 +393,7 @@ impl<'a> WalReceiver<'a> {
     }
 
     /// Waits a bounded time until everything received is flushed, tells the upstream, and ends the copy.
-    async fn say_goodbye(&mut self) {
+    async fn say_goodbye(mut self) {
         let everything_flushed = |positions: &Option<Positions>| {
             positions.is_none_or(|positions| positions.flushed >= positions.verified)
         };

@@ -34,5 +34,6 @@ mod sessions;
 mod shutdown;
 mod state_files;
 mod streaming;
+mod timelines;
 mod timeouts;
 mod upstream_slot;

@@ -113,7 +113,18 @@ pub(crate) fn assert_same_wal(folder: &Path, primary: &Postgres, upto: u64) -> u
 
 /// The primary's own bytes of a range, from its files.
 pub(crate) fn primary_bytes(primary_wal: &Path, segment_bytes: u64, from: u64, upto: u64) -> Vec<u8> {
-    let files = wal_files(primary_wal, segment_bytes, 1);
+    primary_bytes_of(primary_wal, segment_bytes, 1, from, upto)
+}
+
+/// The bytes of a range in a folder's files of one timeline.
+pub(crate) fn primary_bytes_of(
+    primary_wal: &Path,
+    segment_bytes: u64,
+    timeline: u32,
+    from: u64,
+    upto: u64,
+) -> Vec<u8> {
+    let files = wal_files(primary_wal, segment_bytes, timeline);
     let mut bytes = Vec::new();
     let mut position = from;
     while position < upto {

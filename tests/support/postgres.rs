@@ -238,6 +238,22 @@ impl Postgres {
         self.folder.path()
     }
 
+    /// Makes this server, which is down, a standby of the server at this port; it is not started.
+    pub(crate) fn make_standby_of(&self, upstream_port: u16, name: &str) {
+        self.add_settings(&format!(
+            "primary_conninfo = 'host=127.0.0.1 port={upstream_port} user=postgres application_name={name} sslmode=disable'\nhot_standby = on\nrecovery_target_timeline = 'latest'"
+        ));
+        std::fs::write(self.data().join("standby.signal"), "").unwrap();
+        lab::give_all_to_server(&self.data().join("standby.signal"));
+        lab::give_all_to_server(&self.data().join("postgresql.conf"));
+    }
+
+    /// The timeline that this primary writes.
+    pub(crate) fn timeline(&self) -> u32 {
+        let name = self.sql("select pg_walfile_name(pg_current_wal_insert_lsn())");
+        u32::from_str_radix(&name[..8], 16).unwrap()
+    }
+
     pub(crate) fn promote(&self) {
         self.sql("select pg_promote(true, 60)");
     }

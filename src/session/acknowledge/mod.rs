@@ -87,6 +87,15 @@ impl Acknowledger {
         self.acknowledged
     }
 
+    /// The timeline was left at `fork`: nothing beyond is held any more.
+    pub fn cut(&mut self, fork: Lsn) {
+        let held = |position: Lsn| position.min(fork);
+        self.acknowledged.flush = self.acknowledged.flush.map(held);
+        self.acknowledged.apply = self.acknowledged.apply.map(held);
+        self.awaited = self.awaited.map(|(wanted, since)| (held(wanted), since));
+        self.degraded_from = self.degraded_from.map(held);
+    }
+
     fn remote_flush(&mut self, now: Instant, flushed: Lsn, remote: Option<Lsn>) -> Option<Lsn> {
         let remote = remote.map(|remote| remote.min(flushed));
         let is_behind = |wanted: Lsn| remote.is_none_or(|remote| remote < wanted);
