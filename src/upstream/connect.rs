@@ -32,6 +32,8 @@ pub(crate) struct Connected {
     pub(crate) dialog: Dialog,
     pub(crate) host: String,
     pub(crate) system: IdentifySystem,
+    /// Where its timeline began; the lowest position for the first, and until the history is known.
+    pub(crate) switch_lsn: Lsn,
     pub(crate) segment_size: SegmentSize,
     pub(crate) is_writable: bool,
     /// The server's `wal_sender_timeout`; `None` when it has none.
@@ -123,6 +125,7 @@ async fn check_in_time(
 ) -> Result<(Connected, NewestHistory), UpstreamError> {
     let checked = timeout(OPENING_TIME_MAX, check_server(&mut connected, settings, store, writer)).await;
     let newest = checked.map_err(|_| UpstreamError::OpeningTimeout)??;
+    connected.switch_lsn = newest.begin();
     Ok((connected, newest))
 }
 
@@ -157,7 +160,8 @@ async fn interrogate(
     let sender_timeout = parse_milliseconds(&dialog.show("wal_sender_timeout").await?);
     let facts = server_facts(&mut dialog).await?;
     let (host, is_writable) = (host.to_owned(), !read_only);
-    Ok(Connected { dialog, host, system, segment_size, is_writable, sender_timeout, facts })
+    let switch_lsn = Lsn::MIN;
+    Ok(Connected { dialog, host, system, switch_lsn, segment_size, is_writable, sender_timeout, facts })
 }
 
 fn check_session_attributes(
@@ -281,14 +285,13 @@ pub(crate) fn plan_stream(
     writer: &mut WalWriter,
     slot: UpstreamSlot,
     beginning: Beginning,
-    upstream_begin: Lsn,
 ) -> Result<StreamPlan, UpstreamError> {
     let had_wal = !writer.holds_nothing();
     let used_until = slot.restart_lsn.filter(|_| slot.origin == SlotOrigin::Found);
     let begins_anew = beginning == Beginning::Anew && !had_wal;
     let begins = begins_anew || writer.plan().is_none();
     if begins {
-        begin_store(connected, writer, slot.restart_lsn.filter(|_| !begins_anew), upstream_begin)?;
+        begin_store(connected, writer, slot.restart_lsn.filter(|_| !begins_anew))?;
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
@@ -314,11 +317,10 @@ fn begin_store(
     connected: &Connected,
     writer: &mut WalWriter,
     reserved: Option<Lsn>,
-    upstream_begin: Lsn,
 ) -> Result<(), UpstreamError> {
     let found = identity(connected);
     // A timeline's files begin with the segment of its switch point, whatever the slot keeps of its parent.
-    let first = reserved.unwrap_or(connected.system.flushed).max(upstream_begin);
+    let first = reserved.unwrap_or(connected.system.flushed).max(connected.switch_lsn);
     let start = SegmentNo::holding(first, found.segment_size).start(found.segment_size);
     let start = start.unwrap_or(Lsn::MIN);
     Ok(block_in_place(|| writer.initialize(found, connected.system.timeline, start))?)

@@ -217,11 +217,11 @@ impl Upstream {
         course: &mut Course,
     ) -> Result<Opened, UpstreamError> {
         let slot = self.slot(&mut connected, course).await?;
-        let (begin, history) = (newest.begin(), newest.history.clone());
+        let history = newest.history.clone();
         histories::store_missing(&mut connected, &self.store, newest).await?;
         self.follow(&history, course)?;
         let (store, writer) = (&self.store, &mut self.writer);
-        let planned = connect::plan_stream(&connected, store, writer, slot, course.beginning, begin)?;
+        let planned = connect::plan_stream(&connected, store, writer, slot, course.beginning)?;
         course.replaces = course.replaces.or(planned.replaces);
         course.beginning = Beginning::AsPlanned;
         let plan = planned.resume;

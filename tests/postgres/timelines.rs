@@ -105,7 +105,7 @@ fn a_switchover_under_load_is_followed_by_the_relay_and_all_behind_it() {
         assert!(!relay.needs_attention() && !far.needs_attention());
         // The last segment of the old timeline stays as it was left.
         let name = format!("00000001{:08X}{:08X}.partial", fork >> 32, (fork & 0xFFFF_FFFF) / MB);
-        assert!(fork % MB == 0 || relay.wal_dir().join(&name).exists(), "{name} is missing");
+        assert!(fork.is_multiple_of(MB) || relay.wal_dir().join(&name).exists(), "{name} is missing");
     }
 }
 
