@@ -5,6 +5,7 @@
 
 mod descriptors;
 mod observer;
+mod pages;
 
 use std::{
     sync::{
@@ -21,24 +22,21 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::{Admin, Pages};
+use crate::admin::Admin;
 use crate::config::{self, Config};
 use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, ProcessMetrics, StoreMetrics, UPKEEP_INTERVAL};
+use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_observer};
+pub use crate::relay::pages::LinesDropped;
+use crate::relay::pages::RelayPages;
 use crate::session::acknowledge::{Acknowledger, Standbys};
-use crate::status::{
-    DamagedSegmentStatus, DeadBranchStatus, Overview, RemovedWal, ReplicationSlotStatus, StoreStatus,
-    Timestamp, UpstreamStatus,
-};
-use crate::store::{
-    self, Condition, DeadBranch, RealDisk, SlotInfo, SlotKind, Store, StoreError, StoreSettings, WalWriter,
-};
+use crate::status::{RemovedWal, UpstreamStatus};
+use crate::store::{self, Condition, RealDisk, Store, StoreError, StoreSettings, WalWriter};
 use crate::upstream::{Acknowledging, Upstream, UpstreamSettings};
 
 /// The relay could not start, or had to end.
@@ -313,107 +311,6 @@ impl StopSignals {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
-    }
-}
-
-/// What the HTTP pages show.
-struct RelayPages {
-    name: String,
-    store: Store,
-    status: watch::Receiver<UpstreamStatus>,
-    downstream: Arc<DownstreamContext>,
-    registry: Arc<Metrics>,
-    store_metrics: StoreMetrics,
-    process: ProcessMetrics,
-    log_lines_dropped: LinesDropped,
-}
-
-/// Tells how many log lines were dropped so far.
-pub type LinesDropped = Box<dyn Fn() -> usize + Send + Sync>;
-
-impl Pages for RelayPages {
-    fn readiness(&self) -> Result<(), String> {
-        if let Condition::Failed { .. } = self.store.condition() {
-            return Err(condition_text(&self.store.condition()));
-        }
-        if self.downstream.can_serve() {
-            return Ok(());
-        }
-        Err("nothing is held yet: no upstream has been streamed from".to_owned())
-    }
-
-    fn metrics(&self) -> String {
-        let dropped = u32::try_from((self.log_lines_dropped)()).unwrap_or(u32::MAX);
-        self.process.log_lines_dropped.set(dropped);
-        let damaged = u32::try_from(self.store.damaged().len()).unwrap_or(u32::MAX);
-        self.store_metrics.damaged_segments.set(damaged);
-        self.registry.render()
-    }
-
-    fn status(&self) -> serde_json::Value {
-        let positions = self.store.positions();
-        let overview = Overview {
-            name: self.name.clone(),
-            version: env!("CARGO_PKG_VERSION"),
-            server_version: self.store.facts().map(|facts| facts.version),
-            system_identifier: self.store.identity().map(|identity| identity.system_id.to_string()),
-            upstream: self.status.borrow().clone(),
-            store: StoreStatus {
-                condition: condition_text(&self.store.condition()),
-                timeline: positions.map(|positions| positions.timeline),
-                oldest: self.store.oldest(),
-                verified: positions.map(|positions| positions.verified),
-                written: positions.map(|positions| positions.written),
-                flushed: positions.map(|positions| positions.flushed),
-                sealed: positions.and_then(|positions| positions.sealed),
-                damaged: self.damaged(),
-                dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
-            },
-            downstream: self.downstream.registry.statuses(),
-            slots: self.store.slots().list().into_iter().map(slot_status).collect(),
-        };
-        serde_json::to_value(overview).unwrap_or_default()
-    }
-}
-
-impl RelayPages {
-    fn damaged(&self) -> Vec<DamagedSegmentStatus> {
-        let Some(size) = self.store.identity().map(|identity| identity.segment_size) else {
-            return Vec::new();
-        };
-        let shown = self.store.damaged().into_iter().map(|damaged| DamagedSegmentStatus {
-            segment: damaged.name.file_name(size),
-            detail: damaged.detail,
-            repair_error: damaged.repair_error,
-        });
-        shown.collect()
-    }
-}
-
-fn dead_branch_status(dead: &DeadBranch) -> DeadBranchStatus {
-    DeadBranchStatus {
-        timeline: dead.timeline,
-        next: dead.next,
-        fork: dead.fork,
-        end: dead.end,
-        bytes: dead.bytes(),
-        commits: dead.commits,
-        first_commit: dead.first_commit.map(Timestamp),
-        last_commit: dead.last_commit.map(Timestamp),
-        transactions: dead.transactions.clone(),
-        has_more_transactions: dead.has_more_transactions,
-        report: dead.report_name(),
-    }
-}
-
-fn slot_status(slot: SlotInfo) -> ReplicationSlotStatus {
-    ReplicationSlotStatus {
-        slot_name: slot.name,
-        slot_type: "physical",
-        temporary: matches!(slot.kind, SlotKind::Temporary { .. }),
-        active: slot.active_pid.is_some(),
-        active_pid: slot.active_pid,
-        restart_lsn: slot.restart_lsn,
     }
 }
 

@@ -3,7 +3,7 @@
 //! Owns the order of checks on every connect: session attributes, system identifier, segment size, timeline, histories,
 //! slot, starting point. Writes nothing but history files, server facts and, on the first start, the store's identity.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::{task::block_in_place, time::timeout};
@@ -23,6 +23,7 @@ use crate::upstream::{
     dial::log_in,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
+    facts::{parse_milliseconds, server_facts},
     histories::{NewestHistory, check_newest},
 };
 use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
@@ -194,38 +195,6 @@ pub(super) async fn identify_system(dialog: &mut Dialog) -> Result<IdentifySyste
     Ok(IdentifySystem { system_id, timeline, flushed })
 }
 
-/// What our own clients will ask of us while this server may be away.
-async fn server_facts(dialog: &mut Dialog) -> Result<ServerFacts, UpstreamError> {
-    let version_num = dialog.show("server_version_num").await?;
-    let version_num = version_num.parse().map_err(|_| UpstreamError::InvalidAnswer {
-        command: "SHOW server_version_num",
-        field: "value",
-        value: version_num,
-    })?;
-    let mut settings: BTreeMap<String, String> = dialog.parameters.clone();
-    for name in MIRRORED_SETTINGS {
-        settings.insert((*name).to_owned(), dialog.show(name).await?);
-    }
-    let version = settings.get("server_version").cloned().unwrap_or_default();
-    Ok(ServerFacts { version, version_num, settings })
-}
-
-/// `SHOW wal_sender_timeout` prints a number with a unit, or 0.
-fn parse_milliseconds(text: &str) -> Option<Duration> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (count, unit) = text.split_at_checked(split)?;
-    let count: u64 = count.parse().ok()?;
-    let milliseconds = match unit {
-        "" | "ms" => 1,
-        "s" => 1000,
-        "min" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return None,
-    };
-    (count > 0).then(|| Duration::from_millis(count.saturating_mul(milliseconds)))
-}
-
 /// Checks that the server is the one whose WAL is held. Changes nothing on the server, and nothing in the store.
 async fn check_server(
     connected: &mut Connected,
@@ -382,22 +351,3 @@ pub(crate) const OPENING_TIME_MAX: Duration = Duration::from_secs(60);
 /// First version that refuses to stream by a slot that was invalidated. Before, the same code means that the slot is a logical
 /// one, which since then is refused when the slot is looked at.
 const INVALIDATION_TOLD_SINCE: u32 = 180_000;
-
-/// Settings of the upstream that clients ask of the relay.
-const MIRRORED_SETTINGS: &[&str] =
-    &["data_directory_mode", "wal_segment_size", "wal_block_size", "wal_level"];
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn timeouts_are_read_as_the_server_shows_them() {
-        assert_eq!(parse_milliseconds("1min"), Some(Duration::from_secs(60)));
-        assert_eq!(parse_milliseconds("2500ms"), Some(Duration::from_millis(2500)));
-        assert_eq!(parse_milliseconds("3s"), Some(Duration::from_secs(3)));
-        for text in ["0", "", "5 parsecs", "-1"] {
-            assert_eq!(parse_milliseconds(text), None, "{text}");
-        }
-    }
-}

@@ -11,8 +11,10 @@ mod course;
 mod dial;
 mod dialog;
 mod error;
+mod facts;
 mod follow;
 mod histories;
+mod judge;
 mod repair;
 mod repair_schedule;
 mod retained;
@@ -37,7 +39,7 @@ use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
-use crate::store::{AppendError, BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
+use crate::store::{BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::Dialog;
@@ -341,75 +343,6 @@ impl Upstream {
         let Some(to) = course.upstream_end.filter(|to| *to > from) else { return };
         let removed = Some(RemovedWal { timeline, from, to });
         self.status.send_if_modified(|status| std::mem::replace(&mut status.removed, removed) != removed);
-    }
-
-    /// Logs how a session ended, and says how long to wait before the next.
-    fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
-        let error = match outcome {
-            Ok(StreamEnd::StopRequested) => return Duration::ZERO,
-            Ok(end) => {
-                tracing::info!(?end, "stream from upstream ended");
-                self.status.send_modify(|status| {
-                    status.state = WalReceiverState::Waiting;
-                    status.is_writable = false;
-                    status.last_error = Some(format!("stream ended: {end:?}"));
-                });
-                return course.backoff.next_delay(Advice::Retry, random());
-            }
-            Err(error) => error,
-        };
-        self.metrics.errors.increment(1);
-        let is_corrupt = matches!(error, UpstreamError::Append(AppendError::Corrupt(_)));
-        if is_corrupt {
-            self.metrics.corrupt.increment(1);
-            course.note_corrupt();
-        }
-        let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
-        if let Some(start) = course.fallback_after.take().filter(|_| is_removed) {
-            course.refused = course.held_end.map(|held_end| (held_end, start));
-            return Duration::ZERO;
-        }
-        if is_removed && self.writer.holds_nothing() {
-            tracing::warn!(error = %error.chain(), "nothing is held yet: beginning where the upstream is now");
-            course.beginning = Beginning::Anew;
-            return course.backoff.next_delay(Advice::RetryLater, random());
-        }
-        if is_removed {
-            self.tell_removed(course);
-        }
-        if is_removed && course.slot_created_at == course.held_end {
-            course.slot_to_drop = true;
-            course.slot_in_vain_at = course.host.clone().zip(course.held_end);
-            return Duration::ZERO;
-        }
-        let is_invalidated = matches!(error, UpstreamError::SlotInvalidated { .. });
-        if is_invalidated && self.settings.create_slot && course.slot_created_at != course.held_end {
-            // What it kept may be there still. If not, that shows when the next one is used.
-            tracing::warn!(error = %error.chain(), "the replication slot is made again");
-            course.slot_to_drop = true;
-            return course.backoff.next_delay(Advice::RetryLater, random());
-        }
-        let (mut advice, mut text) = (course.advice(&error), error.chain());
-        if is_corrupt && course.has_only_corrupt() {
-            advice = Advice::TellAHuman;
-            text.push_str("; it is the same each time it is sent");
-        }
-        let needs_a_person = advice == Advice::TellAHuman || error.needs_a_person();
-        if course.is_news(advice, &text) {
-            if needs_a_person {
-                tracing::error!(error = %text, "cannot follow the upstream");
-            } else {
-                tracing::warn!(error = %text, "upstream session failed");
-            }
-        }
-        self.status.send_modify(|status| {
-            status.state = WalReceiverState::Waiting;
-            status.is_writable = false;
-            status.needs_attention = status.is_hurt() || needs_a_person;
-            self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
-            status.last_error = Some(text);
-        });
-        course.backoff.next_delay(advice, random())
     }
 }
 

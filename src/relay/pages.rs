@@ -1,0 +1,118 @@
+//! What the HTTP pages show, from the parts that know it.
+//!
+//! Owns the gathering, nothing of the content: never says more than a part says of itself.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::admin::Pages;
+use crate::downstream::DownstreamContext;
+use crate::metrics::{Metrics, ProcessMetrics, StoreMetrics};
+use crate::relay::observer::condition_text;
+use crate::status::{
+    DamagedSegmentStatus, DeadBranchStatus, Overview, ReplicationSlotStatus, StoreStatus, Timestamp,
+    UpstreamStatus,
+};
+use crate::store::{Condition, DeadBranch, SlotInfo, SlotKind, Store};
+
+/// What the HTTP pages show.
+pub(super) struct RelayPages {
+    pub(super) name: String,
+    pub(super) store: Store,
+    pub(super) status: watch::Receiver<UpstreamStatus>,
+    pub(super) downstream: Arc<DownstreamContext>,
+    pub(super) registry: Arc<Metrics>,
+    pub(super) store_metrics: StoreMetrics,
+    pub(super) process: ProcessMetrics,
+    pub(super) log_lines_dropped: LinesDropped,
+}
+
+/// Tells how many log lines were dropped so far.
+pub type LinesDropped = Box<dyn Fn() -> usize + Send + Sync>;
+
+impl Pages for RelayPages {
+    fn readiness(&self) -> Result<(), String> {
+        if let Condition::Failed { .. } = self.store.condition() {
+            return Err(condition_text(&self.store.condition()));
+        }
+        if self.downstream.can_serve() {
+            return Ok(());
+        }
+        Err("nothing is held yet: no upstream has been streamed from".to_owned())
+    }
+
+    fn metrics(&self) -> String {
+        let dropped = u32::try_from((self.log_lines_dropped)()).unwrap_or(u32::MAX);
+        self.process.log_lines_dropped.set(dropped);
+        let damaged = u32::try_from(self.store.damaged().len()).unwrap_or(u32::MAX);
+        self.store_metrics.damaged_segments.set(damaged);
+        self.registry.render()
+    }
+
+    fn status(&self) -> serde_json::Value {
+        let positions = self.store.positions();
+        let overview = Overview {
+            name: self.name.clone(),
+            version: env!("CARGO_PKG_VERSION"),
+            server_version: self.store.facts().map(|facts| facts.version),
+            system_identifier: self.store.identity().map(|identity| identity.system_id.to_string()),
+            upstream: self.status.borrow().clone(),
+            store: StoreStatus {
+                condition: condition_text(&self.store.condition()),
+                timeline: positions.map(|positions| positions.timeline),
+                oldest: self.store.oldest(),
+                verified: positions.map(|positions| positions.verified),
+                written: positions.map(|positions| positions.written),
+                flushed: positions.map(|positions| positions.flushed),
+                sealed: positions.and_then(|positions| positions.sealed),
+                damaged: self.damaged(),
+                dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
+            },
+            downstream: self.downstream.registry.statuses(),
+            slots: self.store.slots().list().into_iter().map(slot_status).collect(),
+        };
+        serde_json::to_value(overview).unwrap_or_default()
+    }
+}
+
+impl RelayPages {
+    fn damaged(&self) -> Vec<DamagedSegmentStatus> {
+        let Some(size) = self.store.identity().map(|identity| identity.segment_size) else {
+            return Vec::new();
+        };
+        let shown = self.store.damaged().into_iter().map(|damaged| DamagedSegmentStatus {
+            segment: damaged.name.file_name(size),
+            detail: damaged.detail,
+            repair_error: damaged.repair_error,
+        });
+        shown.collect()
+    }
+}
+
+fn dead_branch_status(dead: &DeadBranch) -> DeadBranchStatus {
+    DeadBranchStatus {
+        timeline: dead.timeline,
+        next: dead.next,
+        fork: dead.fork,
+        end: dead.end,
+        bytes: dead.bytes(),
+        commits: dead.commits,
+        first_commit: dead.first_commit.map(Timestamp),
+        last_commit: dead.last_commit.map(Timestamp),
+        transactions: dead.transactions.clone(),
+        has_more_transactions: dead.has_more_transactions,
+        report: dead.report_name(),
+    }
+}
+
+fn slot_status(slot: SlotInfo) -> ReplicationSlotStatus {
+    ReplicationSlotStatus {
+        slot_name: slot.name,
+        slot_type: "physical",
+        temporary: matches!(slot.kind, SlotKind::Temporary { .. }),
+        active: slot.active_pid.is_some(),
+        active_pid: slot.active_pid,
+        restart_lsn: slot.restart_lsn,
+    }
+}
