@@ -12,6 +12,7 @@ mod exhaustive;
 mod named;
 mod random;
 mod repair;
+mod switches;
 mod torn;
 mod truth;
 mod world;

@@ -1,0 +1,383 @@
+//! From one timeline to the next, through a crash at every change to the disk.
+//!
+//! Owns two histories that have a beginning in common, and the check that of both everything is there that was durable: the
+//! new one under its own names, the old one up to the fork, and beyond it set aside.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use super::Mutant;
+use super::disk::{Crash, SimDisk};
+use super::random::Random;
+use super::world::{Seen, settings};
+use crate::store::control::Identity;
+use crate::store::error::{ReadError, StoreError};
+use crate::store::flush::{Step, Syncer, Writer};
+use crate::store::keeper::Keeper;
+use crate::store::open::open;
+use crate::store::shared::Shared;
+use crate::store::{BlockId, Positions, Read, SlotKind, WalReader, WalWriter};
+use crate::wal::builder::WalBuilder;
+use crate::wal::segment::SegmentFile;
+use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
+
+type Checked = Result<(), String>;
+
+const NEXT: TimelineId = TimelineId::new(2).unwrap();
+
+/// Two histories: the old timeline to its end, and the new one, which left it at the fork.
+struct Histories {
+    old: WalBuilder,
+    new: WalBuilder,
+    fork: Lsn,
+    /// What is held of the old timeline.
+    held: Lsn,
+    /// What was delivered of it: perhaps the head of a record more.
+    delivered: Lsn,
+}
+
+/// Where the fork is, and how far the old timeline was received.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    fork: ForkAt,
+    beyond: Beyond,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum ForkAt {
+    WithinASegment,
+    SegmentStart,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Beyond {
+    Nothing,
+    /// Of a record that never became whole, so many bytes.
+    HeadOf(usize),
+    /// Records, so many bytes.
+    Records(usize),
+}
+
+const SHAPES: [Shape; 8] = [
+    Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Nothing },
+    Shape { fork: ForkAt::WithinASegment, beyond: Beyond::HeadOf(5_000) },
+    Shape { fork: ForkAt::WithinASegment, beyond: Beyond::HeadOf(2_500_000) },
+    Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(3_000) },
+    Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(2_200_000) },
+    Shape { fork: ForkAt::SegmentStart, beyond: Beyond::Nothing },
+    Shape { fork: ForkAt::SegmentStart, beyond: Beyond::HeadOf(40_000) },
+    Shape { fork: ForkAt::SegmentStart, beyond: Beyond::Records(1_500_000) },
+];
+
+impl Histories {
+    fn new(shape: Shape) -> Self {
+        let mut old = WalBuilder::small();
+        let size = old.context().segment_size;
+        for bytes in [200_000, 900, 1_100_000, 30_000, 700] {
+            old.noise(bytes);
+        }
+        if let ForkAt::SegmentStart = shape.fork {
+            let number = SegmentNo::holding(old.end(), size);
+            old.noise_up_to(number.end(size));
+        }
+        let fork = *old.record_ends().last().unwrap();
+        let mut new = old.clone();
+        new.switch_timeline(NEXT);
+        for bytes in [100, 400_000, 1_300_000, 2_000, 900_000] {
+            new.noise(bytes);
+        }
+        let (held, delivered) = match shape.beyond {
+            Beyond::Nothing => (fork, fork),
+            Beyond::HeadOf(bytes) => {
+                old.noise(bytes + 10_000);
+                (fork, fork.advance(bytes as u64))
+            }
+            Beyond::Records(bytes) => {
+                old.noise(bytes / 3);
+                old.noise(bytes - bytes / 3);
+                let end = *old.record_ends().last().unwrap();
+                (end, end)
+            }
+        };
+        Self { old, new, fork, held, delivered }
+    }
+
+    fn size(&self) -> SegmentSize {
+        self.old.context().segment_size
+    }
+
+    fn new_end(&self) -> Lsn {
+        *self.new.record_ends().last().unwrap()
+    }
+}
+
+/// A process.
+struct Live {
+    shared: Arc<Shared>,
+    wal_writer: WalWriter,
+    writer: Writer,
+    syncer: Syncer,
+    keeper: Keeper,
+    now: Instant,
+}
+
+impl Live {
+    fn start(disk: &SimDisk, histories: &Histories) -> Result<Self, StoreError> {
+        let opened = open(settings(), Arc::new(disk.clone()), Arc::new(Seen::default()), Mutant::None)?;
+        let shared = opened.shared;
+        let mut wal_writer = WalWriter::new(shared.clone(), None, opened.scanner);
+        if shared.identity.get().is_none() {
+            let context = histories.old.context();
+            let system_id = context.system_id.unwrap();
+            let identity = Identity { system_id, segment_size: context.segment_size };
+            wal_writer.initialize(identity, TimelineId::FIRST, histories.old.start())?;
+            shared.slots.create("all", SlotKind::Permanent, Some(histories.old.start())).unwrap();
+        }
+        Ok(Self {
+            wal_writer,
+            writer: Writer::new(shared.clone()),
+            syncer: Syncer::new(shared.clone()),
+            keeper: Keeper::new(shared.clone(), opened.has_reserve),
+            now: Instant::now(),
+            shared,
+        })
+    }
+
+    fn positions(&self) -> Positions {
+        self.shared.positions().unwrap()
+    }
+
+    /// Receives up to `end`, in pieces, and makes all of it durable; keeps seals for later if asked to.
+    fn receive(&mut self, wal: &WalBuilder, end: Lsn, seals: bool) -> Checked {
+        let told = |error: &dyn std::fmt::Display| error.to_string();
+        let plan = self.wal_writer.plan().ok_or("nothing to resume from")?;
+        self.wal_writer.begin(plan.start).map_err(|error| told(&error))?;
+        let mut at = plan.start;
+        for block in 1.. {
+            let piece_end = at.advance(150_000).min(end);
+            if piece_end <= at {
+                break;
+            }
+            let bytes = Bytes::copy_from_slice(wal.slice(at, piece_end));
+            self.wal_writer.append(at, bytes, BlockId(block)).map_err(|error| format!("{error:?}"))?;
+            at = piece_end;
+            self.wal_writer.submit();
+            self.work(seals);
+        }
+        self.work(seals);
+        if self.shared.health.has_failed() { Err("the store has failed".to_owned()) } else { Ok(()) }
+    }
+
+    fn work(&mut self, seals: bool) {
+        while self.writer.step() == Step::Worked {}
+        while let Some(job) = self.syncer.take() {
+            self.syncer.run(&job);
+        }
+        while seals && self.keeper.step(self.now) == Step::Worked {
+            self.now += Duration::from_secs(11);
+        }
+    }
+
+    /// Reads a range as a client of the timeline would.
+    fn read(&self, timeline: TimelineId, range: LsnRange) -> Result<Vec<u8>, ReadError> {
+        let mut reader = WalReader::new(self.shared.clone(), timeline);
+        let mut all = Vec::new();
+        let mut at = range.start();
+        while let Some(part) = LsnRange::new(at, at.advance(128 << 10).min(range.end())) {
+            match reader.read(part)? {
+                Read::Ready(bytes) => {
+                    all.extend(bytes.concat());
+                    at = part.end();
+                }
+                Read::Cold(cold) => cold.load()?,
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn expect(is_so: bool, what: impl FnOnce() -> String) -> Checked {
+    if is_so { Ok(()) } else { Err(what()) }
+}
+
+/// What is held before the switch, or after one that a crash has cut short; then all the rest of the way.
+fn go_on(disk: &SimDisk, histories: &Histories) -> Checked {
+    let mut live = Live::start(disk, histories).map_err(|error| format!("does not start: {error:?}"))?;
+    let positions = live.positions();
+    if positions.timeline == TimelineId::FIRST {
+        expect(positions.flushed >= histories.held, || format!("{positions:?} is left"))?;
+        live.wal_writer.switch(NEXT, histories.fork).map_err(|error| error.to_string())?;
+    } else {
+        expect(positions.flushed >= histories.fork, || format!("{positions:?} is left"))?;
+    }
+    live.receive(&histories.new, histories.new_end(), true)?;
+    check(&live, disk, histories)?;
+    drop(live);
+    disk.restart(Crash::PowerCut);
+    let live = Live::start(disk, histories).map_err(|error| format!("does not start: {error:?}"))?;
+    expect(live.positions().flushed >= histories.new_end(), || format!("{:?} is left", live.positions()))?;
+    check(&live, disk, histories)
+}
+
+/// Both timelines are there as far as they must be, in memory and in the files.
+fn check(live: &Live, disk: &SimDisk, histories: &Histories) -> Checked {
+    let Histories { old, new, fork, held, .. } = histories;
+    let size = histories.size();
+    let positions = live.positions();
+    expect(positions.timeline == NEXT, || format!("{positions:?}"))?;
+    expect(live.shared.oldest() == Some(old.start()), || "the oldest segments are gone".to_owned())?;
+    let range = |start, end| LsnRange::new(start, end).unwrap();
+    let before =
+        live.read(TimelineId::FIRST, range(old.start(), *fork)).map_err(|error| error.to_string())?;
+    expect(before == old.slice(old.start(), *fork), || "the old timeline has changed".to_owned())?;
+    let beyond = live.read(TimelineId::FIRST, range(*fork, fork.advance(8)));
+    expect(matches!(beyond, Err(ReadError::TimelineLeft(_) | ReadError::Removed(_))), || {
+        format!("the old timeline is served beyond the fork: {beyond:?}")
+    })?;
+    let first = SegmentNo::holding(*fork, size).start(size).unwrap();
+    let after = live.read(NEXT, range(first, positions.flushed)).map_err(|error| error.to_string())?;
+    expect(after == new.slice(first, positions.flushed), || "the new timeline is not its own".to_owned())?;
+    let early = live.read(NEXT, range(old.start(), old.start().advance(8)));
+    expect(matches!(early, Err(ReadError::Removed(_))), || format!("of before it began: {early:?}"))?;
+    let dead = live.shared.control.lock().as_ref().map(|control| control.dead_branches.clone()).unwrap();
+    expect(dead.len() == usize::from(held > fork), || format!("{dead:?}"))?;
+    if let Some(dead) = dead.first() {
+        expect((dead.fork, dead.end) == (*fork, *held), || format!("{dead:?}"))?;
+        check_dead(disk, histories)?;
+    }
+    check_names(disk, histories)
+}
+
+/// What was held beyond the fork is there, byte for byte, under other names.
+fn check_dead(disk: &SimDisk, histories: &Histories) -> Checked {
+    let Histories { old, fork, held, .. } = histories;
+    let size = histories.size();
+    let last = SegmentNo::ending_at(*held, size);
+    for number in (SegmentNo::holding(*fork, size).0..=last.0).map(SegmentNo) {
+        let name = SegmentName { timeline: TimelineId::FIRST, number };
+        let complete = wal(&name.file_name(size)).with_added_extension("diverged");
+        let partial = wal(&name.partial_file_name(size)).with_added_extension("diverged");
+        let content = disk.content(&complete).or_else(|| disk.content(&partial));
+        let content = content.ok_or_else(|| format!("segment {number:?} of the dead branch is gone"))?;
+        let start = number.start(size).unwrap();
+        let kept = old.slice(start, number.end(size).min(*held));
+        expect(content.starts_with(kept), || format!("segment {number:?} of the dead branch has changed"))?;
+    }
+    Ok(())
+}
+
+/// No file has a name that says what it is not.
+fn check_names(disk: &SimDisk, histories: &Histories) -> Checked {
+    let Histories { old, new, fork, .. } = histories;
+    let size = histories.size();
+    for path in disk.paths().into_iter().filter(|path| path.parent() == Some(Path::new("/data/wal"))) {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        let Some((segment, SegmentFile::Complete)) = SegmentName::parse(&name, size) else { continue };
+        let wal = if segment.timeline == NEXT { new } else { old };
+        let start = segment.number.start(size).unwrap();
+        let is_right = disk.content(&path).unwrap() == wal.slice(start, segment.number.end(size));
+        let is_its_own = segment.timeline == NEXT || segment.number.end(size) <= *fork;
+        expect(is_right && is_its_own, || format!("{name} is not what its name says"))?;
+    }
+    Ok(())
+}
+
+fn wal(name: &str) -> PathBuf {
+    Path::new("/data/wal").join(name)
+}
+
+/// A disk with the old timeline on it, as far as it was received; the process goes on.
+fn received(shape: Shape, seed: u64, seals: bool) -> (SimDisk, Histories, Live) {
+    let histories = Histories::new(shape);
+    let disk = SimDisk::new(seed);
+    let mut live = Live::start(&disk, &histories).unwrap();
+    live.receive(&histories.old, histories.delivered, seals).unwrap();
+    assert_eq!(live.positions().flushed, histories.held, "{shape:?}");
+    (disk, histories, live)
+}
+
+#[test]
+fn a_crash_at_any_change_of_a_switch_loses_neither_timeline() {
+    for (shape, seals) in SHAPES.into_iter().flat_map(|shape| [(shape, true), (shape, false)]) {
+        let (disk, histories, mut live) = received(shape, 1, seals);
+        let before = disk.operations();
+        live.wal_writer.switch(NEXT, histories.fork).unwrap();
+        let changes = disk.operations() - before;
+        assert!(changes >= 5, "{changes} changes");
+        drop(live);
+        for at in 0..=changes {
+            for crash in [Crash::Kill, Crash::PowerCut] {
+                let (disk, histories, mut live) = received(shape, Random::new(at).next(), seals);
+                disk.crash_after(at);
+                // Whether it says so or not, it may have been done.
+                let _ = live.wal_writer.switch(NEXT, histories.fork);
+                drop(live);
+                disk.restart(crash);
+                if let Err(broken) = go_on(&disk, &histories) {
+                    panic!("{shape:?}, sealed {seals}, {crash:?} at change {at} of {changes}: {broken}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_switch_that_finds_no_space_can_be_tried_again() {
+    for shape in SHAPES {
+        let (disk, histories, mut live) = received(shape, 1, true);
+        while live.shared.pool.take().is_some() {}
+        disk.set_free_blocks(Some(0));
+        let before = live.positions();
+        if let Err(error) = live.wal_writer.switch(NEXT, histories.fork) {
+            assert!(error.is_no_space(), "{error}");
+            assert_eq!(live.positions(), before);
+            disk.set_free_blocks(None);
+            live.wal_writer.switch(NEXT, histories.fork).unwrap();
+        }
+        disk.set_free_blocks(None);
+        drop(live);
+        disk.restart(Crash::PowerCut);
+        go_on(&disk, &histories).unwrap_or_else(|broken| panic!("{shape:?}: {broken}"));
+    }
+}
+
+#[test]
+fn what_cannot_be_a_fork_is_refused_and_changes_nothing() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(3_000) };
+    let (_disk, histories, mut live) = received(shape, 1, true);
+    let before = live.positions();
+    let inside = histories.fork.advance(8);
+    let start = histories.old.start();
+    for (next, at) in [
+        (TimelineId::FIRST, histories.fork),
+        (NEXT, histories.held.advance(8)),
+        (NEXT, inside),
+        (NEXT, Lsn::new(start.get() - 8).unwrap()),
+    ] {
+        let refused = live.wal_writer.switch(next, at);
+        assert!(matches!(refused, Err(StoreError::BadSwitch { .. })), "{refused:?}");
+        assert_eq!(live.positions(), before);
+    }
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    live.receive(&histories.new, histories.new_end(), true).unwrap();
+}
+
+#[test]
+fn a_new_timeline_whose_beginning_was_taken_away_is_gone_over_to_again() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Nothing };
+    let (disk, histories, mut live) = received(shape, 1, true);
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    let number = SegmentNo::holding(histories.fork, histories.size());
+    drop(live);
+    disk.remove(&wal(&SegmentName { timeline: NEXT, number }.partial_file_name(histories.size())));
+    disk.restart(Crash::Kill);
+    let live = Live::start(&disk, &histories).unwrap();
+    assert_eq!(live.positions().timeline, TimelineId::FIRST);
+    assert_eq!(live.positions().flushed, histories.fork);
+    drop(live);
+    disk.restart(Crash::Kill);
+    go_on(&disk, &histories).unwrap();
+}
