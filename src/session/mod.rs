@@ -7,6 +7,7 @@
 
 pub mod acknowledge;
 pub mod cut;
+pub mod feedback;
 pub mod gather;
 pub mod lag;
 pub mod receiver;

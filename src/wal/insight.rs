@@ -78,6 +78,8 @@ pub struct Checkpoint {
     pub timeline: TimelineId,
     /// The timeline before, if the checkpoint begins one; else the same.
     pub previous_timeline: TimelineId,
+    /// The next transaction id when it began, with its epoch in the upper half.
+    pub next_xid: Option<u64>,
     /// When it began; a server's clock, in whole seconds. Not read without knowing the format.
     pub at: Option<PgTimestamp>,
 }
@@ -291,13 +293,15 @@ fn read_checkpoint(record: &Record<'_>, mut fields: Fields<'_>, is_shutdown: boo
     let redo = Lsn::from_wire(fields.u64()?)?;
     let timeline = TimelineId::new(fields.u32()?)?;
     let previous_timeline = TimelineId::new(fields.u32()?)?;
-    // Between them are 48 bytes up to 18, and 56 since: one more flag, and offsets of multixacts have 64 bits.
+    // Between them are 48 bytes up to 18, and 56 since: one more flag, and offsets of multixacts have 64 bits. The next
+    // transaction id comes after the first 8 of them.
+    let next_xid = fields.0.get(8..).and_then(|rest| Fields(rest).u64());
     let between = record.format.map(|format| if format < WalFormat::V19 { 48 } else { 56 });
     let at = between.and_then(|bytes| {
         fields.skip(bytes)?;
         fields.i64().map(PgTimestamp::from_unix_seconds)
     });
-    Some(Checkpoint { end: record.end, is_shutdown, redo, timeline, previous_timeline, at })
+    Some(Checkpoint { end: record.end, is_shutdown, redo, timeline, previous_timeline, next_xid, at })
 }
 
 /// The name by which `pg_waldump` calls a resource manager; `None` for numbers no server uses.
@@ -401,7 +405,9 @@ mod tests {
         let mut checkpoint = Vec::new();
         checkpoint.extend(0x200_0028_u64.to_le_bytes());
         checkpoint.extend([2, 0, 0, 0, 1, 0, 0, 0]);
-        checkpoint.extend([0; 48]);
+        checkpoint.extend([0; 8]);
+        checkpoint.extend(0x3_0000_02D5_u64.to_le_bytes());
+        checkpoint.extend([0; 32]);
         checkpoint.extend(946_684_805_i64.to_le_bytes());
         checkpoint.extend([0; 16]);
         let end = wal.main_data_record(0, XLOG_CHECKPOINT_SHUTDOWN, &checkpoint).end();
@@ -417,9 +423,10 @@ mod tests {
         let previous_timeline = TimelineId::FIRST;
         let at = Some(PgTimestamp(5_000_000));
         let redo = Lsn::new(0x200_0028).unwrap();
+        let next_xid = Some(0x3_0000_02D5);
         assert_eq!(
             insight.last_checkpoint(),
-            Some(Checkpoint { end, is_shutdown: true, redo, timeline, previous_timeline, at })
+            Some(Checkpoint { end, is_shutdown: true, redo, timeline, previous_timeline, next_xid, at })
         );
         assert_eq!(
             insight.last_timeline_switch(),

@@ -18,6 +18,7 @@ pub mod scanner;
 pub mod segment;
 pub mod time;
 pub mod timeline;
+pub mod xid;
 
 pub use format::WalFormat;
 pub use lineage::Lineage;
@@ -27,6 +28,7 @@ pub use scanner::{ResumePoint, ScanContext, ScanError, Scanner};
 pub use segment::{SegmentName, SegmentNo, SegmentSize};
 pub use time::PgTimestamp;
 pub use timeline::{TimelineHistory, TimelineId};
+pub use xid::{FullXid, NextXid};
 
 /// Size of a WAL page in bytes (`XLOG_BLCKSZ`); servers built with another value are refused.
 pub const PAGE_BYTES: u64 = 8192;
