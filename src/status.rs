@@ -253,6 +253,8 @@ pub struct WalSenderStatus {
     pub replay_lag: Option<Seconds>,
     /// When its last report was sent, by its clock.
     pub reply_time: Option<Timestamp>,
+    /// Oldest transaction that its queries hold back; a slot's is shown with the slot.
+    pub backend_xmin: Option<u32>,
 }
 
 /// A slot, as `pg_replication_slots` shows it.
@@ -319,6 +321,7 @@ mod tests {
             flush_lag: None,
             replay_lag: None,
             reply_time: None,
+            backend_xmin: None,
         };
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["state"], "catchup");

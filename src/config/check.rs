@@ -86,6 +86,7 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         })?,
         acknowledge_timeout: timeout("upstream.acknowledge_timeout", &raw.acknowledge_timeout)?,
         acknowledge_users: raw.acknowledge_users.clone(),
+        hot_standby_feedback: raw.hot_standby_feedback,
         on_divergence: match raw.on_divergence.as_str() {
             "follow" => OnDivergence::Follow,
             "stop" => OnDivergence::Stop,

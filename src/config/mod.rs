@@ -84,6 +84,8 @@ pub struct Upstream {
     pub acknowledge_timeout: Option<Duration>,
     /// User that must be behind an `application_name` for what it reports to count.
     pub acknowledge_users: BTreeMap<String, String>,
+    /// Whether what standbys hold back by hot standby feedback is told upstream.
+    pub hot_standby_feedback: bool,
     /// What to do when what is held goes beyond the fork of a new timeline.
     pub on_divergence: OnDivergence,
     /// Silence after which the connection is given up; `None`: never.

@@ -44,6 +44,7 @@ use crate::downstream::{
 use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
+use crate::session::feedback::{Feedback, Feedbacks};
 use crate::session::sender::STOPPING_TIME_MAX;
 use crate::status::{RemovedWal, ReplicationSlotStatus, WalSenderStatus};
 use crate::store::{Positions, SlotInfo, SlotKind, Store};
@@ -77,6 +78,12 @@ pub struct DownstreamContext {
 
 /// One stream among those that are counted; ends when dropped.
 struct Streaming<'a>(&'a DownstreamContext);
+
+impl Feedbacks for DownstreamContext {
+    fn smallest(&self) -> Feedback {
+        self.registry.feedback()
+    }
+}
 
 impl DownstreamContext {
     /// The sessions, as `pg_stat_replication` shows them.

@@ -16,15 +16,16 @@ use tokio::sync::{Notify, watch};
 use crate::net::Peer;
 use crate::protocol::frontend::{CancelKey, CancelRequest};
 use crate::session::acknowledge::{Standby, Standbys};
+use crate::session::feedback::Feedback;
 use crate::session::sender::Progress;
 use crate::status::{Seconds, Timestamp, WalSenderState, WalSenderStatus};
-use crate::wal::{Lsn, PgTimestamp, TimelineId};
+use crate::wal::{FullXid, Lsn, PgTimestamp, TimelineId};
 
 /// The sessions of all listeners.
 #[derive(Debug, Default)]
 pub struct Registry {
     sessions: Mutex<Sessions>,
-    /// Marked when a session has flushed or applied more, or has gone.
+    /// Marked when a session has flushed or applied more, holds back something else, or has gone.
     moved: watch::Sender<()>,
     /// User that must be behind a name for its positions to count; everybody for names that are not here.
     acknowledge_users: BTreeMap<String, String>,
@@ -64,12 +65,14 @@ pub(super) struct Live {
     pub(super) slot_name: Option<String>,
     pub(super) progress: Progress,
     pub(super) reply_time: Option<PgTimestamp>,
+    /// What its queries hold back; a slot's is kept by the slot.
+    pub(super) feedback: Feedback,
 }
 
 impl Live {
-    /// What counts for what is acknowledged.
-    fn positions(&self) -> (WalSenderState, Option<TimelineId>, Option<Lsn>, Option<Lsn>) {
-        (self.state, self.timeline, self.progress.flush, self.progress.apply)
+    /// What counts upstream.
+    fn told(&self) -> (WalSenderState, Option<TimelineId>, Option<Lsn>, Option<Lsn>, Feedback) {
+        (self.state, self.timeline, self.progress.flush, self.progress.apply, self.feedback)
     }
 
     fn idle() -> Self {
@@ -79,6 +82,7 @@ impl Live {
             slot_name: None,
             progress: Progress::default(),
             reply_time: None,
+            feedback: Feedback::default(),
         }
     }
 }
@@ -108,9 +112,16 @@ impl Registry {
         Self { acknowledge_users: acknowledge_users.iter().map(lower).collect(), ..Self::default() }
     }
 
-    /// Marked when standbys have flushed or applied more, or have gone.
+    /// Marked when standbys have flushed or applied more, hold back something else, or have gone.
     pub fn moved(&self) -> watch::Receiver<()> {
         self.moved.subscribe()
+    }
+
+    /// The smallest of what the sessions' standbys hold back.
+    pub(super) fn feedback(&self) -> Feedback {
+        let sessions = self.sessions.lock();
+        let all = sessions.by_pid.values().map(|session| session.live.lock().feedback);
+        all.fold(Feedback::default(), Feedback::and)
     }
 
     /// Adds a session. The key must be secret: who knows it may cancel the session's command.
@@ -217,6 +228,7 @@ impl Session {
             flush_lag: seconds(live.progress.flush_lag),
             replay_lag: seconds(live.progress.replay_lag),
             reply_time: live.reply_time.map(Timestamp),
+            backend_xmin: live.feedback.smaller().map(FullXid::xid),
         }
     }
 }
@@ -247,9 +259,9 @@ impl Registration {
     pub(super) fn update(&self, change: impl FnOnce(&mut Live)) {
         let has_moved = {
             let mut live = self.session.live.lock();
-            let before = live.positions();
+            let before = live.told();
             change(&mut live);
-            live.positions() != before
+            live.told() != before
         };
         if has_moved {
             self.registry.moved.send_replace(());

@@ -26,8 +26,9 @@ use crate::downstream::{
 };
 use crate::protocol::{
     DecodeError, STANDBY_MESSAGE_BYTES_MAX, ServerError, SqlState, backend, frontend,
-    replication::{Keepalive, StandbyMessage, WalDataHeader},
+    replication::{HotStandbyFeedback, Keepalive, StandbyMessage, WalDataHeader},
 };
+use crate::session::feedback::Feedback;
 use crate::session::sender::{
     NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
 };
@@ -322,9 +323,9 @@ impl<S: Stream> WalSender<'_, S> {
                 self.registration.update(|live| live.reply_time = Some(update.sent_at));
                 Ok(())
             }
-            // Nothing is held back upstream for a downstream's queries yet.
-            Ok(StandbyMessage::HotStandbyFeedback(_)) => {
+            Ok(StandbyMessage::HotStandbyFeedback(message)) => {
                 self.sender.handle_heard(now);
+                self.take_feedback(&message);
                 Ok(())
             }
             // As walsender.c: the connection is closed without a word.
@@ -334,6 +335,20 @@ impl<S: Stream> WalSender<'_, S> {
                 Err(StreamError::Refused(ServerError::error(SqlState::PROTOCOL_VIOLATION, text)))
             }
         }
+    }
+
+    fn take_feedback(&mut self, message: &HotStandbyFeedback) {
+        let said = Feedback::of(message);
+        let next = self.context.store.next_xid();
+        if !said.is_plausible(next) {
+            // As the primary: without a word, because a standby of a wrong clock or epoch says it again and again.
+            debug!(?said, ?next, "feedback ignored: no such transactions");
+            return;
+        }
+        self.registration.update(|live| {
+            live.feedback = said;
+            live.reply_time = Some(message.sent_at);
+        });
     }
 
     fn follow_positions(&mut self, run: &mut Run) {

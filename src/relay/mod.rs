@@ -35,6 +35,7 @@ use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_ob
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
 use crate::session::acknowledge::{Acknowledger, Standbys};
+use crate::session::feedback::Feedbacks;
 use crate::status::{RemovedWal, UpstreamStatus};
 use crate::store::{self, Condition, RealDisk, Store, StoreError, StoreSettings, WalWriter};
 use crate::upstream::{Acknowledging, Upstream, UpstreamSettings};
@@ -167,6 +168,8 @@ impl Relay {
         let shutdown = CancellationToken::new();
         let mut condition = self.notices.condition.clone();
         let acknowledging = acknowledging(&self);
+        let feedbacks = self.config.upstream.hot_standby_feedback;
+        let feedbacks = feedbacks.then(|| Arc::clone(&self.downstream) as Arc<dyn Feedbacks>);
         let mut upstream = tokio::spawn(
             Upstream {
                 settings: upstream_settings(&self.config.upstream),
@@ -176,6 +179,7 @@ impl Relay {
                 condition: self.notices.condition.clone(),
                 damage: self.notices.damage.clone(),
                 acknowledging,
+                feedbacks,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
                 shutdown: shutdown.clone(),

@@ -52,6 +52,11 @@ impl Feedback {
         self.xmin.is_none_or(is_recent) && self.catalog_xmin.is_none_or(is_recent)
     }
 
+    /// The smaller of the two, as a session without a slot holds it.
+    pub fn smaller(self) -> Option<FullXid> {
+        self.xmin.into_iter().chain(self.catalog_xmin).min()
+    }
+
     /// What two hold back together.
     #[must_use]
     pub fn and(self, other: Self) -> Self {

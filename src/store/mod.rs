@@ -111,6 +111,7 @@
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 mod catalog;
 mod control;
@@ -165,7 +166,7 @@ pub use writer::{ResumePlan, WalWriter};
 use shared::Shared;
 use threads::Threads;
 
-use crate::wal::{Lineage, Lsn, TimelineId};
+use crate::wal::{FullXid, Lineage, Lsn, TimelineId};
 
 /// How a store is to work.
 #[derive(Clone, Debug)]
@@ -282,6 +283,13 @@ impl Store {
     /// A reader of one timeline's WAL, for one consumer.
     pub fn reader(&self, timeline: TimelineId) -> WalReader {
         WalReader::new(self.shared.clone(), timeline)
+    }
+
+    /// The transaction id that the primary gives out next, as far as its WAL tells; `None` until this process has received a
+    /// checkpoint.
+    pub fn next_xid(&self) -> Option<FullXid> {
+        let next = self.shared.next_xid.load(Ordering::Relaxed);
+        (next > 0).then_some(FullXid(next))
     }
 
     /// The replication slots.

@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::io;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -100,6 +101,7 @@ pub(super) fn open(
         control_file: Mutex::new(()),
         wal_dir,
         positions: Mutex::new(None),
+        next_xid: AtomicU64::new(0),
         unsynced: Unsynced::default(),
         partials: Mutex::default(),
         unproven: Unproven::default(),

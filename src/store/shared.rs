@@ -4,6 +4,7 @@
 //! mappings before catalog; all others are held alone. `keeping` comes before all.
 
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -23,7 +24,7 @@ use crate::store::queue::{Signal, Unsynced, WriteQueue};
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
 use crate::store::unproven::Unproven;
-use crate::wal::{Lineage, SegmentName, SegmentNo, SegmentSize};
+use crate::wal::{FullXid, Lineage, SegmentName, SegmentNo, SegmentSize};
 
 pub(super) struct Shared {
     pub disk: Arc<dyn Disk>,
@@ -41,6 +42,8 @@ pub(super) struct Shared {
     pub positions: Mutex<Option<Positions>>,
     pub tail: Mutex<Tail>,
     pub queue: WriteQueue,
+    /// What the primary gives out next; 0 while it is not known.
+    pub next_xid: AtomicU64,
     pub unsynced: Unsynced,
     pub partials: Partials,
     pub unproven: Unproven,
@@ -98,6 +101,12 @@ impl Shared {
         if self.unproven.settle(epoch) {
             self.keeper.notify();
             self.publish(|_| ());
+        }
+    }
+
+    pub(super) fn note_next_xid(&self, next: Option<FullXid>) {
+        if let Some(FullXid(next)) = next {
+            self.next_xid.store(next, Ordering::Relaxed);
         }
     }
 

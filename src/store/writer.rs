@@ -18,7 +18,7 @@ use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::scanner::{ScanContext, Scanner};
-use crate::wal::{Lsn, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::{Lsn, NextXid, SegmentNo, SegmentSize, TimelineId};
 
 /// Takes WAL from the upstream. There is exactly one.
 pub struct WalWriter {
@@ -28,6 +28,7 @@ pub struct WalWriter {
     pub(super) scanner: Option<Scanner>,
     pub(super) session: Option<Session>,
     pub(super) crossings: Crossings,
+    next_xid: NextXid,
 }
 
 /// What one upstream session has delivered.
@@ -85,7 +86,8 @@ impl WalWriter {
     ) -> Self {
         let size = shared.segment_size().ok();
         let crossings = Crossings::from(scanner.as_ref(), size);
-        Self { shared, _handle: handle, scanner, session: None, crossings }
+        let next_xid = NextXid::default();
+        Self { shared, _handle: handle, scanner, session: None, crossings, next_xid }
     }
 
     /// Where to ask the upstream to start; `None` in a fresh directory.
@@ -169,7 +171,8 @@ impl WalWriter {
             return Ok(());
         }
         let at = session.received;
-        let result = scanner.feed(&new, &mut self.crossings);
+        let mut seen = Seen { crossings: &mut self.crossings, next_xid: &mut self.next_xid };
+        let result = scanner.feed(&new, &mut seen);
         let taken = match result {
             Ok(()) => new,
             // What was verified before the fault is good.
@@ -231,6 +234,7 @@ impl WalWriter {
                 catalog.note_crossing(number, start);
             }
         }
+        self.shared.note_next_xid(self.next_xid.get());
         self.shared.publish(|positions| positions.verified = verified);
         let epoch = session.epoch;
         self.shared.queue.push(Batch { pieces, end, verified, epoch, follows, is_proof });
@@ -310,6 +314,20 @@ impl Session {
                 Ok(None)
             }
         }
+    }
+}
+
+/// What is noted of each new record.
+struct Seen<'a> {
+    crossings: &'a mut Crossings,
+    next_xid: &'a mut NextXid,
+}
+
+impl RecordVisitor for Seen<'_> {
+    #[inline]
+    fn record(&mut self, record: &Record<'_>) {
+        self.crossings.record(record);
+        self.next_xid.note(record);
     }
 }
 

@@ -26,6 +26,7 @@ mod walreceiver;
 
 use std::{
     hash::{BuildHasher, RandomState},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -37,6 +38,7 @@ pub use error::{Advice, UpstreamError};
 
 use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
+use crate::session::feedback::Feedbacks;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
 use crate::store::{BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
@@ -91,6 +93,8 @@ pub struct Upstream {
     pub damage: watch::Receiver<()>,
     /// By whose flush WAL is acknowledged.
     pub acknowledging: Acknowledging,
+    /// What standbys hold back; `None`: nothing is told of it.
+    pub feedbacks: Option<Arc<dyn Feedbacks>>,
     /// Where the status is published.
     pub status: watch::Sender<UpstreamStatus>,
     /// Metrics.
@@ -171,6 +175,7 @@ impl Upstream {
             positions: self.positions.clone(),
             condition: self.condition.clone(),
             acknowledging: &mut self.acknowledging,
+            feedbacks: self.feedbacks.clone(),
             durable,
             status: &self.status,
             metrics: &self.metrics,

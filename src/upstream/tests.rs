@@ -228,6 +228,7 @@ fn upstream(folder: &Path) -> Upstream {
         condition: watch::Sender::new(Condition::Healthy).subscribe(),
         damage: watch::Sender::new(()).subscribe(),
         acknowledging,
+        feedbacks: None,
         status,
         metrics,
         shutdown: CancellationToken::new(),

@@ -4,7 +4,10 @@
 //! the session decide what is said upstream. Takes WAL off the socket without copying it. Never reports a position of its
 //! own making, and never waits for the disk.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
@@ -18,6 +21,7 @@ use crate::protocol::{
 };
 use crate::session::{
     Receiver,
+    feedback::{Feedback, FeedbackSender, Feedbacks},
     gather::{Gathering, HandOver},
     receiver::{Output, Progress, Reading, Report, SyncAbility},
 };
@@ -50,6 +54,8 @@ pub(crate) struct StreamContext<'a> {
     pub(crate) positions: watch::Receiver<Option<Positions>>,
     pub(crate) condition: watch::Receiver<Condition>,
     pub(crate) acknowledging: &'a mut Acknowledging,
+    /// What standbys hold back.
+    pub(crate) feedbacks: Option<Arc<dyn Feedbacks>>,
     /// What is durable here, once it was compared with the upstream.
     pub(crate) durable: watch::Sender<Option<Lsn>>,
     pub(crate) status: &'a watch::Sender<UpstreamStatus>,
@@ -82,6 +88,9 @@ pub(crate) struct WalReceiver<'a> {
     /// What the upstream keeps for our slot; `None` without a slot.
     retained: Option<Retained>,
     gathering: Gathering,
+    /// What the standbys hold back, and what was told of it.
+    held_back: Feedback,
+    feedback: FeedbackSender,
     read: ReadHalf,
     write: WriteHalf,
     blocks: BlockReader,
@@ -97,6 +106,7 @@ enum Event {
     Closed,
     Sent,
     Progressed,
+    StandbysMoved,
     TimePassed,
     StopRequested,
 }
@@ -126,6 +136,8 @@ impl<'a> WalReceiver<'a> {
             lost,
             retained,
             gathering: Gathering::new(),
+            held_back: Feedback::default(),
+            feedback: FeedbackSender::default(),
             blocks: BlockReader::new(streaming.block, context.writer.memory_bytes_max()),
             context,
             read,
@@ -168,7 +180,9 @@ impl<'a> WalReceiver<'a> {
             return Ok(end);
         }
         let mut timer = Box::pin(tokio::time::sleep(Duration::ZERO));
+        self.look_at_feedback();
         loop {
+            self.tell_feedback();
             while let Some(output) = self.session.poll_output(Instant::now()) {
                 match output {
                     Output::Send(report) => self.queue_report(report),
@@ -187,6 +201,10 @@ impl<'a> WalReceiver<'a> {
                 Event::Closed => return Err(UpstreamError::Closed),
                 Event::Sent => {}
                 Event::Progressed => self.handle_progress(),
+                Event::StandbysMoved => {
+                    self.look_at_feedback();
+                    self.handle_progress();
+                }
                 Event::TimePassed if self.has_stalled() => return Ok(StreamEnd::StoreStalled),
                 Event::TimePassed => {
                     self.hand_over();
@@ -206,7 +224,7 @@ impl<'a> WalReceiver<'a> {
             () = self.context.shutdown.cancelled() => Ok(Event::StopRequested),
             _ = self.context.positions.changed() => Ok(Event::Progressed),
             _ = self.context.condition.changed() => Ok(Event::Progressed),
-            () = self.context.acknowledging.changed() => Ok(Event::Progressed),
+            () = self.context.acknowledging.changed() => Ok(Event::StandbysMoved),
             sent = self.write.write_buf(&mut self.unsent), if !self.unsent.is_empty() => {
                 sent?;
                 Ok(Event::Sent)
@@ -221,7 +239,9 @@ impl<'a> WalReceiver<'a> {
     fn set_timer(&self, timer: std::pin::Pin<&mut Sleep>) {
         let stall = self.no_room_since.map(|since| since + NO_ROOM_TIME_MAX);
         let acknowledging = self.context.acknowledging.deadline();
-        let deadlines = [self.session.poll_timeout(), self.gathering.deadline(), acknowledging, stall];
+        let feedback = self.feedback.due(self.held_back).filter(|_| self.has_room_for_feedback());
+        let deadlines =
+            [self.session.poll_timeout(), self.gathering.deadline(), acknowledging, feedback, stall];
         let next = deadlines.into_iter().flatten().min();
         let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
         if timer.deadline() != deadline {
@@ -358,6 +378,25 @@ impl<'a> WalReceiver<'a> {
         });
     }
 
+    fn look_at_feedback(&mut self) {
+        let smallest = self.context.feedbacks.as_ref().map(|feedbacks| feedbacks.smallest());
+        self.held_back = smallest.unwrap_or_default();
+    }
+
+    /// If not, again when the socket has taken something.
+    fn has_room_for_feedback(&self) -> bool {
+        self.unsent.len() + FEEDBACK_FRAME_BYTES <= UNSENT_BYTES_MAX
+    }
+
+    fn tell_feedback(&mut self) {
+        if !self.has_room_for_feedback() {
+            return;
+        }
+        if let Some(feedback) = self.feedback.poll(Instant::now(), self.held_back) {
+            feedback.message(PgTimestamp::from_system_time(SystemTime::now())).encode(&mut self.unsent);
+        }
+    }
+
     fn queue_report(&mut self, report: Report) {
         if let (Some(retained), Some(flush)) = (&mut self.retained, report.flush) {
             retained.note_reported(flush);
@@ -439,6 +478,9 @@ const fn update_frame_bytes() -> usize {
     // tag, length, kind, three positions, time, reply byte
     5 + 1 + 3 * 8 + 8 + 1
 }
+
+/// Tag, length, kind, time, two ids with their epochs.
+const FEEDBACK_FRAME_BYTES: usize = 5 + 1 + 8 + 4 * 4;
 
 /// Status updates that may wait for the socket; further ones are dropped, for the next one says more.
 const UNSENT_BYTES_MAX: usize = 4096;

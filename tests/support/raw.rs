@@ -224,6 +224,16 @@ impl RawClient {
         self.send(b'd', &body)
     }
 
+    /// Hot standby feedback: what is held back, as ids and their epochs.
+    pub(crate) fn send_feedback(&mut self, xmin: (u32, u32), catalog_xmin: (u32, u32)) -> Result<()> {
+        let mut body = vec![b'h'];
+        body.extend(0_u64.to_be_bytes());
+        for value in [xmin.0, xmin.1, catalog_xmin.0, catalog_xmin.1] {
+            body.extend(value.to_be_bytes());
+        }
+        self.send(b'd', &body)
+    }
+
     /// Everything up to and with ReadyForQuery, or up to the end of the connection.
     pub(crate) fn until_ready(&mut self) -> Result<Vec<Message>> {
         let mut messages = Vec::new();

@@ -1,0 +1,147 @@
+//! Hot standby feedback: what queries on standbys behind the relay still read, the primary keeps.
+
+use crate::support::lab::Installation;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::raw::{RawClient, identify_system};
+use crate::support::relay::Relay;
+use crate::support::wait::{wait_for, wait_until};
+
+const EAGER: &str = "hot_standby_feedback = on\nwal_receiver_status_interval = 1";
+
+/// What the relay's slot on the primary holds back.
+fn held_back(primary: &Postgres) -> String {
+    primary.sql("select coalesce(xmin::text, '') from pg_replication_slots where slot_name = 'relay'")
+}
+
+fn wait_held_back(primary: &Postgres, expected: &str) {
+    let query = "select coalesce(xmin::text, '') from pg_replication_slots where slot_name = 'relay'";
+    primary.wait_for_sql(query, expected);
+}
+
+/// A transaction on a standby that reads what is there now, and the oldest id that it needs.
+fn reader(standby: &Postgres) -> (RawClient, String) {
+    let mut client = RawClient::sql(standby.port).unwrap();
+    client.rows("begin isolation level repeatable read").unwrap();
+    client.rows("select count(*) from pg_class").unwrap();
+    let xmin = client.rows("select backend_xmin from pg_stat_activity where pid = pg_backend_pid()").unwrap();
+    (client, xmin[0][0].clone().unwrap())
+}
+
+fn chain(installation: &Installation) -> (Postgres, Relay) {
+    let primary = Settings::new().segment_size_mb(1).start(installation);
+    let relay = Relay::streaming_from("relay", primary.port);
+    primary.sql("create table t (id int)");
+    (primary, relay)
+}
+
+fn write_transactions(primary: &Postgres) {
+    for id in 0..5 {
+        primary.sql(&format!("insert into t values ({id})"));
+    }
+}
+
+#[test]
+fn the_oldest_query_of_all_standbys_counts_and_the_last_to_go_clears_it() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (primary, relay) = chain(&installation);
+        assert_eq!(held_back(&primary), "", "nobody has said anything");
+        let far = Relay::streaming_from("far", relay.port);
+        let (near, behind) =
+            (primary.standby("near", relay.port, EAGER), primary.standby("behind", far.port, EAGER));
+        for relay in [&relay, &far] {
+            // A slot only advances: what all of them need must be known before one runs ahead.
+            wait_until("a standby to have said what it needs", || {
+                relay.status()["downstream"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .all(|session| !session["backend_xmin"].is_null())
+            });
+        }
+        write_transactions(&primary);
+        behind.wait_replayed(primary.flushed());
+        let (old, old_xmin) = reader(&behind);
+        write_transactions(&primary);
+        near.wait_replayed(primary.flushed());
+        let (new, new_xmin) = reader(&near);
+        assert!(old_xmin.parse::<u32>().unwrap() < new_xmin.parse().unwrap());
+        write_transactions(&primary);
+        wait_held_back(&primary, &old_xmin);
+        assert_eq!(relay.downstream("near")[0]["backend_xmin"].to_string(), new_xmin);
+        // Vacuum keeps for the far reader what it still sees, and removes it when that has gone.
+        primary.sql("delete from t");
+        primary.sql("vacuum t");
+        let bytes = || primary.sql("select pg_relation_size('t')").parse::<u64>().unwrap();
+        assert!(bytes() > 0, "vacuum took what a standby reads");
+        drop(old);
+        wait_held_back(&primary, &new_xmin);
+        drop((new, near));
+        // Without queries a standby holds back what it has not replayed; with it gone, nothing is left but the other's.
+        wait_for("the near standby's id to be gone", || (held_back(&primary) != new_xmin).then_some(()));
+        drop(behind);
+        wait_held_back(&primary, "");
+        primary.sql("vacuum t");
+        assert_eq!(bytes(), 0);
+    }
+}
+
+#[test]
+fn feedback_that_is_turned_off_is_taken_back_and_kept_off_by_the_setting() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let (primary, mut relay) = chain(&installation);
+    let standby = primary.standby("standby", relay.port, EAGER);
+    let (_reader, xmin) = reader(&standby);
+    wait_held_back(&primary, &xmin);
+    standby.add_settings("hot_standby_feedback = off");
+    standby.reload();
+    wait_held_back(&primary, "");
+    standby.add_settings("hot_standby_feedback = on");
+    standby.reload();
+    wait_held_back(&primary, &xmin);
+    // A relay that was killed has told nothing; its slot keeps what it was told, until it is back.
+    relay.kill();
+    assert_eq!(held_back(&primary), xmin);
+    relay.set("upstream.hot_standby_feedback", "false");
+    relay.start();
+    wait_held_back(&primary, "");
+    standby.wait_replayed(primary.flushed());
+    relay.wait_downstream("standby", "streaming");
+    assert_eq!(held_back(&primary), "");
+}
+
+#[test]
+fn a_client_that_lies_about_transactions_changes_nothing() {
+    let Some(installation) = Installation::in_turn(2) else { return };
+    let (primary, relay) = chain(&installation);
+    let standby = primary.standby("standby", relay.port, EAGER);
+    write_transactions(&primary);
+    // From here on the relay knows which transactions there are.
+    primary.checkpoint();
+    relay.wait_flushed(primary.flushed());
+    standby.wait_replayed(primary.flushed());
+    let (reader, xmin) = reader(&standby);
+    write_transactions(&primary);
+    wait_held_back(&primary, &xmin);
+    let honest: u32 = xmin.parse().unwrap();
+    let mut liar = RawClient::replication(relay.port).unwrap();
+    let (_, timeline, position) = identify_system(&mut liar);
+    liar.start_replication(None, position, timeline).unwrap();
+    for (id, epoch) in [(honest, 1), (honest + 1_000_000, 0), (u32::MAX, 0), (5, u32::MAX)] {
+        liar.send_feedback((id, epoch), (0, 0)).unwrap();
+        liar.send_feedback((0, 0), (id, epoch)).unwrap();
+    }
+    // What is said next is heard: the lies before it were.
+    liar.send_feedback((0, 0), (honest, 0)).unwrap();
+    let catalog = "select coalesce(catalog_xmin::text, '') from pg_replication_slots";
+    primary.wait_for_sql(catalog, &xmin);
+    assert_eq!(held_back(&primary), xmin);
+    // A lie that stands does not keep the primary from hearing the others: it would take neither.
+    liar.send_feedback((0, 0), (honest + 1_000_000, 0)).unwrap();
+    drop(reader);
+    wait_for("what the standby needs now to be known", || (held_back(&primary) != xmin).then_some(()));
+    // It goes without a farewell.
+    drop(liar);
+    primary.wait_for_sql(catalog, "");
+    wait_until("the liar to be gone", || relay.downstream("raw").is_empty());
+}
