@@ -1,9 +1,10 @@
-//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`.
+//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence` and `/unfence`.
 //!
-//! Owns HTTP and its authentication. Serves no WAL and changes nothing. What the pages show comes from whoever builds
-//! the [`Pages`]; every connection costs a bounded amount of memory and time, whoever opens it.
+//! Owns HTTP and its authentication. Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
+//! the [`Pages`] and the [`Operations`]; nothing is changed without a token, from wherever it is asked for. Every connection
+//! costs a bounded amount of memory and time, whoever opens it.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use axum::{
@@ -12,7 +13,7 @@ use axum::{
     http::{StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -36,6 +37,24 @@ pub trait Pages: Send + Sync + 'static {
     fn status(&self) -> serde_json::Value;
 }
 
+/// What can be changed.
+pub trait Operations: Send + Sync + 'static {
+    /// Fences the relay, or takes the fence away; the answer is what is so then, durably.
+    fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_>;
+}
+
+/// The JSON of an operation's answer, or why it was not done, in one line.
+pub type OperationFuture<'a> = Pin<Box<dyn Future<Output = Result<serde_json::Value, String>> + Send + 'a>>;
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FenceWish {
+    /// Nothing more is to be received or acknowledged.
+    Fence,
+    /// It may go on.
+    Unfence,
+}
+
 /// The listener and what it serves.
 pub struct Admin {
     listener: TcpListener,
@@ -44,20 +63,25 @@ pub struct Admin {
 
 impl Admin {
     /// Binds. With a token, `/metrics` and `/status` want `Authorization: Bearer TOKEN`; `/livez` and `/readyz` tell no
-    /// more than yes or no to those without it.
+    /// more than yes or no to those without it. What changes something wants it always: without a token it is refused.
     pub async fn bind(
         address: SocketAddr,
         token: Option<SecretString>,
         pages: Arc<dyn Pages>,
+        operations: Arc<dyn Operations>,
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        let shared = Arc::new(Shared { token, pages });
+        let shared = Arc::new(Shared { token, pages, operations });
+        let operations = Router::new()
+            .route("/fence", post(fence))
+            .route("/unfence", post(unfence))
+            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_set_token));
         let guarded = Router::new()
             .route("/metrics", get(metrics))
             .route("/status", get(status))
-            .layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_token));
+            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_token));
         let open = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(readyz));
-        Ok(Self { listener, router: open.merge(guarded).with_state(shared) })
+        Ok(Self { listener, router: open.merge(guarded).merge(operations).with_state(shared) })
     }
 
     /// The address that was bound, with the port that the system chose.
@@ -106,6 +130,7 @@ async fn serve_connection(stream: TcpStream, router: Router) {
 struct Shared {
     token: Option<SecretString>,
     pages: Arc<dyn Pages>,
+    operations: Arc<dyn Operations>,
 }
 
 impl Shared {
@@ -116,6 +141,14 @@ impl Shared {
             verify_slices_are_equal(given.as_bytes(), token.expose_secret().as_bytes()).is_ok()
         })
     }
+}
+
+/// For what changes something: nobody may who is not known, from this machine neither.
+async fn require_set_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    if shared.token.is_none() {
+        return (StatusCode::FORBIDDEN, "admin.token_file must be set for this\n").into_response();
+    }
+    require_token(State(shared), request, next).await
 }
 
 async fn require_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
@@ -143,6 +176,23 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
 
 async fn status(State(shared): State<Arc<Shared>>) -> Response {
     axum::Json(shared.pages.status()).into_response()
+}
+
+async fn fence(State(shared): State<Arc<Shared>>) -> Response {
+    set_fence(&shared, FenceWish::Fence).await
+}
+
+async fn unfence(State(shared): State<Arc<Shared>>) -> Response {
+    set_fence(&shared, FenceWish::Unfence).await
+}
+
+async fn set_fence(shared: &Shared, wish: FenceWish) -> Response {
+    match shared.operations.set_fence(wish).await {
+        Ok(told) => axum::Json(told).into_response(),
+        Err(why) => {
+            (StatusCode::SERVICE_UNAVAILABLE, axum::Json(serde_json::json!({ "error": why }))).into_response()
+        }
+    }
 }
 
 /// HTTP connections served at a time; further ones wait in the listen queue.
@@ -180,17 +230,28 @@ mod tests {
         }
     }
 
+    impl Operations for Fake {
+        fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_> {
+            Box::pin(async move { Ok(serde_json::json!({"fenced": fence == FenceWish::Fence})) })
+        }
+    }
+
     async fn start(token: Option<&str>) -> SocketAddr {
         let token = token.map(|text| SecretString::from(text.to_owned()));
-        let admin = Admin::bind("127.0.0.1:0".parse().unwrap(), token, Arc::new(Fake)).await.unwrap();
+        let address = "127.0.0.1:0".parse().unwrap();
+        let admin = Admin::bind(address, token, Arc::new(Fake), Arc::new(Fake)).await.unwrap();
         let address = admin.address().unwrap();
         tokio::spawn(admin.run(CancellationToken::new()));
         address
     }
 
     async fn get(address: SocketAddr, path: &str, header: &str) -> String {
+        ask(address, "GET", path, header).await
+    }
+
+    async fn ask(address: SocketAddr, method: &str, path: &str, header: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -207,17 +268,52 @@ mod tests {
         assert!(ready.starts_with("HTTP/1.1 503") && ready.ends_with("no upstream yet\n"), "{ready}");
     }
 
+    /// Every route, and its status: without a token set; with one that is not given, given wrong, and given right.
+    const ROUTES: [(&str, &str, [u16; 4]); 10] = [
+        ("GET", "/livez", [200, 200, 200, 200]),
+        ("GET", "/readyz", [503, 503, 503, 503]),
+        ("GET", "/metrics", [200, 401, 401, 200]),
+        ("GET", "/status", [200, 401, 401, 200]),
+        ("POST", "/status", [405, 401, 401, 405]),
+        ("POST", "/fence", [403, 401, 401, 200]),
+        ("POST", "/unfence", [403, 401, 401, 200]),
+        ("GET", "/fence", [403, 401, 401, 405]),
+        ("PUT", "/unfence", [403, 401, 401, 405]),
+        ("GET", "/", [404, 404, 404, 404]),
+    ];
+
     #[tokio::test]
-    async fn a_token_guards_what_tells_anything() {
-        let address = start(Some("canary")).await;
-        for path in ["/metrics", "/status"] {
-            assert!(get(address, path, "").await.starts_with("HTTP/1.1 401"), "{path}");
-            let wrong = get(address, path, "Authorization: Bearer canar\r\n").await;
-            assert!(wrong.starts_with("HTTP/1.1 401"), "{wrong}");
-            let right = get(address, path, "Authorization: Bearer canary\r\n").await;
-            assert!(right.starts_with("HTTP/1.1 200"), "{right}");
+    async fn every_route_wants_the_token_it_should() {
+        let (open, guarded) = (start(None).await, start(Some("canary")).await);
+        let wrong = ["Bearer canar", "Bearer canary2", "Bearer", "Basic canary", "canary", "bearer  canary"];
+        for (method, path, [unset, absent, refused, right]) in ROUTES {
+            let status = async |address, header: &str| {
+                let answer = ask(address, method, path, header).await;
+                answer.split(' ').nth(1).unwrap().parse::<u16>().unwrap()
+            };
+            let of = format!("{method} {path}");
+            assert_eq!(status(open, "").await, unset, "{of}, no token is set");
+            assert_eq!(
+                status(open, "Authorization: Bearer canary\r\n").await,
+                unset,
+                "{of}, no token is set"
+            );
+            assert_eq!(status(guarded, "").await, absent, "{of}, none given");
+            for wrong in wrong {
+                let header = format!("Authorization: {wrong}\r\n");
+                assert_eq!(status(guarded, &header).await, refused, "{of}, {wrong}");
+            }
+            assert_eq!(status(guarded, "Authorization: Bearer canary\r\n").await, right, "{of}");
         }
-        assert!(get(address, "/livez", "").await.starts_with("HTTP/1.1 200"));
+    }
+
+    #[tokio::test]
+    async fn nothing_is_told_to_those_without_the_token() {
+        let address = start(Some("canary")).await;
         assert!(get(address, "/readyz", "").await.ends_with("not ready\n"));
+        assert!(get(address, "/status", "").await.ends_with("a token is required\n"));
+        let right = "Authorization: Bearer canary\r\n";
+        assert!(ask(address, "POST", "/fence", right).await.ends_with("{\"fenced\":true}"));
+        assert!(ask(address, "POST", "/unfence", right).await.ends_with("{\"fenced\":false}"));
     }
 }

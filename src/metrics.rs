@@ -157,6 +157,8 @@ pub struct UpstreamMetrics {
     pub lost: Gauge,
     /// 1 while a person must look at the upstream connection.
     pub needs_attention: Gauge,
+    /// 1 while nothing may be received or acknowledged.
+    pub fenced: Gauge,
 }
 
 impl UpstreamMetrics {
@@ -198,6 +200,11 @@ impl UpstreamMetrics {
                 "walrelay_upstream_needs_attention",
                 None,
                 "1 while a person must look at the upstream connection",
+            ),
+            fenced: metrics.gauge(
+                "walrelay_fenced",
+                None,
+                "1 while the relay is fenced: it receives and acknowledges nothing",
             ),
         }
     }

@@ -152,6 +152,21 @@ pub struct LocalWindowStatus {
     pub open: bool,
 }
 
+/// Whether anything may be received or acknowledged.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FenceStatus {
+    /// Whether nothing is, durably.
+    pub fenced: bool,
+    /// Since when, by the clock of this machine.
+    pub since: Option<Timestamp>,
+    /// The cluster whose WAL is held.
+    pub system_identifier: Option<String>,
+    /// The timeline at whose end it stopped.
+    pub timeline: Option<TimelineId>,
+    /// End of what is held durably: nothing beyond was acknowledged.
+    pub flushed: Option<Lsn>,
+}
+
 /// What operators see of the upstream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct UpstreamStatus {
@@ -169,6 +184,8 @@ pub struct UpstreamStatus {
     pub sessions: u64,
     /// What is acknowledged.
     pub acknowledge: AcknowledgeStatus,
+    /// Whether it has been left on demand.
+    pub fence: FenceStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
     pub lost: Option<LostWal>,
     /// WAL that the upstream has removed before it was received, until more than was held then is here.

@@ -3,6 +3,8 @@
 //! Owns the command line, logging set-up and the words printed to a person. Does no work of the relay itself.
 
 pub mod demo;
+pub mod fence;
+mod http;
 pub mod logging;
 pub mod run;
 pub mod scram;
@@ -27,6 +29,13 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Leave the upstream, and receive and acknowledge nothing more until "unfence"; what is held is served.
+    ///
+    /// The answer is one line of JSON, with the timeline and the end of WAL up to which standbys must have come before one of
+    /// them is promoted. The exit status is 0 when the fence is durable, and 1 when it is not, or not known to be.
+    Fence(fence::Options),
+    /// Take the fence away: follow the upstream again.
+    Unfence(fence::Options),
     /// Work with configuration files.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -50,6 +59,8 @@ enum ConfigCommand {
 pub fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Run { config } => run::run(&config),
+        Command::Fence(options) => fence::run(&options, fence::Wish::Fence),
+        Command::Unfence(options) => fence::run(&options, fence::Wish::Unfence),
         Command::Config(ConfigCommand::Check { config }) => run::check(&config),
         Command::Demo(options) => demo::run(options),
         Command::Scram(options) => scram::run(&options),

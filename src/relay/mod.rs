@@ -5,6 +5,7 @@
 
 mod descriptors;
 mod observer;
+mod operations;
 mod pages;
 
 use std::{
@@ -32,13 +33,14 @@ use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_observer};
+use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{RemovedWal, UpstreamStatus};
 use crate::store::{self, Condition, RealDisk, Store, StoreError, StoreSettings, WalWriter};
-use crate::upstream::{Acknowledging, Upstream, UpstreamSettings};
+use crate::upstream::{Acknowledging, Fencing, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +100,7 @@ pub struct Relay {
     admin: Option<Admin>,
     downstream: Arc<DownstreamContext>,
     status: watch::Sender<UpstreamStatus>,
+    fencing: Fencing,
 }
 
 impl Relay {
@@ -127,7 +130,9 @@ impl Relay {
             listeners
                 .push(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?);
         }
-        let status = watch::Sender::new(UpstreamStatus::default());
+        let fence = fence_status(&store);
+        let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
+        let (fence, fencing) = Fencing::new(&store);
         let upstream_writable = Arc::new(AtomicBool::new(false));
         let (removed, upstream_removed) = watch::channel(None);
         let downstream = Arc::new(DownstreamContext {
@@ -154,12 +159,13 @@ impl Relay {
         });
         let admin = match config.admin.listen {
             Some(address) => {
-                let bound = Admin::bind(address, config.admin.token.clone(), pages).await;
+                let operations = Arc::new(RelayOperations { fence });
+                let bound = Admin::bind(address, config.admin.token.clone(), pages, operations).await;
                 Some(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?)
             }
             None => None,
         };
-        Ok(Self { config, metrics, store, writer, notices, listeners, admin, downstream, status })
+        Ok(Self { config, metrics, store, writer, notices, listeners, admin, downstream, status, fencing })
     }
 
     /// Runs until a signal asks to stop, or the relay must not go on.
@@ -182,6 +188,7 @@ impl Relay {
                 feedbacks,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
+                fencing: self.fencing,
                 shutdown: shutdown.clone(),
             }
             .run(),

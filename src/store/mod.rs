@@ -13,6 +13,7 @@
 //!   walrelay.control             whose WAL: system identifier, segment size, timeline, where it begins, what the
 //!                                upstream is; a state file (see `state`)
 //!   walrelay.slots               permanent replication slots; a state file
+//!   walrelay.fence               whether the relay is fenced; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   wal/
 //!     000000010000000000000007            a complete segment, exactly as the primary has it
@@ -118,6 +119,7 @@ mod control;
 mod dead_branch;
 pub mod disk;
 mod error;
+mod fence;
 mod flush;
 mod health;
 mod held;
@@ -155,6 +157,7 @@ pub use control::{Identity, ServerFacts};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
+pub use fence::{Fence, FencedDirectory, fence_directory};
 pub use health::Observer;
 pub use positions::Positions;
 pub use reader::{ColdRead, Read, WalReader};
@@ -163,6 +166,7 @@ pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
 pub use writer::{ResumePlan, WalWriter};
 
+use fence::FenceFile;
 use shared::Shared;
 use threads::Threads;
 
@@ -194,12 +198,13 @@ pub fn open(
     observer: Arc<dyn Observer>,
 ) -> Result<(Store, WalWriter), StoreError> {
     let opened = open::open(settings, disk, observer, open::Variant::default())?;
+    let fence = FenceFile::read(&*opened.shared.disk, &opened.shared.layout)?;
     let threads = Threads::start(&opened.shared, opened.has_reserve)?;
     let handle = Arc::new(StoreHandle { threads, _lock: opened.lock });
     let writer = WalWriter::new(opened.shared.clone(), Some(handle.clone()), opened.scanner);
     // What recovery found counts as news.
     opened.shared.publish(|_| ());
-    Ok((Store { shared: opened.shared, handle, notes: opened.notes.into() }, writer))
+    Ok((Store { shared: opened.shared, handle, notes: opened.notes.into(), fence }, writer))
 }
 
 /// The threads and the lock; both end with the last of the store and its writer.
@@ -220,6 +225,7 @@ pub struct Store {
     shared: Arc<Shared>,
     handle: Arc<StoreHandle>,
     notes: Arc<[String]>,
+    fence: FenceFile,
 }
 
 impl Store {

@@ -154,7 +154,7 @@ fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any 
     }
 }
 
-fn lock(disk: &dyn Disk, layout: &Layout) -> Result<Box<dyn Any + Send + Sync>, StoreError> {
+pub(super) fn lock(disk: &dyn Disk, layout: &Layout) -> Result<Box<dyn Any + Send + Sync>, StoreError> {
     let path = layout.lock();
     disk.lock(&path, &format!("{}\n", std::process::id())).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => StoreError::Locked { path: layout.data_dir.clone() },

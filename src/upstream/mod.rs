@@ -12,6 +12,7 @@ mod dial;
 mod dialog;
 mod error;
 mod facts;
+mod fencing;
 mod follow;
 mod histories;
 mod judge;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use acknowledging::Acknowledging;
 pub use error::{Advice, UpstreamError};
+pub use fencing::{FENCE_TIME_MAX, FenceError, FenceSwitch, Fencing, fence_status};
 
 use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
@@ -99,6 +101,8 @@ pub struct Upstream {
     pub status: watch::Sender<UpstreamStatus>,
     /// Metrics.
     pub metrics: UpstreamMetrics,
+    /// Whether the upstream is to be left alone.
+    pub fencing: Fencing,
     /// Ends the task.
     pub shutdown: CancellationToken,
 }
@@ -107,28 +111,45 @@ impl Upstream {
     /// Runs until shutdown. Errors end sessions, not this task.
     pub async fn run(mut self) {
         let mut course = Course::new(self.settings.retry_interval);
+        fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
-            self.wait_for_room().await;
-            let started = Instant::now();
-            let outcome = self.session(&mut course).await;
-            self.metrics.streaming.set(0.0);
-            if started.elapsed() >= GOOD_SESSION_TIME_MIN {
+            if self.fencing.is_wanted() {
+                self.stay_fenced().await;
                 course.backoff.reset();
+                continue;
             }
-            let delay = self.judge(outcome, &mut course);
+            let leave = self.shutdown.child_token();
+            let watch = self.fencing.watch(leave.clone());
             tokio::select! {
-                () = self.shutdown.cancelled() => {}
-                () = tokio::time::sleep(delay) => {}
+                () = self.attempt(&mut course, &leave) => {}
+                // Only to be heard meanwhile.
+                () = watch => {}
             }
         }
         self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
     }
 
+    /// One session, and the pause behind it; `leave` ends both.
+    async fn attempt(&mut self, course: &mut Course, leave: &CancellationToken) {
+        self.wait_for_room(leave).await;
+        let started = Instant::now();
+        let outcome = self.session(course, leave).await;
+        self.metrics.streaming.set(0.0);
+        if started.elapsed() >= GOOD_SESSION_TIME_MIN {
+            course.backoff.reset();
+        }
+        let delay = self.judge(outcome, course);
+        tokio::select! {
+            () = leave.cancelled() => {}
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+
     /// While the store can take nothing, a connection would only make the primary wait.
-    async fn wait_for_room(&mut self) {
-        while !self.writer.has_room() && !self.shutdown.is_cancelled() {
+    async fn wait_for_room(&mut self, leave: &CancellationToken) {
+        while !self.writer.has_room() && !leave.is_cancelled() {
             tokio::select! {
-                () = self.shutdown.cancelled() => {}
+                () = leave.cancelled() => {}
                 _ = self.positions.changed() => {}
                 _ = self.condition.changed() => {}
                 () = tokio::time::sleep(ROOM_CHECK_INTERVAL) => {}
@@ -137,11 +158,15 @@ impl Upstream {
     }
 
     /// One connection, from dialling to its end; over as many timelines as the server goes through.
-    async fn session(&mut self, course: &mut Course) -> Result<StreamEnd, UpstreamError> {
+    async fn session(
+        &mut self,
+        course: &mut Course,
+        leave: &CancellationToken,
+    ) -> Result<StreamEnd, UpstreamError> {
         self.status.send_modify(|status| status.state = WalReceiverState::Connecting);
         let mut resumed = None;
         loop {
-            let streamed = self.stream(course, resumed.take()).await?;
+            let streamed = self.stream(course, resumed.take(), leave).await?;
             course.block = BlockId(streamed.block.0 + 1);
             match streamed.dialog {
                 Some(dialog) => {
@@ -158,11 +183,11 @@ impl Upstream {
         &mut self,
         course: &mut Course,
         resumed: Option<Dialog>,
+        leave: &CancellationToken,
     ) -> Result<Streamed, UpstreamError> {
-        let shutdown = self.shutdown.clone();
         let opening = self.open(course, resumed);
         let opened = tokio::select! {
-            () = shutdown.cancelled() => return Ok(Streamed::stop_requested(course.block)),
+            () = leave.cancelled() => return Ok(Streamed::stop_requested(course.block)),
             opened = opening => opened?,
         };
         self.metrics.streaming.set(1.0);
@@ -180,6 +205,7 @@ impl Upstream {
             status: &self.status,
             metrics: &self.metrics,
             shutdown: self.shutdown.clone(),
+            leave: leave.clone(),
         };
         let stream = WalReceiver::new(context, opened).run();
         Ok(tokio::select! {

@@ -220,9 +220,11 @@ fn upstream(folder: &Path) -> Upstream {
     let standbys_moved = watch::Sender::new(()).subscribe();
     let acknowledging =
         Acknowledging::new(acknowledger, Arc::new(Nobody), standbys_moved, status.clone(), metrics.clone());
+    let (_, fencing) = Fencing::new(&store);
     Upstream {
         settings: settings(folder, ""),
         store,
+        fencing,
         writer,
         positions: watch::Sender::default().subscribe(),
         condition: watch::Sender::new(Condition::Healthy).subscribe(),

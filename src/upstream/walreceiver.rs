@@ -36,7 +36,7 @@ use crate::wal::{Lsn, PgTimestamp};
 /// Why a stream ended although nothing failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum StreamEnd {
-    /// The relay stops.
+    /// The relay stops, or is fenced.
     StopRequested,
     /// Nothing was heard for `wal_receiver_timeout`.
     UpstreamSilent,
@@ -60,7 +60,10 @@ pub(crate) struct StreamContext<'a> {
     pub(crate) durable: watch::Sender<Option<Lsn>>,
     pub(crate) status: &'a watch::Sender<UpstreamStatus>,
     pub(crate) metrics: &'a UpstreamMetrics,
+    /// The relay stops.
     pub(crate) shutdown: CancellationToken,
+    /// It stops, or is to leave the upstream alone.
+    pub(crate) leave: CancellationToken,
 }
 
 /// What is left of a stream.
@@ -73,7 +76,7 @@ pub(crate) struct Streamed {
 }
 
 impl Streamed {
-    /// The relay stops.
+    /// The relay stops, or is fenced.
     pub(crate) fn stop_requested(block: BlockId) -> Self {
         Self { outcome: Ok(StreamEnd::StopRequested), block, dialog: None }
     }
@@ -221,7 +224,7 @@ impl<'a> WalReceiver<'a> {
         let has_room = self.no_room_since.is_none();
         tokio::select! {
             biased;
-            () = self.context.shutdown.cancelled() => Ok(Event::StopRequested),
+            () = self.context.leave.cancelled() => Ok(Event::StopRequested),
             _ = self.context.positions.changed() => Ok(Event::Progressed),
             _ = self.context.condition.changed() => Ok(Event::Progressed),
             () = self.context.acknowledging.changed() => Ok(Event::StandbysMoved),
@@ -431,14 +434,17 @@ impl<'a> WalReceiver<'a> {
         self.no_room_since.is_some_and(|since| since.elapsed() >= NO_ROOM_TIME_MAX)
     }
 
-    /// Waits a bounded time until everything received is flushed, tells the upstream, and ends the copy.
+    /// Waits a bounded time until everything received is flushed, tells the upstream, and ends the copy. When that was asked
+    /// for while the relay goes on, what was said last has been heard on return, if the upstream is there at all.
     async fn say_goodbye(mut self) {
         let everything_flushed = |positions: &Option<Positions>| {
             positions.is_none_or(|positions| positions.flushed >= positions.verified)
         };
+        let is_stopping = self.context.shutdown.is_cancelled();
+        let sync_time_max = if is_stopping { LAST_SYNC_TIME_MAX } else { LEAVING_SYNC_TIME_MAX };
         // Whether the wait succeeded does not matter: what is reported is true either way.
-        let _ = tokio::time::timeout(LAST_SYNC_TIME_MAX, self.context.positions.wait_for(everything_flushed))
-            .await;
+        let _ =
+            tokio::time::timeout(sync_time_max, self.context.positions.wait_for(everything_flushed)).await;
         self.handle_progress();
         while let Some(Output::Send(report)) = self.session.poll_output(Instant::now()) {
             self.queue_report(report);
@@ -446,7 +452,12 @@ impl<'a> WalReceiver<'a> {
         frontend::Message::CopyDone.encode(&mut self.unsent);
         frontend::Message::Terminate.encode(&mut self.unsent);
         // The upstream may be gone already.
-        let _ = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+        let sent = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+        if !is_stopping && matches!(sent, Ok(Ok(()))) {
+            // What it still sends is not looked at. It closes when it has read all that was said.
+            let closed = async { while let Ok(Some(_)) = self.blocks.read(&mut self.read).await {} };
+            let _ = tokio::time::timeout(LAST_SEND_TIME_MAX, closed).await;
+        }
     }
 }
 
@@ -495,7 +506,10 @@ const IDLE_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Time for the last sync when the relay stops.
 const LAST_SYNC_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// Time for the last message when the relay stops.
+/// The same when the upstream is left although the relay goes on: a primary that stops meanwhile waits for it.
+const LEAVING_SYNC_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Time for the last message, and for the upstream to close.
 const LAST_SEND_TIME_MAX: Duration = Duration::from_secs(1);
 
 const _: () = assert!(update_frame_bytes() * 8 < UNSENT_BYTES_MAX && WAL_DATA_HEADER_BYTES > 0);

@@ -20,6 +20,7 @@ mod damaged_store;
 mod descriptors;
 mod disk_full;
 mod feedback;
+mod fence;
 mod harness;
 mod held;
 mod histories;

@@ -1,4 +1,4 @@
-//! GET over HTTP/1.1 on one short connection.
+//! HTTP/1.1 on one short connection.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -6,9 +6,20 @@ use std::time::Duration;
 
 /// Status and body, or `None` when nobody answers.
 pub(crate) fn get(port: u16, path: &str) -> Option<(u16, String)> {
+    ask(port, &format!("GET {path}"), None, Duration::from_secs(5))
+}
+
+/// The same for a request such as `POST /fence`, with a token.
+pub(crate) fn ask(
+    port: u16,
+    request: &str,
+    token: Option<&str>,
+    patience: Duration,
+) -> Option<(u16, String)> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
-    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
+    stream.set_read_timeout(Some(patience)).ok()?;
+    let token = token.map_or_else(String::new, |token| format!("Authorization: Bearer {token}\r\n"));
+    write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n{token}Connection: close\r\n\r\n").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;

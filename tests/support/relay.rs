@@ -27,6 +27,8 @@ pub(crate) struct Relay {
     pub(crate) environment: Vec<(String, String)>,
     /// Programs that replace themselves by the relay, such as `prlimit --nofile=64`.
     pub(crate) wrapper: Vec<String>,
+    /// What the admin listener wants to see.
+    token: Option<&'static str>,
     folder: Arc<TempDir>,
 }
 
@@ -43,6 +45,7 @@ impl Relay {
             process: None,
             environment: Vec::new(),
             wrapper: Vec::new(),
+            token: None,
             folder,
         };
         relay.set("relay.name", &format!("{name:?}"));
@@ -89,6 +92,37 @@ impl Relay {
         self.data_dir = data_dir.to_owned();
         self.set("relay.data_dir", &format!("{:?}", data_dir.to_str().unwrap()));
         self
+    }
+
+    /// A token that the admin listener wants, and that this harness shows it.
+    pub(crate) fn with_token(mut self) -> Self {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.folder.path().join("token");
+        std::fs::write(&path, TOKEN).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        self.set("admin.token_file", &format!("{path:?}"));
+        self.token = Some(TOKEN);
+        self
+    }
+
+    /// Status and JSON of an answer to `POST`; `None` when nobody answers.
+    pub(crate) fn post(&self, path: &str) -> Option<(u16, Value)> {
+        let request = format!("POST {path}");
+        let (status, body) = http::ask(self.admin_port, &request, self.token, Duration::from_secs(40))?;
+        Some((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
+    }
+
+    /// Fences it, and returns the end of WAL that it states.
+    pub(crate) fn fence(&self) -> u64 {
+        let (status, told) = self.post("/fence").expect("an answer");
+        assert!(status == 200 && told["fenced"] == true, "{status} {told}");
+        lsn(told["flushed"].as_str().unwrap())
+    }
+
+    /// Takes the fence away.
+    pub(crate) fn unfence(&self) {
+        let (status, told) = self.post("/unfence").expect("an answer");
+        assert!(status == 200 && told["fenced"] == false, "{status} {told}");
     }
 
     /// Faults on demand for the files of this relay.
@@ -203,7 +237,7 @@ impl Relay {
 
     /// /status, or null when it does not answer.
     pub(crate) fn status(&self) -> Value {
-        let answer = http::get(self.admin_port, "/status");
+        let answer = http::ask(self.admin_port, "GET /status", self.token, Duration::from_secs(5));
         answer.and_then(|(_, body)| serde_json::from_str(&body).ok()).unwrap_or(Value::Null)
     }
 
@@ -286,7 +320,7 @@ impl Relay {
 
     /// One value of /metrics.
     pub(crate) fn metric(&self, name: &str) -> Option<f64> {
-        let (_, text) = http::get(self.admin_port, "/metrics")?;
+        let (_, text) = http::ask(self.admin_port, "GET /metrics", self.token, Duration::from_secs(5))?;
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     }
 
@@ -326,6 +360,9 @@ impl Drop for Relay {
         }
     }
 }
+
+/// Long enough for the relay to take it.
+const TOKEN: &str = "a-token-for-tests-0123456789";
 
 /// The program under test: that of this build, or one given for a comparison.
 pub(crate) fn binary() -> PathBuf {

@@ -4,8 +4,8 @@
 
 use std::{
     env, fs,
-    io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    io::Write,
+    net::SocketAddr,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::Command,
@@ -19,14 +19,13 @@ use rustix::process::Signal;
 use crate::cli::demo::installation::isolate;
 use crate::cli::demo::process::{Process, Scratch, free_addresses};
 use crate::cli::demo::server::REPLICATION_USER;
+use crate::cli::http;
 use crate::wal::Lsn;
 
 /// How long a relay may take until it can serve.
 const READY_WAIT: Duration = Duration::from_secs(30);
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 const HTTP_WAIT: Duration = Duration::from_secs(5);
-/// No page of a relay is larger.
-const PAGE_BYTES_MAX: u64 = 4 << 20;
 
 /// What a relay is called and how it is set up.
 #[derive(Clone, Debug)]
@@ -221,23 +220,13 @@ impl Relay {
 
     /// The body of a page; an answer other than 200 is an error.
     pub fn page(&self, path: &str) -> Result<String> {
-        let mut stream = TcpStream::connect_timeout(&self.admin, HTTP_WAIT)?;
-        stream.set_read_timeout(Some(HTTP_WAIT))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.admin)?;
-        let mut answer = Vec::new();
-        stream.take(PAGE_BYTES_MAX).read_to_end(&mut answer)?;
-        body_of(&String::from_utf8_lossy(&answer)).map(str::to_owned).with_context(|| format!("GET {path}"))
+        let request = http::Request { method: "GET", path, token: None };
+        let answer = request.send(self.admin, HTTP_WAIT)?;
+        if answer.status != 200 {
+            bail!("GET {path}: status {}: {}", answer.status, answer.body.trim_end());
+        }
+        Ok(answer.body)
     }
-}
-
-/// The body of an HTTP answer with status 200 that ends with the connection.
-fn body_of(answer: &str) -> Result<&str> {
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| anyhow!("the answer is cut off"))?;
-    let status_line = head.lines().next().unwrap_or_default();
-    if status_line.split(' ').nth(1) != Some("200") {
-        bail!("{status_line}: {}", body.trim_end());
-    }
-    Ok(body)
 }
 
 #[cfg(test)]
@@ -269,13 +258,5 @@ mod tests {
         assert_eq!(config.relay.name, "relay_1");
         assert_eq!(config.upstream.slot.as_deref(), Some("relay_1"));
         assert_eq!(config.store.wal_keep_size, 64 << 30);
-    }
-
-    #[test]
-    fn only_a_complete_answer_with_status_200_has_a_body() {
-        assert_eq!(body_of("HTTP/1.1 200 OK\r\nA: b\r\n\r\nyes").unwrap(), "yes");
-        let refusal = body_of("HTTP/1.1 503 Service Unavailable\r\n\r\nnot streaming\n").unwrap_err();
-        assert_eq!(refusal.to_string(), "HTTP/1.1 503 Service Unavailable: not streaming");
-        assert!(body_of("HTTP/1.1 200 OK\r\n").is_err());
     }
 }

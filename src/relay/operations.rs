@@ -1,0 +1,24 @@
+//! What can be changed over HTTP, by the parts that can do it.
+//!
+//! Owns nothing but the way from a request to the part that carries it out.
+
+use crate::admin::{FenceWish, OperationFuture, Operations};
+use crate::upstream::FenceSwitch;
+
+/// The operations of a relay.
+pub(super) struct RelayOperations {
+    pub(super) fence: FenceSwitch,
+}
+
+impl Operations for RelayOperations {
+    fn set_fence(&self, wish: FenceWish) -> OperationFuture<'_> {
+        Box::pin(async move {
+            let outcome = match wish {
+                FenceWish::Fence => self.fence.fence().await,
+                FenceWish::Unfence => self.fence.unfence().await,
+            };
+            let told = outcome.map_err(|error| error.to_string())?;
+            serde_json::to_value(told).map_err(|error| error.to_string())
+        })
+    }
+}

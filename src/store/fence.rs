@@ -1,0 +1,167 @@
+//! The fence: while it stands nothing more is received or acknowledged, on any timeline, across restarts.
+//!
+//! Owns the state file `walrelay.fence`, which is apart from the control file because a directory that holds nothing yet can
+//! be fenced too: what a relay has not begun to acknowledge it must not begin then. Durable before anybody hears of it. Does
+//! not decide what a fence forbids.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+use crate::store::control::{Control, Layout};
+use crate::store::disk::Disk;
+use crate::store::error::StoreError;
+use crate::store::shared::Shared;
+use crate::store::state::StateFile;
+use crate::store::{Store, open};
+use crate::wal::{PgTimestamp, SystemId, TimelineId};
+
+/// That nothing more is to be received or acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// When it was set, by the clock of this machine.
+    pub since: PgTimestamp,
+}
+
+/// The fence of an open store; clones are the same.
+#[derive(Clone, Debug, Default)]
+pub(super) struct FenceFile(Arc<Mutex<Option<Fence>>>);
+
+impl FenceFile {
+    pub(super) fn read(disk: &dyn Disk, layout: &Layout) -> Result<Self, StoreError> {
+        Ok(Self(Arc::new(Mutex::new(read(disk, layout)?))))
+    }
+}
+
+impl Store {
+    /// The fence, if it stands.
+    pub fn fence(&self) -> Option<Fence> {
+        *self.fence.0.lock()
+    }
+
+    /// Sets the fence or takes it away; durable on return. One that stands already stays as it was. Blocks.
+    pub fn set_fence(&self, fence: Option<Fence>) -> Result<(), StoreError> {
+        self.shared.health.check()?;
+        let Shared { disk, layout, .. } = &*self.shared;
+        let _file = self.shared.control_file.lock();
+        let standing = self.fence();
+        if standing.is_some() == fence.is_some() {
+            return Ok(());
+        }
+        if let Some(control) = self.shared.control.lock().clone() {
+            control.check_owner(&**disk, layout)?;
+        }
+        write(&**disk, layout, fence).map_err(|error| self.shared.health.judge(error))?;
+        *self.fence.0.lock() = fence;
+        Ok(())
+    }
+}
+
+/// What a directory without a relay says of itself when its fence is changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FencedDirectory {
+    /// The fence that stands now.
+    pub fence: Option<Fence>,
+    /// The cluster and the timeline whose WAL it holds; `None` when it holds nothing.
+    pub holds: Option<(SystemId, TimelineId)>,
+}
+
+/// Sets or takes away the fence of a directory that no relay has open; durable on return.
+pub fn fence_directory(
+    data_dir: &Path,
+    disk: &dyn Disk,
+    fence: Option<Fence>,
+) -> Result<FencedDirectory, StoreError> {
+    let layout = Layout::new(data_dir);
+    // One that is not there is not made: it is hardly the right one. One that is empty is closed to others, as at a first start.
+    disk.list(data_dir).map_err(StoreError::io("list", data_dir))?;
+    disk.create_dir(data_dir).map_err(StoreError::io("use directory", data_dir))?;
+    let _lock = open::lock(disk, &layout)?;
+    let control = Control::read(disk, &layout)?;
+    let standing = read(disk, &layout)?;
+    let changes = standing.is_some() != fence.is_some();
+    if changes {
+        write(disk, &layout, fence)?;
+    }
+    let fence = if changes { fence } else { standing };
+    Ok(FencedDirectory { fence, holds: control.map(|control| (control.system_id, control.timeline)) })
+}
+
+fn read(disk: &dyn Disk, layout: &Layout) -> Result<Option<Fence>, StoreError> {
+    Ok(FENCE_FILE.read::<Content>(disk, &layout.data_dir)?.and_then(|content| content.fence))
+}
+
+fn write(disk: &dyn Disk, layout: &Layout, fence: Option<Fence>) -> Result<(), StoreError> {
+    FENCE_FILE.write(disk, &layout.data_dir, &Content { fence })
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Content {
+    fence: Option<Fence>,
+}
+
+const FENCE_FILE: StateFile = StateFile { name: "walrelay.fence", magic: *b"WRFENCE\0", version: 1 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Condition, Observer, Positions, RealDisk, StoreSettings};
+
+    struct Deaf;
+
+    impl Observer for Deaf {
+        fn positions_changed(&self, _: Positions) {}
+        fn condition_changed(&self, _: Condition) {}
+    }
+
+    fn open_in(data_dir: &Path) -> Store {
+        let settings = StoreSettings {
+            data_dir: data_dir.to_owned(),
+            wal_keep_size: 0,
+            tail_bytes_max: 1 << 20,
+            unwritten_bytes_max: 1 << 20,
+            spare_segments: 1,
+            reserve_segments: 0,
+            max_replication_slots: 1,
+        };
+        crate::store::open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap().0
+    }
+
+    const FENCE: Fence = Fence { since: PgTimestamp(1) };
+
+    #[test]
+    fn a_fence_outlives_the_process_also_where_nothing_is_held_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("data");
+        let store = open_in(&dir);
+        assert_eq!(store.fence(), None);
+        store.set_fence(Some(FENCE)).unwrap();
+        store.set_fence(Some(Fence { since: PgTimestamp(9) })).unwrap();
+        drop(store);
+        let store = open_in(&dir);
+        assert_eq!(store.fence(), Some(FENCE), "the first one stands");
+        store.set_fence(None).unwrap();
+        drop(store);
+        assert_eq!(open_in(&dir).fence(), None);
+    }
+
+    #[test]
+    fn a_directory_is_fenced_without_a_relay_and_not_behind_the_back_of_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("data");
+        assert!(fence_directory(&dir, &RealDisk, Some(FENCE)).is_err(), "it was never made");
+        let store = open_in(&dir);
+        let error = fence_directory(&dir, &RealDisk, Some(FENCE)).unwrap_err();
+        assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+        drop(store);
+        let told = fence_directory(&dir, &RealDisk, Some(FENCE)).unwrap();
+        assert_eq!(told, FencedDirectory { fence: Some(FENCE), holds: None });
+        let again = fence_directory(&dir, &RealDisk, Some(Fence { since: PgTimestamp(5) })).unwrap();
+        assert_eq!(again, told);
+        assert_eq!(open_in(&dir).fence(), Some(FENCE));
+        assert_eq!(fence_directory(&dir, &RealDisk, None).unwrap().fence, None);
+        assert_eq!(open_in(&dir).fence(), None);
+    }
+}

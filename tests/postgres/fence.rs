@@ -1,0 +1,276 @@
+//! Fencing: once it is confirmed nothing more is acknowledged, whatever happens, and everything that was can be fetched.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::faults::Faults;
+use crate::support::lab::{Installation, chosen_majors};
+use crate::support::load::{Load, assert_has_confirmed, write_wal};
+use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::proxy::Proxy;
+use crate::support::raw::{RawClient, identify_system};
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn, lsn_text};
+
+/// A primary whose commits wait for the relay, a proxy that sees what the relay says, and the relay.
+fn chain_on(installation: &Installation, prepare: impl FnOnce(Relay) -> Relay) -> (Postgres, Proxy, Relay) {
+    let primary =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'relay'").start(installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port).with_token());
+    relay.start();
+    primary
+        .wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
+    (primary, proxy, relay)
+}
+
+fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
+    Some(chain_on(&Installation::any()?, prepare))
+}
+
+/// A standby for which commits need not wait while it is made, nor once it is promoted.
+fn standby(primary: &Postgres, name: &str, relay: &Relay) -> Postgres {
+    primary.standby(name, relay.port, "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s")
+}
+
+fn is_fenced(relay: &Relay) -> bool {
+    relay.status()["upstream"]["fence"]["fenced"] == true
+}
+
+/// Nothing of the upstream is touched any more.
+fn assert_apart(relay: &Relay, primary: &Postgres, proxy: &Proxy, stated: u64) {
+    let connections = proxy.connections();
+    hold("the upstream is left alone", Duration::from_millis(700), || proxy.connections() == connections);
+    assert_eq!(primary.sql("select count(*) from pg_stat_replication where application_name = 'relay'"), "0");
+    let told = proxy.passed(|passed| passed.flush_max);
+    assert!(told <= stated, "{} was acknowledged, {} stated", lsn_text(told), lsn_text(stated));
+    assert_eq!(relay.flushed(), stated, "{}", relay.status());
+    proxy.assert_honest();
+}
+
+#[test]
+fn no_commit_is_confirmed_behind_a_fence_and_all_before_are_on_the_standby_that_is_promoted() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (mut primary, proxy, mut relay) = chain_on(&installation, |relay| relay);
+        let heir = standby(&primary, "heir", &relay);
+        let loads = [0, 1, 2].map(|_| Load::start(&primary, Duration::ZERO));
+        let confirmed = || loads.iter().map(Load::committed).sum::<u64>();
+        wait_until("some commits", || confirmed() > 100);
+        // What its clients count trails what the primary has confirmed.
+        let stated = relay.fence();
+        relay.kill();
+        std::thread::sleep(Duration::from_millis(100));
+        let at_fence = confirmed();
+        relay.launch();
+        relay.wait_serving();
+        assert!(is_fenced(&relay), "{}", relay.status());
+        assert!(relay.is_ready());
+        assert_eq!(relay.metric("walrelay_fenced"), Some(1.0));
+        assert_apart(&relay, &primary, &proxy, stated);
+        hold("no commit is confirmed", Duration::from_secs(1), || confirmed() == at_fence);
+        // The standby, which starts from the beginning again, gets all of it from the fenced relay.
+        let mut heir = heir;
+        heir.restart(Stop::Immediate);
+        heir.wait_replayed(stated);
+        assert_eq!(confirmed(), at_fence);
+        primary.stop(Stop::Kill);
+        drop(loads);
+        heir.promote();
+        assert_has_confirmed(&heir, at_fence);
+        assert!(is_fenced(&relay));
+    }
+}
+
+#[test]
+fn a_fence_stands_across_restarts_and_promotions_until_it_is_taken_away() {
+    let Some(installation) = Installation::any() else { return };
+    let mut old =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'relay'").start(&installation);
+    let mut relay = Relay::new("relay", old.port).with_token();
+    relay.start();
+    let heir = standby(&old, "heir", &relay);
+    let ports = format!("{},{}", old.port, heir.port);
+    relay.terminate();
+    relay = relay.with_conninfo(&format!(
+        "host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable target_session_attrs=read-write"
+    ));
+    relay.start();
+    write_wal(&old, 2 * MB);
+    let identity = || identify_system(&mut RawClient::replication(relay.port).unwrap());
+    let before = identity();
+    let stated = relay.fence();
+    assert_eq!(relay.fence(), stated, "asked again it is the same fence");
+    assert_eq!((identity().0, identity().1), (before.0.clone(), before.1));
+    heir.wait_replayed(stated);
+    old.stop(Stop::Kill);
+    heir.promote();
+    heir.add_settings("synchronous_standby_names = 'relay'");
+    heir.reload();
+    let is_apart = |relay: &Relay| {
+        let status = relay.status();
+        let is_still =
+            status["store"]["timeline"] == 1 && lsn(status["store"]["flushed"].as_str().unwrap()) == stated;
+        is_still && status["upstream"]["state"] == "stopped" && status["upstream"]["fence"]["fenced"] == true
+    };
+    let load = Load::start_waiting(&heir);
+    for _ in 0..2 {
+        hold("the new timeline is not followed", Duration::from_secs(1), || is_apart(&relay));
+        assert_eq!(load.committed(), 0, "{}", relay.status());
+        let status = relay.terminate();
+        assert!(status.success(), "{status}");
+        relay.launch();
+        relay.wait_serving();
+    }
+    // A client that comes now gets what was held.
+    let mut client = RawClient::replication(relay.port).unwrap();
+    let from = relay.oldest();
+    client.start_replication(None, from, 1).unwrap();
+    client.read_wal(from, stated);
+    relay.unfence();
+    relay.unfence();
+    wait_until("commits to go on", || load.committed() > 10);
+    assert_eq!(relay.status()["store"]["timeline"], 2);
+    assert_eq!(relay.metric("walrelay_fenced"), Some(0.0));
+    relay.restart_after_kill();
+    assert!(!is_fenced(&relay));
+}
+
+/// Longest fast stop.
+const STOP_MAX: Duration = Duration::from_secs(3);
+
+#[test]
+fn the_primary_stops_at_once_before_while_and_after_the_relay_is_fenced() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (mut primary, proxy, relay) = chain_on(&installation, |relay| relay);
+        let load = Load::start(&primary, Duration::ZERO);
+        wait_until("some commits", || load.committed() > 50);
+        // Both at once.
+        let stated = std::thread::scope(|scope| {
+            let fencing = scope.spawn(|| relay.fence());
+            let took = primary.stop(Stop::Fast);
+            assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+            fencing.join().unwrap()
+        });
+        drop(load);
+        primary.start();
+        assert_apart(&relay, &primary, &proxy, stated);
+        let took = primary.stop(Stop::Fast);
+        assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+        proxy.assert_honest();
+    }
+}
+
+#[test]
+fn a_fence_is_not_confirmed_while_the_disk_hangs_and_the_primary_stops_nevertheless() {
+    let faults = Faults::new();
+    let Some((mut primary, proxy, relay)) = chain(|relay| relay.with_faults(&faults)) else { return };
+    let load = Load::start(&primary, Duration::ZERO);
+    wait_until("some commits", || load.committed() > 50);
+    faults.set("sync_hangs", 0);
+    let told = proxy.passed(|passed| passed.flush_max);
+    let stated = std::thread::scope(|scope| {
+        let fencing = scope.spawn(|| relay.fence());
+        let took = primary.stop(Stop::Fast);
+        assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+        hold("nothing is confirmed", Duration::from_secs(2), || !is_fenced(&relay) && !fencing.is_finished());
+        faults.clear("sync_hangs");
+        fencing.join().unwrap()
+    });
+    drop(load);
+    assert!(is_fenced(&relay) && stated >= told);
+    primary.start();
+    assert_apart(&relay, &primary, &proxy, stated);
+}
+
+#[test]
+fn the_primary_stops_at_once_fenced_or_not_when_those_whose_flush_counts_are_dead() {
+    let prepare = |relay: Relay| relay.with("upstream.acknowledge", "\"ANY 1 (a, b)\"");
+    let Some(installation) = Installation::any() else { return };
+    let mut primary =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'relay'").start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = prepare(Relay::new("relay", proxy.port).with_token());
+    relay.start();
+    let load = Load::start_waiting(&primary);
+    hold("a commit waits", Duration::from_millis(500), || load.committed() == 0);
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    let took = primary.stop(Stop::Fast);
+    assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+    primary.start();
+    wait_until("the relay to stream again", || relay.status()["upstream"]["state"] == "streaming");
+    let stated = relay.fence();
+    assert!(stated >= upto);
+    assert_eq!(proxy.passed(|passed| passed.flush_max), 0, "acknowledged without the standbys");
+    let took = primary.stop(Stop::Fast);
+    assert!(took < STOP_MAX, "the primary's fast stop took {took:?}");
+    assert_eq!(load.committed(), 0);
+    proxy.assert_honest();
+}
+
+/// Runs `walrelay fence` or `unfence`; returns its exit status, what it prints as JSON, and what it complains.
+fn command(name: &str, relay: &Relay) -> (Option<i32>, Value, String) {
+    let config = relay.write_config();
+    let (status, told, complaint) = Relay::command(&[name, "--config", config.to_str().unwrap()]);
+    (status.code(), serde_json::from_str(&told).unwrap_or(Value::Null), complaint)
+}
+
+#[test]
+fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_not() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = Relay::new("relay", primary.port).with_token();
+    // It never ran: nothing may be made up.
+    let (status, _, complaint) = command("fence", &relay);
+    assert_eq!(status, Some(1), "{complaint}");
+    assert!(complaint.contains("the relay does not run, and there is no data directory"), "{complaint}");
+    // It has a directory and holds nothing: also this one must not begin to acknowledge.
+    std::fs::create_dir(relay.data_dir()).unwrap();
+    let (status, told, complaint) = command("fence", &relay);
+    assert_eq!(
+        (status, &told["fenced"], &told["timeline"]),
+        (Some(0), &Value::Bool(true), &Value::Null),
+        "{complaint}"
+    );
+    relay.launch();
+    wait_until("the relay to tell that it is fenced", || is_fenced(&relay));
+    hold("nothing is received", Duration::from_millis(700), || relay.status()["store"]["flushed"].is_null());
+    let (status, told, complaint) = command("unfence", &relay);
+    assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(false)), "{complaint}");
+    relay.wait_ready();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    let (status, told, complaint) = command("fence", &relay);
+    assert_eq!((status, &told["timeline"]), (Some(0), &Value::from(1)), "{complaint}");
+    let stated = told["flushed"].clone();
+    assert_eq!(stated, lsn_text(relay.flushed()));
+    relay.process().signal(Signal::KILL);
+    relay.wait_for_end();
+    let (status, told, complaint) = command("fence", &relay);
+    assert_eq!(
+        (status, &told["fenced"], &told["running"]),
+        (Some(0), &Value::Bool(true), &Value::Bool(false)),
+        "{complaint}"
+    );
+    assert_eq!((&told["timeline"], &told["flushed"]), (&Value::from(1), &Value::Null));
+    let (status, told, _) = command("unfence", &relay);
+    assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(false)));
+    relay.start();
+    assert!(!is_fenced(&relay));
+    // The relay runs, and cannot be asked.
+    let without_token = Relay::new("relay", primary.port).with_data_dir(relay.data_dir());
+    let (status, _, complaint) = command("fence", &without_token);
+    assert_eq!(status, Some(1));
+    assert!(complaint.contains("the relay runs, but nobody listens on its admin.listen"), "{complaint}");
+    relay.terminate();
+    relay.unset("admin.token_file");
+    relay.start();
+    let (status, _, complaint) = command("fence", &relay);
+    assert_eq!(status, Some(1));
+    assert!(complaint.contains("was started without a token: admin.token_file must be set"), "{complaint}");
+}
