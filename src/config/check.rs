@@ -7,10 +7,10 @@ use std::{ops::RangeInclusive, path::Path, time::Duration};
 use secrecy::SecretString;
 
 use crate::config::{
-    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence, Relay,
-    SendPolicy, Store, Upstream, Users,
+    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence,
+    PatroniUrl, Relay, SendPolicy, Store, Upstream, Users,
     error::Problem,
-    listen,
+    listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
     units::{Size, Span},
 };
@@ -79,6 +79,7 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
     Ok(Upstream {
         conninfo,
         sql_conninfo,
+        patroni: patroni_urls(&raw.patroni)?,
         slot: raw.slot.clone(),
         create_slot: raw.create_slot,
         acknowledge: raw.acknowledge.parse().map_err(|error: AcknowledgePolicyError| {
@@ -106,6 +107,13 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
             Duration::from_millis(1)..=Duration::from_secs(3600),
         )?,
     })
+}
+
+fn patroni_urls(texts: &[String]) -> Result<Vec<PatroniUrl>, Problem> {
+    let parse = |text: &String| {
+        text.parse().map_err(|()| Problem::invalid("upstream.patroni", text, patroni::ADVICE))
+    };
+    texts.iter().map(parse).collect()
 }
 
 /// PostgreSQL's rule for names of slots (`ReplicationSlotValidateName`).

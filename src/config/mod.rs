@@ -10,6 +10,7 @@ mod check;
 mod document;
 mod error;
 mod listen;
+mod patroni;
 mod raw;
 #[cfg(test)]
 mod tests;
@@ -31,6 +32,7 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 
 pub use error::{ConfigError, FileKind, Place, Problem};
 pub use listen::ListenAddress;
+pub use patroni::PatroniUrl;
 pub use users::Users;
 
 use check::Loaded;
@@ -74,6 +76,8 @@ pub struct Upstream {
     pub conninfo: Conninfo,
     /// The same for SQL on those servers.
     pub sql_conninfo: Conninfo,
+    /// Members of the Patroni cluster that are asked which of them leads.
+    pub patroni: Vec<PatroniUrl>,
     /// The slot to use there, if any.
     pub slot: Option<String>,
     /// Whether it is created when it is absent.

@@ -36,6 +36,7 @@ pub(crate) struct RawRelay {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RawUpstream {
     pub(crate) conninfo: Option<String>,
+    pub(crate) patroni: Vec<String>,
     pub(crate) slot: Option<String>,
     pub(crate) create_slot: bool,
     pub(crate) acknowledge: String,
@@ -95,6 +96,7 @@ impl Default for RawUpstream {
     fn default() -> Self {
         Self {
             conninfo: None,
+            patroni: Vec::new(),
             slot: None,
             create_slot: true,
             acknowledge: "local".to_owned(),

@@ -261,6 +261,7 @@ fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
     UpstreamSettings {
         conninfo: upstream.conninfo.clone(),
         sql_conninfo: upstream.sql_conninfo.clone(),
+        patroni: upstream.patroni.clone(),
         slot: upstream.slot.clone(),
         streams_by_slot: upstream.acknowledge == AcknowledgePolicy::Local,
         create_slot: upstream.create_slot,

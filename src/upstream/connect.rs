@@ -17,6 +17,7 @@ use crate::protocol::{
 use crate::session::timelines::{Refusal, Route, route};
 use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
+use crate::upstream::patroni;
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{
     OnDivergence, UpstreamError, UpstreamSettings,
@@ -77,10 +78,17 @@ pub(crate) async fn connect(
         TargetSessionAttrs::PreferStandby => vec![TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
         other => vec![other],
     };
+    let leader = patroni::leader(&settings.patroni).await;
     let mut errors: Vec<(String, UpstreamError)> = Vec::new();
     for wanted in wanted {
         let below = |n: usize| usize::try_from(random % n.max(1) as u64).unwrap_or(0);
-        for host in conninfo.attempt_order(below) {
+        let mut hosts = conninfo.attempt_order(below);
+        if let Some(leader) = &leader
+            && !patroni::put_first(&mut hosts, leader).await
+        {
+            tracing::warn!(?leader, "the connection string does not name the server that leads by Patroni");
+        }
+        for host in hosts {
             let checked = async {
                 let connected = connect_to_host(&conninfo, host, wanted).await?;
                 check_in_time(connected, settings, store, writer).await

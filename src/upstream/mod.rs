@@ -16,6 +16,7 @@ mod fencing;
 mod follow;
 mod histories;
 mod judge;
+mod patroni;
 mod repair;
 mod repair_schedule;
 mod retained;
@@ -38,6 +39,7 @@ pub use acknowledging::Acknowledging;
 pub use error::{Advice, UpstreamError};
 pub use fencing::{FENCE_TIME_MAX, FenceError, FenceSwitch, Fencing, fence_status};
 
+use crate::config::PatroniUrl;
 use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
 use crate::session::feedback::Feedbacks;
@@ -61,6 +63,8 @@ pub struct UpstreamSettings {
     pub conninfo: Conninfo,
     /// The same for SQL, on the same servers.
     pub sql_conninfo: Conninfo,
+    /// Who is asked which server leads.
+    pub patroni: Vec<PatroniUrl>,
     /// Slot on the upstream.
     pub slot: Option<String>,
     /// Whether WAL is streamed by the slot, so that what is acknowledged moves it; else it is moved by what is durable here.

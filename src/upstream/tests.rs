@@ -139,6 +139,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
     UpstreamSettings {
         sql_conninfo: conninfo.clone(),
         conninfo,
+        patroni: Vec::new(),
         slot: Some("relay".to_owned()),
         streams_by_slot: true,
         create_slot: true,
