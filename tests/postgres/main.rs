@@ -36,6 +36,7 @@ mod sessions;
 mod shutdown;
 mod state_files;
 mod streaming;
+mod time;
 mod timelines;
 mod timeouts;
 mod upstream_slot;

@@ -16,6 +16,8 @@
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
  *   open_denied    opening a file to read it fails with EACCES
  *   resolver_hangs names are looked up when the fault is switched off
+ *   clock_ahead    the wall clock is that many seconds ahead; other clocks go right
+ *   clock_behind   the same, behind
  *
  * $FAULT_KILL="CALL:N:before" or "CALL:N:after" ends the process by SIGKILL at the N-th such call on those files:
  * sync, write, create, rename, unlink.
@@ -215,6 +217,16 @@ int unlink(const char *path) {
   step("unlink", "before");
   int result = NEXT(unlink)(path);
   step("unlink", "after");
+  return result;
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now) {
+  int result = NEXT(clock_gettime)(clock, now);
+  if (result == 0 && clock == CLOCK_REALTIME) {
+    long ahead = trigger("clock_ahead"), behind = trigger("clock_behind");
+    now->tv_sec += ahead > 0 ? ahead : 0;
+    now->tv_sec -= behind > 0 ? behind : 0;
+  }
   return result;
 }
 
