@@ -30,14 +30,21 @@ impl Store {
         self.shared.history(timeline)
     }
 
-    /// Stores the history file of a timeline; durable on return. Blocks. A stored one is never changed.
+    /// Stores the history file of a timeline; durable on return. Blocks. A stored one is not changed.
     pub fn store_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), StoreError> {
+        match self.history(timeline)? {
+            Some(held) if held != content => Err(StoreError::OtherHistory(timeline)),
+            _ => self.replace_history(timeline, content),
+        }
+    }
+
+    /// Stores the history file of a timeline of which there is no WAL here: another one under its name came from a server that
+    /// was never followed. Durable on return; blocks.
+    pub fn replace_history(&self, timeline: TimelineId, content: &[u8]) -> Result<(), StoreError> {
         self.shared.health.check()?;
         let (name, dir) = (timeline.history_file_name(), &self.shared.layout.wal_dir);
-        match self.history(timeline)? {
-            Some(held) if held == content => return Ok(()),
-            Some(_) => return Err(StoreError::OtherHistory(timeline)),
-            None => {}
+        if self.history(timeline)?.is_some_and(|held| held == content) {
+            return Ok(());
         }
         replace_durably(&*self.shared.disk, dir, &name, content)
             .map_err(StoreError::io("write", &dir.join(&name)))

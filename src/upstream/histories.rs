@@ -58,15 +58,20 @@ pub(crate) async fn check_newest(
         (fetched, _) => fetched?,
     };
     let history = TimelineHistory::parse(timeline, &content)?;
-    if held.is_some_and(|held| held != content) {
+    if held.is_some_and(|held| held != content) && !is_ahead(store, timeline) {
         return Err(StoreError::OtherHistory(timeline).into());
     }
     Ok(NewestHistory { timeline, content: Some(content), history })
 }
 
+/// Whether no WAL of the timeline was ever received: its history came from a server that was not followed so far.
+fn is_ahead(store: &Store, timeline: TimelineId) -> bool {
+    store.lineage().is_none_or(|lineage| lineage.timeline() < timeline)
+}
+
 /// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:
-/// standbys ask for each number in turn. A missing one that is not an ancestor's is passed over. In a directory that
-/// belongs to no cluster yet everything is fetched anew.
+/// standbys ask for each number in turn. A missing one that is not an ancestor's is passed over. What is held of timelines
+/// that were not followed yet is compared, and in a directory that belongs to no cluster yet everything is fetched anew.
 pub(crate) async fn store_missing(
     connected: &mut Connected,
     store: &Store,
@@ -74,7 +79,7 @@ pub(crate) async fn store_missing(
 ) -> Result<(), UpstreamError> {
     block_in_place(|| store.forget_unowned_histories())?;
     for timeline in (2..newest.timeline.get()).filter_map(TimelineId::new) {
-        if block_in_place(|| store.history(timeline))?.is_some() {
+        if !is_ahead(store, timeline) && block_in_place(|| store.history(timeline))?.is_some() {
             continue;
         }
         let content = match fetch(&mut connected.dialog, timeline).await {
@@ -82,12 +87,23 @@ pub(crate) async fn store_missing(
             Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_FILE) => continue,
             Err(error) => return Err(error),
         };
-        block_in_place(|| store.store_history(timeline, &content))?;
+        keep(store, timeline, &content)?;
     }
     if let Some(content) = newest.content {
-        block_in_place(|| store.store_history(newest.timeline, &content))?;
+        keep(store, newest.timeline, &content)?;
     }
     Ok(())
+}
+
+fn keep(store: &Store, timeline: TimelineId, content: &[u8]) -> Result<(), UpstreamError> {
+    let kept = block_in_place(|| {
+        if is_ahead(store, timeline) {
+            store.replace_history(timeline, content)
+        } else {
+            store.store_history(timeline, content)
+        }
+    });
+    Ok(kept?)
 }
 
 async fn fetch(dialog: &mut Dialog, timeline: TimelineId) -> Result<Bytes, UpstreamError> {

@@ -456,6 +456,40 @@ fn two_promotions_that_did_not_know_of_each_other_are_told_apart() {
 }
 
 #[test]
+fn a_history_of_which_no_wal_came_gives_way_to_the_one_that_is_followed() {
+    let Some(installation) = Installation::in_turn(2) else { return };
+    let mut old = primary(&installation);
+    let mut new = old.standby("next", old.port, "");
+    let mut relay = relay_of(&[&old, &new]);
+    relay.start();
+    write_wal(&old, MB);
+    relay.wait_flushed(old.flushed());
+    relay.terminate();
+    // As from servers that were promoted, told their history, and died.
+    for timeline in [2, 3] {
+        let path = relay.wal_dir().join(format!("{timeline:08X}.history"));
+        std::fs::write(path, "1\t0/1000000\tno recovery target specified\n").unwrap();
+    }
+    old.stop(Stop::Fast);
+    new.promote();
+    write_wal(&new, MB);
+    new.stop(Stop::Fast);
+    new.make_standby_of(old.port, "next");
+    new.start();
+    new.promote();
+    write_wal(&new, MB);
+    relay.start();
+    wait_timeline(&relay, 3);
+    relay.wait_flushed(new.flushed());
+    for timeline in [2, 3] {
+        let name = format!("{timeline:08X}.history");
+        let content = |folder: &Path| std::fs::read_to_string(folder.join(&name)).unwrap();
+        assert_eq!(content(&relay.wal_dir()), content(&new.wal_dir()));
+    }
+    assert_same_timeline(&relay.wal_dir(), &new, 3, new.flushed());
+}
+
+#[test]
 fn commits_that_wait_for_the_relay_go_on_after_a_promotion() {
     let Some(installation) = Installation::any() else { return };
     let mut old =
