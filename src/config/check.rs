@@ -82,6 +82,8 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         patroni: patroni_urls(&raw.patroni)?,
         slot: raw.slot.clone(),
         create_slot: raw.create_slot,
+        slot_wal_keep_max: Some(size("upstream.slot_wal_keep_max", &raw.slot_wal_keep_max, 0..=1 << 60)?)
+            .filter(|bytes| *bytes > 0),
         acknowledge: raw.acknowledge.parse().map_err(|error: AcknowledgePolicyError| {
             Problem::invalid("upstream.acknowledge", &raw.acknowledge, error.to_string())
         })?,

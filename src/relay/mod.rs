@@ -265,6 +265,7 @@ fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
         slot: upstream.slot.clone(),
         streams_by_slot: upstream.acknowledge == AcknowledgePolicy::Local,
         create_slot: upstream.create_slot,
+        slot_wal_keep_max: upstream.slot_wal_keep_max,
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,
         on_divergence: upstream.on_divergence,

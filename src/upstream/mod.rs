@@ -22,6 +22,7 @@ mod repair_schedule;
 mod retained;
 mod slot;
 mod slot_advance;
+mod slot_cost;
 #[cfg(test)]
 mod tests;
 mod walreceiver;
@@ -53,6 +54,7 @@ use crate::upstream::histories::NewestHistory;
 use crate::upstream::retained::{Retained, SlotMover};
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
 use crate::upstream::slot_advance::SlotAdvance;
+use crate::upstream::slot_cost::SlotWatch;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -71,6 +73,8 @@ pub struct UpstreamSettings {
     pub streams_by_slot: bool,
     /// Whether an absent slot is created.
     pub create_slot: bool,
+    /// WAL that the slot may make the upstream keep while none can be taken here; `None`: any amount.
+    pub slot_wal_keep_max: Option<u64>,
     /// `wal_receiver_timeout`; `None` waits for ever.
     pub receiver_timeout: Option<Duration>,
     /// `wal_receiver_status_interval`; `None`: only when asked, or when a position moves.
@@ -151,12 +155,17 @@ impl Upstream {
 
     /// While the store can take nothing, a connection would only make the primary wait.
     async fn wait_for_room(&mut self, leave: &CancellationToken) {
+        let mut watch = SlotWatch::default();
         while !self.writer.has_room() && !leave.is_cancelled() {
             tokio::select! {
                 () = leave.cancelled() => {}
                 _ = self.positions.changed() => {}
                 _ = self.condition.changed() => {}
                 () = tokio::time::sleep(ROOM_CHECK_INTERVAL) => {}
+            }
+            tokio::select! {
+                () = leave.cancelled() => {}
+                () = self.watch_slot(&mut watch) => {}
             }
         }
     }

@@ -79,6 +79,19 @@ pub(crate) async fn ensure_slot(
     Ok(UpstreamSlot { origin: SlotOrigin::Created, restart_lsn })
 }
 
+/// Where the slot keeps WAL from; `None` where there is none, it keeps nothing, or the server does not tell.
+pub(crate) async fn look_at_slot(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+) -> Result<Option<Lsn>, UpstreamError> {
+    match &settings.slot {
+        Some(slot) if connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE => {
+            Ok(read_slot(&mut connected.dialog, slot).await?.flatten())
+        }
+        _ => Ok(None),
+    }
+}
+
 /// Outer `None`: no such slot. Inner `None`: it reserves nothing yet.
 async fn read_slot(dialog: &mut Dialog, slot: &str) -> Result<Option<Option<Lsn>>, UpstreamError> {
     let rows = dialog.query(&Command::ReadReplicationSlot(slot.to_owned())).await?;

@@ -143,6 +143,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         slot: Some("relay".to_owned()),
         streams_by_slot: true,
         create_slot: true,
+        slot_wal_keep_max: None,
         receiver_timeout: None,
         status_interval: None,
         on_divergence: OnDivergence::Follow,

@@ -323,3 +323,35 @@ fn a_slow_sync_holds_up_neither_keepalives_nor_standbys() {
     faults.clear("sync_slow");
     chain.heals();
 }
+
+#[test]
+fn a_slot_that_costs_the_primary_too_much_is_dropped_until_there_is_space() {
+    // Servers before 15 do not tell where a slot is.
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let faults = Faults::new();
+    let mut relay = Relay::new("relay", primary.port).with_faults(&faults);
+    for (key, value) in [("tail_size", "1MB"), ("unwritten_size", "1MB")] {
+        relay.set(&format!("store.{key}"), &format!("{value:?}"));
+    }
+    relay.set("upstream.slot_wal_keep_max", "\"6MB\"");
+    relay.start();
+    write_wal(&primary, 2 * MB);
+    relay.wait_flushed(primary.flushed());
+    let slots = "select count(*) from pg_replication_slots where slot_name = 'relay'";
+    faults.set("write_full", 0);
+    // What was made ready before is used up first; the slot may keep this.
+    write_wal(&primary, 5 * MB);
+    wait_until("the store to notice", || relay.condition() != "healthy");
+    wait_until("the relay to have left", || primary.sql("select count(*) from pg_stat_replication") == "0");
+    assert_eq!(primary.sql(slots), "1");
+    write_wal(&primary, 8 * MB);
+    primary.wait_for_sql(slots, "0");
+    relay.wait_logged("the slot made the upstream keep too much: it was dropped");
+    relay.assert_running();
+    faults.clear("write_full");
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    primary.wait_for_sql(slots, "1");
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+}
