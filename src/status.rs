@@ -28,6 +28,8 @@ pub struct Overview {
     pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
     pub slots: Vec<ReplicationSlotStatus>,
+    /// Consumers without a slot for which WAL is kept.
+    pub consumers: Vec<ConsumerStatus>,
 }
 
 /// What is held of the timeline that is being received. Positions are absent before the first connection.
@@ -287,8 +289,63 @@ pub struct ReplicationSlotStatus {
     pub active: bool,
     /// That connection's pid.
     pub active_pid: Option<u32>,
+    /// Oldest transaction whose rows the consumer needs: nobody keeps rows for one of ours yet.
+    pub xmin: Option<u32>,
+    /// The same for the catalog's rows.
+    pub catalog_xmin: Option<u32>,
     /// Oldest WAL the consumer may still need.
     pub restart_lsn: Option<Lsn>,
+    /// Whether that WAL is there: `reserved`, `extended`, `unreserved`, `lost`.
+    pub wal_status: Option<&'static str>,
+    /// Bytes that can be written before the slot is in danger, if what slots may keep is limited.
+    pub safe_wal_size: Option<i64>,
+    /// Logical slots alone have it.
+    pub two_phase: bool,
+    /// Since when nobody uses it, by the wall clock; not before this process started.
+    pub inactive_since: Option<Timestamp>,
+    /// Logical slots alone have it.
+    pub conflicting: Option<bool>,
+    /// Why it keeps nothing any more: `wal_removed`, `idle_timeout`.
+    pub invalidation_reason: Option<&'static str>,
+    /// Logical slots alone have it.
+    pub failover: bool,
+    /// Logical slots alone have it.
+    pub synced: bool,
+}
+
+impl ReplicationSlotStatus {
+    /// A physical slot that was just made, with nothing reserved.
+    pub fn physical(slot_name: String) -> Self {
+        Self {
+            slot_name,
+            slot_type: "physical",
+            temporary: false,
+            active: false,
+            active_pid: None,
+            xmin: None,
+            catalog_xmin: None,
+            restart_lsn: None,
+            wal_status: None,
+            safe_wal_size: None,
+            two_phase: false,
+            inactive_since: None,
+            conflicting: None,
+            invalidation_reason: None,
+            failover: false,
+            synced: false,
+        }
+    }
+}
+
+/// A consumer without a slot for which WAL is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ConsumerStatus {
+    /// Name the client gave itself.
+    pub application_name: String,
+    /// Whether a session of that name streams.
+    pub active: bool,
+    /// Oldest WAL that is kept for it.
+    pub restart_lsn: Lsn,
 }
 
 /// A duration that is shown in seconds.

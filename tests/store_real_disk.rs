@@ -17,7 +17,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use walrelay::store::{
     AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
-    ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter,
+    RetentionLimits, ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter, WhenInvalid,
 };
 use walrelay::wal::builder::WalBuilder;
 use walrelay::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, SystemId, TimelineId};
@@ -70,6 +70,7 @@ fn settings(dir: &Path) -> StoreSettings {
         spare_segments: 2,
         reserve_segments: 1,
         max_replication_slots: 4,
+        limits: RetentionLimits::default(),
     }
 }
 
@@ -457,7 +458,7 @@ fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     });
     // Nobody else needs the oldest segments any more, just when the new slot is written down.
     let store = opened.store.clone();
-    let (oldest, early) = (store.oldest(), store.slots().acquire("early", 1).unwrap());
+    let (oldest, early) = (store.oldest(), store.slots().acquire("early", 1, WhenInvalid::Use).unwrap());
     *slots.0.lock() = Some(Box::new(move || {
         early.advance(wal.end());
         let deadline = Instant::now() + Duration::from_secs(3);

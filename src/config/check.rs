@@ -168,6 +168,7 @@ fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, P
         listen,
         authentication,
         send,
+        create_slots: raw.create_slots,
         wal_sender_timeout: timeout("downstream.wal_sender_timeout", &raw.wal_sender_timeout)?,
         max_wal_senders: number("downstream.max_wal_senders", raw.max_wal_senders, 1..=262_143)?,
         authentication_timeout: span(
@@ -214,7 +215,16 @@ fn store(raw: &RawStore) -> Result<Store, Problem> {
         });
     }
     Ok(Store {
-        wal_keep_size: size("store.wal_keep_size", &raw.wal_keep_size, 0..=1 << 50)?,
+        wal_keep_size: size("store.wal_keep_size", &raw.wal_keep_size, DISK_BYTES)?,
+        max_slot_wal_keep_size: slot_limit("store.max_slot_wal_keep_size", &raw.max_slot_wal_keep_size)?,
+        max_wal_size: size("store.max_wal_size", &raw.max_wal_size, DISK_BYTES)?,
+        idle_replication_slot_timeout: timeout(
+            "store.idle_replication_slot_timeout",
+            &raw.idle_replication_slot_timeout,
+        )?,
+        retain_without_slot: timeout("store.retain_without_slot", &raw.retain_without_slot)?,
+        disk_budget: Some(size("store.disk_budget", &raw.disk_budget, DISK_BYTES)?)
+            .filter(|bytes| *bytes > 0),
         tail_size,
         unwritten_size,
         spare_segments: number("store.spare_segments", raw.spare_segments, 1..=64)?,
@@ -290,6 +300,11 @@ fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result
     Err(Problem::OutOfRange { key, value: value.to_string(), min, max })
 }
 
+/// -1 is no limit, as in PostgreSQL.
+fn slot_limit(key: &'static str, raw: &Quantity) -> Result<Option<u64>, Problem> {
+    if raw.0.trim() == "-1" { Ok(None) } else { size(key, raw, DISK_BYTES).map(Some) }
+}
+
 fn number<T: TryFrom<i64>>(key: &'static str, raw: i64, range: RangeInclusive<i64>) -> Result<T, Problem> {
     let in_range = Some(raw).filter(|raw| range.contains(raw));
     in_range.and_then(|raw| T::try_from(raw).ok()).ok_or_else(|| Problem::OutOfRange {
@@ -305,6 +320,9 @@ const NAME_BYTES: RangeInclusive<usize> = 1..=63;
 
 /// As long as PostgreSQL's timeouts can be, in whole days.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 24 * 3600);
+
+/// More than any disk has.
+const DISK_BYTES: RangeInclusive<u64> = 0..=1 << 50;
 
 /// At least what the largest accepted message holds, at most what a large machine has.
 const MEMORY_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 40;

@@ -120,6 +120,8 @@ pub struct Downstream {
     pub authentication: Authentication,
     /// When WAL may be sent.
     pub send: SendPolicy,
+    /// Whether a slot that a client wants to use is created when it is absent.
+    pub create_slots: bool,
     /// Silence after which a client is given up; `None`: never.
     pub wal_sender_timeout: Option<Duration>,
     /// Most sessions that are authenticated.
@@ -155,6 +157,16 @@ pub enum SendPolicy {
 pub struct Store {
     /// Bytes of WAL to keep for consumers without a slot.
     pub wal_keep_size: u64,
+    /// Bytes of WAL that a slot may keep; `None`: any amount.
+    pub max_slot_wal_keep_size: Option<u64>,
+    /// Bytes of WAL beyond which what a slot keeps is called extended.
+    pub max_wal_size: u64,
+    /// Time after which a slot that nobody uses is invalidated; `None`: never.
+    pub idle_replication_slot_timeout: Option<Duration>,
+    /// Time for which WAL is kept for a consumer without a slot after its session; `None`: not at all.
+    pub retain_without_slot: Option<Duration>,
+    /// Bytes of segment files that there may be; `None`: as many as the disk takes.
+    pub disk_budget: Option<u64>,
     /// Bytes of the newest WAL to keep in memory.
     pub tail_size: u64,
     /// Most bytes that are received but not yet written; not more than `tail_size`.

@@ -58,6 +58,7 @@ pub(crate) struct RawDownstream {
     pub(crate) users: Option<String>,
     pub(crate) trust_local: bool,
     pub(crate) send: String,
+    pub(crate) create_slots: bool,
     pub(crate) wal_sender_timeout: Quantity,
     pub(crate) max_wal_senders: i64,
     pub(crate) authentication_timeout: Quantity,
@@ -70,6 +71,11 @@ pub(crate) struct RawDownstream {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RawStore {
     pub(crate) wal_keep_size: Quantity,
+    pub(crate) max_slot_wal_keep_size: Quantity,
+    pub(crate) max_wal_size: Quantity,
+    pub(crate) idle_replication_slot_timeout: Quantity,
+    pub(crate) retain_without_slot: Quantity,
+    pub(crate) disk_budget: Quantity,
     pub(crate) tail_size: Quantity,
     pub(crate) unwritten_size: Quantity,
     pub(crate) spare_segments: i64,
@@ -120,6 +126,7 @@ impl Default for RawDownstream {
             users: None,
             trust_local: true,
             send: "received".to_owned(),
+            create_slots: false,
             wal_sender_timeout: "60s".into(),
             max_wal_senders: 64,
             authentication_timeout: "60s".into(),
@@ -133,6 +140,11 @@ impl Default for RawStore {
     fn default() -> Self {
         Self {
             wal_keep_size: "1GB".into(),
+            max_slot_wal_keep_size: "-1".into(),
+            max_wal_size: "1GB".into(),
+            idle_replication_slot_timeout: "0".into(),
+            retain_without_slot: "0".into(),
+            disk_budget: "0".into(),
             tail_size: "64MB".into(),
             unwritten_size: "64MB".into(),
             spare_segments: 2,

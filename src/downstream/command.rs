@@ -23,6 +23,7 @@ use crate::protocol::{
     backend::{TransactionStatus, encode_backend_key_data, encode_error_response, encode_ready_for_query},
     frontend::Message,
 };
+use crate::session::sender::STOPPING_TIME_MAX;
 
 /// A session.
 pub(super) struct Session<'a, S> {
@@ -89,9 +90,9 @@ impl<'a, S: Stream> Session<'a, S> {
             }
             let message = tokio::select! {
                 message = self.connection.read_message(QUERY_BYTES_MAX) => message,
-                () = self.stop.cancelled() => {
-                    let text = "terminating connection due to administrator command";
-                    return self.terminate(&ServerError::fatal(SqlState::ADMIN_SHUTDOWN, text)).await;
+                () = self.stop.cancelled() => return self.terminate(&administrator_command()).await,
+                () = self.registration.terminated() => {
+                    return self.terminate(&administrator_command()).await;
                 }
             };
             let ended = match message {
@@ -192,7 +193,10 @@ impl<'a, S: Stream> Session<'a, S> {
     /// Says why the connection is closed, and closes it.
     async fn terminate(&mut self, error: &ServerError) -> Result<SessionEnd, ConnectionError> {
         self.connection.outgoing.encode(|out| encode_error_response(error, out));
-        self.send().await?;
+        // A client that takes nothing is not waited for: others may wait for what it holds.
+        if let Ok(sent) = tokio::time::timeout(STOPPING_TIME_MAX, self.send()).await {
+            sent?;
+        }
         Ok(SessionEnd::Terminated)
     }
 
@@ -219,6 +223,11 @@ impl<'a, S: Stream> Session<'a, S> {
             wal_sender_timeout: self.wal_sender_timeout,
         }
     }
+}
+
+/// The session is ended by the relay.
+pub(super) fn administrator_command() -> ServerError {
+    ServerError::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
 }
 
 impl<S> Drop for Session<'_, S> {

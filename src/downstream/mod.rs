@@ -46,8 +46,8 @@ use crate::net::{Listener, Peer};
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
 use crate::session::feedback::{Feedback, Feedbacks};
 use crate::session::sender::STOPPING_TIME_MAX;
-use crate::status::{RemovedWal, ReplicationSlotStatus, WalSenderStatus};
-use crate::store::{Positions, SlotInfo, SlotKind, Store};
+use crate::status::{ConsumerStatus, RemovedWal, ReplicationSlotStatus, Timestamp, WalSenderStatus};
+use crate::store::{InvalidationReason, Positions, SlotKind, SlotState, Store, WalStatus};
 
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
@@ -93,15 +93,28 @@ impl DownstreamContext {
 
     /// The slots, as `pg_replication_slots` shows them.
     pub fn replication_slots(&self) -> Vec<ReplicationSlotStatus> {
-        let status = |slot: SlotInfo| ReplicationSlotStatus {
-            slot_name: slot.name,
-            slot_type: "physical",
+        let status = |SlotState { slot, wal_status, safe_wal_size }: SlotState| ReplicationSlotStatus {
             temporary: slot.kind != SlotKind::Permanent,
             active: slot.active_pid.is_some(),
             active_pid: slot.active_pid,
             restart_lsn: slot.restart_lsn,
+            wal_status: wal_status.map(WalStatus::as_str),
+            safe_wal_size,
+            inactive_since: slot.inactive_since.map(Timestamp),
+            invalidation_reason: slot.invalidation.map(InvalidationReason::as_str),
+            ..ReplicationSlotStatus::physical(slot.name)
         };
-        self.store.slots().list().into_iter().map(status).collect()
+        self.store.slot_states().into_iter().map(status).collect()
+    }
+
+    /// Consumers without a slot for which WAL is kept.
+    pub fn consumers(&self) -> Vec<ConsumerStatus> {
+        let status = |(application_name, restart_lsn, active)| ConsumerStatus {
+            application_name,
+            active,
+            restart_lsn,
+        };
+        self.store.consumers().into_iter().map(status).collect()
     }
 
     /// Whether clients are let in: an upstream was heard once, and there is WAL to serve, wherever the upstream is now.
@@ -143,6 +156,8 @@ pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, sh
     let DownstreamSettings { unauthenticated_max, unauthenticated_per_address_max, .. } = context.settings;
     let strangers = Arc::new(Strangers::new(unauthenticated_max, unauthenticated_per_address_max));
     let refusals = Arc::new(Refusals::default());
+    let registry = Arc::clone(&context.registry);
+    context.store.slots().terminate_by(move |pid| registry.terminate(pid));
     let mut loops = JoinSet::new();
     for listener in listeners {
         let acceptor = Acceptor {

@@ -12,6 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::net::Peer;
 use crate::protocol::frontend::{CancelKey, CancelRequest};
@@ -46,6 +47,8 @@ struct Session {
     backend_start: PgTimestamp,
     cancel_key: CancelKey,
     cancel: Notify,
+    /// Canceled when the session must end.
+    terminate: CancellationToken,
     live: Mutex<Live>,
 }
 
@@ -144,6 +147,7 @@ impl Registry {
             backend_start: PgTimestamp::from_system_time(SystemTime::now()),
             cancel_key,
             cancel: Notify::new(),
+            terminate: CancellationToken::new(),
             live: Mutex::new(Live::idle()),
         });
         sessions.by_pid.insert(pid, Arc::clone(&session));
@@ -157,6 +161,13 @@ impl Registry {
             && session.cancel_key == request.key
         {
             session.cancel.notify_waiters();
+        }
+    }
+
+    /// Ends a session, whatever it does.
+    pub fn terminate(&self, pid: u32) {
+        if let Some(session) = self.sessions.lock().by_pid.get(&pid) {
+            session.terminate.cancel();
         }
     }
 
@@ -276,6 +287,13 @@ impl Registration {
     /// Comes back when the session's command is canceled after this was first polled. Cancel-safe.
     pub(super) fn canceled(&self) -> impl Future<Output = ()> + '_ {
         self.session.cancel.notified()
+    }
+}
+
+impl Registration {
+    /// Comes back when the session must end. Cancel-safe.
+    pub(super) fn terminated(&self) -> impl Future<Output = ()> + '_ {
+        self.session.terminate.cancelled()
     }
 }
 

@@ -4,7 +4,7 @@
 
 use crate::downstream::DownstreamContext;
 use crate::protocol::backend::Column;
-use crate::store::{Identity, ServerFacts};
+use crate::store::{Identity, ServerFacts, WhenInvalid};
 use crate::wal::Lsn;
 
 /// The server's identity and version, as a session saw them at its start.
@@ -28,6 +28,15 @@ impl Server {
     /// Whether the server is of this major version, or a later one.
     pub(super) fn is_at_least(&self, major: u32) -> bool {
         self.major >= major
+    }
+
+    /// What becomes of a client that wants to stream with an invalid slot.
+    pub(super) fn when_invalid(&self) -> WhenInvalid {
+        match self.major {
+            0..=15 => WhenInvalid::Revive,
+            16..=17 => WhenInvalid::Use,
+            _ => WhenInvalid::Refuse,
+        }
     }
 
     /// A position as this version prints it.

@@ -24,6 +24,8 @@ pub struct DownstreamSettings {
     pub wal_sender_timeout: Option<Duration>,
     /// When WAL may be sent.
     pub send: SendPolicy,
+    /// Whether a slot that a client wants to use is created when it is absent.
+    pub create_slots: bool,
     /// WAL kept for consumers without a slot, in bytes; for `SHOW`.
     pub wal_keep_size: u64,
     /// Most slots; for `SHOW`.
@@ -43,6 +45,7 @@ impl DownstreamSettings {
             authentication_timeout: downstream.authentication_timeout,
             wal_sender_timeout: downstream.wal_sender_timeout,
             send: downstream.send,
+            create_slots: downstream.create_slots,
             wal_keep_size: store.wal_keep_size,
             max_replication_slots: store.max_replication_slots,
             tcp,
@@ -82,6 +85,7 @@ mod tests {
                 authentication_timeout: Duration::ZERO,
                 wal_sender_timeout: None,
                 send,
+                create_slots: false,
                 wal_keep_size: 0,
                 max_replication_slots: 0,
                 tcp,

@@ -15,11 +15,12 @@ use tokio::{
     time::Sleep,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::downstream::{
     DownstreamContext,
     blocking::{BlockingError, run_blocking},
+    command::administrator_command,
     connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
     registry::Registration,
     timelines::{TimelineError, timeline_state},
@@ -33,8 +34,10 @@ use crate::session::sender::{
     NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
 };
 use crate::status::RemovedWal;
-use crate::store::{ColdRead, Positions, Read, ReadError, SlotGuard, WalReader};
-use crate::wal::{LsnRange, PgTimestamp, TimelineId};
+use crate::store::{
+    CONSUMERS_MAX, ColdRead, ConsumerGuard, Positions, Read, ReadError, SlotGuard, WalReader,
+};
+use crate::wal::{Lsn, LsnRange, PgTimestamp, TimelineId};
 
 /// One stream.
 pub(super) struct WalSender<'a, S> {
@@ -43,6 +46,8 @@ pub(super) struct WalSender<'a, S> {
     pub(super) registration: &'a Registration,
     pub(super) stop: &'a CancellationToken,
     pub(super) slot: Option<SlotGuard>,
+    /// For whom WAL is kept without a slot.
+    pub(super) consumer: Option<ConsumerGuard>,
     pub(super) timeline: TimelineId,
     pub(super) sender: Sender,
     pub(super) reader: WalReader,
@@ -125,6 +130,7 @@ impl<S: Stream> WalSender<'_, S> {
         };
         let registration = self.registration;
         let mut canceled = pin!(registration.canceled());
+        let mut terminated = pin!(registration.terminated());
         let mut sleep = pin!(tokio::time::sleep(Duration::ZERO));
         self.follow_positions(&mut run);
         self.follow_removed();
@@ -140,6 +146,7 @@ impl<S: Stream> WalSender<'_, S> {
             let event = tokio::select! {
                 event = self.next_event(&mut run, sleep.as_mut()) => event?,
                 () = canceled.as_mut() => return Err(StreamError::Refused(canceled_error())),
+                () = terminated.as_mut() => return Err(StreamError::Fatal(administrator_command())),
             };
             if let Some(ended) = self.handle(event, &mut run)? {
                 return Ok(ended);
@@ -315,10 +322,8 @@ impl<S: Stream> WalSender<'_, S> {
                 let reply = StandbyReply { write, flush, apply, reply_requested: update.reply_requested };
                 self.sender.handle_reply(reply, now);
                 let flush = self.sender.progress().flush;
-                if let (Some(slot), Some(flush)) = (&self.slot, flush)
-                    && before != Some(flush)
-                {
-                    slot.advance(flush);
+                if let Some(flush) = flush.filter(|flush| before != Some(*flush)) {
+                    self.keep_from(flush);
                 }
                 self.registration.update(|live| live.reply_time = Some(update.sent_at));
                 Ok(())
@@ -349,6 +354,17 @@ impl<S: Stream> WalSender<'_, S> {
             live.feedback = said;
             live.reply_time = Some(message.sent_at);
         });
+    }
+
+    /// The client has everything before `flush` durably.
+    fn keep_from(&mut self, flush: Lsn) {
+        if let Some(slot) = &self.slot {
+            slot.advance(flush);
+        }
+        if self.consumer.as_ref().is_some_and(|consumer| !consumer.advance(flush)) {
+            warn!(names = CONSUMERS_MAX, "WAL is kept for as many names as can be, and not for this client");
+            self.consumer = None;
+        }
     }
 
     fn follow_positions(&mut self, run: &mut Run) {

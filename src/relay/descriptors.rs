@@ -98,6 +98,7 @@ mod tests {
             authentication_timeout: Duration::from_secs(1),
             wal_sender_timeout: None,
             send: SendPolicy::Received,
+            create_slots: false,
             wal_keep_size: 0,
             max_replication_slots: 0,
             tcp: TcpOptions::default(),

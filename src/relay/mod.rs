@@ -39,7 +39,7 @@ use crate::relay::pages::RelayPages;
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{RemovedWal, UpstreamStatus};
-use crate::store::{self, Condition, RealDisk, Store, StoreError, StoreSettings, WalWriter};
+use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
 use crate::upstream::{Acknowledging, Fencing, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
@@ -245,6 +245,13 @@ fn store_settings(config: &Config) -> StoreSettings {
         spare_segments: store.spare_segments,
         reserve_segments: store.reserve_segments,
         max_replication_slots: store.max_replication_slots,
+        limits: RetentionLimits {
+            max_slot_wal_keep_size: store.max_slot_wal_keep_size,
+            max_wal_size: store.max_wal_size,
+            idle_replication_slot_timeout: store.idle_replication_slot_timeout,
+            retain_without_slot: store.retain_without_slot,
+            disk_budget: store.disk_budget,
+        },
     }
 }
 

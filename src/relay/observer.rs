@@ -10,8 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::metrics::{StoreMetrics, position_value};
-use crate::store::{Condition, DamagedSegment, Observer, Positions, Store, StoreError};
-use crate::wal::SegmentName;
+use crate::store::{
+    Condition, DamagedSegment, Observer, Positions, SlotCause, SlotNotice, Store, StoreError,
+};
+use crate::wal::{Lsn, SegmentName};
 
 /// Watches that the store's threads feed.
 #[derive(Clone)]
@@ -31,6 +33,8 @@ pub(super) struct StoreObserver {
     housekeeping: Mutex<Option<(String, Instant)>>,
     /// Damage that was told of: every client that wants the segment meets it again.
     told: Mutex<Told>,
+    /// When it was logged that the disk budget is used up.
+    budget_told: Mutex<Option<Instant>>,
 }
 
 pub(super) fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) {
@@ -45,6 +49,7 @@ pub(super) fn store_observer(metrics: StoreMetrics) -> (StoreObserver, Notices) 
         metrics,
         housekeeping: Mutex::default(),
         told: Mutex::default(),
+        budget_told: Mutex::default(),
     };
     (observer, notices)
 }
@@ -110,6 +115,34 @@ impl Observer for StoreObserver {
         self.damage.send_replace(());
     }
 
+    fn slot_taken(&self, notice: &SlotNotice) {
+        if notice.terminating.is_none() {
+            self.metrics.invalidated_slots.increment(1);
+        }
+        let SlotNotice { name, restart_lsn, terminating, cause } = notice;
+        let (detail, hint) = slot_words(*restart_lsn, cause);
+        match terminating {
+            Some(pid) => {
+                tracing::warn!(
+                    detail,
+                    hint,
+                    "terminating process {pid} to release replication slot \"{name}\""
+                );
+            }
+            None => tracing::warn!(detail, hint, "invalidating obsolete replication slot \"{name}\""),
+        }
+    }
+
+    fn kept_wal_given_up(&self) {
+        self.metrics.budget_segments.increment(1);
+        let now = Instant::now();
+        let mut told = self.budget_told.lock();
+        if told.is_none_or(|at| now.duration_since(at) >= DAMAGE_LOG_INTERVAL) {
+            tracing::warn!("the disk budget is used up: WAL that no slot needs is removed before its time");
+            *told = Some(now);
+        }
+    }
+
     fn housekeeping_failed(&self, error: &StoreError) {
         let text = error_text(error);
         let mut last = self.housekeeping.lock();
@@ -119,6 +152,31 @@ impl Observer for StoreObserver {
         if !is_repeated {
             tracing::warn!(error = %text, "upkeep of the store failed and is tried again");
             *last = Some((text, Instant::now()));
+        }
+    }
+}
+
+/// Why a slot is taken away and what would prevent it, in PostgreSQL's words.
+fn slot_words(restart_lsn: Option<Lsn>, cause: &SlotCause) -> (String, &'static str) {
+    let position = restart_lsn.map_or_else(|| "0/0".to_owned(), |restart_lsn| restart_lsn.to_string());
+    match cause {
+        SlotCause::TooFarBehind { oldest_kept } => {
+            let excess = restart_lsn.map_or(0, |restart_lsn| oldest_kept.bytes_since(restart_lsn));
+            let detail = format!("The slot's restart_lsn {position} exceeds the limit by {excess} bytes.");
+            (detail, "You might need to increase \"max_slot_wal_keep_size\".")
+        }
+        SlotCause::Idle { time, timeout } => {
+            let (time, timeout) = (time.as_secs(), timeout.as_secs());
+            let detail = format!(
+                "The slot's idle time of {time}s exceeds the configured \"idle_replication_slot_timeout\" duration of {timeout}s."
+            );
+            (detail, "You might need to increase \"idle_replication_slot_timeout\".")
+        }
+        SlotCause::DiskBudget { budget } => {
+            let detail = format!(
+                "The disk budget of {budget} bytes is used up, and of all slots this one is furthest behind, at {position}."
+            );
+            (detail, "You might need to increase \"disk_budget\".")
         }
     }
 }

@@ -8,13 +8,13 @@ use tokio::sync::watch;
 
 use crate::admin::Pages;
 use crate::downstream::DownstreamContext;
-use crate::metrics::{Metrics, ProcessMetrics, StoreMetrics};
+use crate::metrics::{Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
 use crate::status::{
     DamagedSegmentStatus, DeadBranchStatus, Overview, ReplicationSlotStatus, StoreStatus, Timestamp,
     UpstreamStatus,
 };
-use crate::store::{Condition, DeadBranch, SlotInfo, SlotKind, Store};
+use crate::store::{Condition, DeadBranch, Store, WalStatus};
 
 /// What the HTTP pages show.
 pub(super) struct RelayPages {
@@ -47,7 +47,9 @@ impl Pages for RelayPages {
         self.process.log_lines_dropped.set(dropped);
         let damaged = u32::try_from(self.store.damaged().len()).unwrap_or(u32::MAX);
         self.store_metrics.damaged_segments.set(damaged);
-        self.registry.render()
+        let mut page = self.registry.render();
+        page.push_str(&slot_lines(&self.slot_samples()));
+        page
     }
 
     fn status(&self) -> serde_json::Value {
@@ -70,13 +72,26 @@ impl Pages for RelayPages {
                 dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
             },
             downstream: self.downstream.registry.statuses(),
-            slots: self.store.slots().list().into_iter().map(slot_status).collect(),
+            slots: self.downstream.replication_slots(),
+            consumers: self.downstream.consumers(),
         };
         serde_json::to_value(overview).unwrap_or_default()
     }
 }
 
 impl RelayPages {
+    fn slot_samples(&self) -> Vec<SlotSample> {
+        let Some(positions) = self.store.positions() else { return Vec::new() };
+        let sample = |slot: ReplicationSlotStatus| SlotSample {
+            is_active: slot.active,
+            is_lost: slot.wal_status == Some(WalStatus::Lost.as_str()),
+            retained_bytes: slot.restart_lsn.map(|restart_lsn| positions.written.bytes_since(restart_lsn)),
+            safe_wal_bytes: slot.safe_wal_size,
+            slot_name: slot.slot_name,
+        };
+        self.downstream.replication_slots().into_iter().map(sample).collect()
+    }
+
     fn damaged(&self) -> Vec<DamagedSegmentStatus> {
         let Some(size) = self.store.identity().map(|identity| identity.segment_size) else {
             return Vec::new();
@@ -103,16 +118,5 @@ fn dead_branch_status(dead: &DeadBranch) -> DeadBranchStatus {
         transactions: dead.transactions.clone(),
         has_more_transactions: dead.has_more_transactions,
         report: dead.report_name(),
-    }
-}
-
-fn slot_status(slot: SlotInfo) -> ReplicationSlotStatus {
-    ReplicationSlotStatus {
-        slot_name: slot.name,
-        slot_type: "physical",
-        temporary: matches!(slot.kind, SlotKind::Temporary { .. }),
-        active: slot.active_pid.is_some(),
-        active_pid: slot.active_pid,
-        restart_lsn: slot.restart_lsn,
     }
 }

@@ -71,6 +71,11 @@ impl Catalog {
         self.complete.is_empty()
     }
 
+    /// How many complete segments there are, on whatever timeline.
+    pub(super) fn count(&self) -> usize {
+        self.complete.len()
+    }
+
     pub(super) fn get(&self, name: SegmentName) -> Option<&CompleteSegment> {
         self.complete.get(&name)
     }

@@ -125,6 +125,7 @@ mod tests {
             spare_segments: 1,
             reserve_segments: 0,
             max_replication_slots: 1,
+            limits: crate::store::RetentionLimits::default(),
         };
         crate::store::open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap().0
     }

@@ -180,6 +180,14 @@ fn open_segment(
     let target = partial_path(shared, number, size);
     let spare = match shared.pool.take() {
         Some(spare) => spare,
+        None if !shared.may_make_segment(size) => {
+            // The keeper makes room, if it can.
+            shared.keeper.notify();
+            if shared.is_budget_exhausted() {
+                shared.health.no_space(&target, &io::Error::other("the disk budget is used up"));
+            }
+            return Err(Obstacle::NoSpace);
+        }
         None => shared
             .pool
             .make(disk, layout, size, shared.queue.space())

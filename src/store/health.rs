@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use crate::store::disk::is_shortage;
 use crate::store::error::{Condition, StoreError};
 use crate::store::positions::Positions;
-use crate::wal::SegmentName;
+use crate::wal::{Lsn, SegmentName};
 
 /// Is told what happens in the store. Called from any thread; must not block.
 pub trait Observer: Send + Sync {
@@ -34,6 +34,45 @@ pub trait Observer: Send + Sync {
     fn unreadable(&self, _name: SegmentName, _error: &io::Error) {}
     /// Work that can wait failed and will be tried again: removing old segments, preparing new ones, saving slots.
     fn housekeeping_failed(&self, _error: &StoreError) {}
+    /// A slot keeps no WAL any more, or its session was told to let go of it.
+    fn slot_taken(&self, _notice: &SlotNotice) {}
+    /// A segment was removed that no slot needs, before its time: the disk budget is used up.
+    fn kept_wal_given_up(&self) {}
+}
+
+/// A slot that is taken from its consumer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotNotice {
+    /// The slot.
+    pub name: String,
+    /// What it kept.
+    pub restart_lsn: Option<Lsn>,
+    /// The session that must end first; without one the slot is invalid.
+    pub terminating: Option<u32>,
+    /// Why.
+    pub cause: SlotCause,
+}
+
+/// Why a slot is taken from its consumer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SlotCause {
+    /// It would keep more than `max_slot_wal_keep_size`.
+    TooFarBehind {
+        /// Where the oldest segment begins that a slot may keep.
+        oldest_kept: Lsn,
+    },
+    /// Nobody used it for longer than `idle_replication_slot_timeout`.
+    Idle {
+        /// For how long nobody used it.
+        time: Duration,
+        /// How long that may be.
+        timeout: Duration,
+    },
+    /// Of all slots it is furthest behind, and the disk budget is used up.
+    DiskBudget {
+        /// The budget in bytes.
+        budget: u64,
+    },
 }
 
 pub(super) struct Health {

@@ -16,7 +16,7 @@ use crate::wal::timeline::Ancestor;
 use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize};
 
 pub(super) struct Keeper {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     has_reserve: bool,
     /// The stream waits for the first spare, so it comes before the reserve; once, or a fast stream would keep the reserve
     /// from ever being made.
@@ -25,6 +25,19 @@ pub(super) struct Keeper {
     is_stopping: bool,
     /// The newest segment's place was taken from the oldest: the next one's will be, too, so none is made.
     is_recycling: bool,
+    /// The segment that was sealed last, until the slots were looked at.
+    pub(super) checkpoint: Option<SegmentNo>,
+    /// Whether the slots were looked at since the start.
+    pub(super) has_looked: bool,
+}
+
+/// Whose needs keep WAL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// Everybody's.
+    OfAll,
+    /// Those of slots alone: there is no place for more.
+    OfSlots,
 }
 
 /// Entries of segments that are gone, beyond which the index is rewritten.
@@ -32,7 +45,15 @@ const INDEX_STALE_ENTRIES_MAX: u64 = 256;
 
 impl Keeper {
     pub(super) fn new(shared: Arc<Shared>, has_reserve: bool) -> Self {
-        Self { shared, has_reserve, is_spare_first: true, is_stopping: false, is_recycling: false }
+        Self {
+            shared,
+            has_reserve,
+            is_spare_first: true,
+            is_stopping: false,
+            is_recycling: false,
+            checkpoint: None,
+            has_looked: false,
+        }
     }
 
     /// Only what must be done before the end is done from here on.
@@ -61,12 +82,22 @@ impl Keeper {
 
     fn work(&mut self, now: Instant, size: SegmentSize) -> Result<bool, StoreError> {
         // What gives space back comes before what takes some, and its failure does not keep the rest from being done.
-        let removed = self.remove_oldest(size);
+        let limited = self.apply_limits(now, size);
+        if let Some(consumers) = &self.shared.consumers {
+            consumers.expire(now);
+        }
+        let removed = self.remove_oldest(size, Needs::OfAll);
         if matches!(removed, Ok(true)) || self.seal_next(size)? {
             return Ok(true);
         }
         self.shared.slots.save_if_due(now, size)?;
-        removed?;
+        if let Some(consumers) = &self.shared.consumers {
+            consumers.save_if_due(now, size)?;
+        }
+        let (limited, removed) = (limited?, removed?);
+        if limited || removed || self.keep_to_budget(now, size)? {
+            return Ok(true);
+        }
         Ok(!self.is_stopping && (self.compact_index(size)? || self.prepare(size)?))
     }
 
@@ -105,6 +136,7 @@ impl Keeper {
         shared.publish(|positions| positions.sealed = Some(number.end(size)));
         shared.health.tell(|observer| observer.sealed(name));
         self.is_recycling = false;
+        self.checkpoint = Some(number);
         Ok(true)
     }
 
@@ -121,11 +153,11 @@ impl Keeper {
     }
 
     /// Removes the oldest segment if nobody needs it.
-    fn remove_oldest(&mut self, size: SegmentSize) -> Result<bool, StoreError> {
+    pub(super) fn remove_oldest(&mut self, size: SegmentSize, needs: Needs) -> Result<bool, StoreError> {
         let shared = &self.shared;
         let positions = shared.positions()?;
         let turn = shared.retention.lock();
-        let horizon = horizon(shared, positions.flushed);
+        let horizon = horizon(shared, positions.flushed, size, needs);
         let lineage = shared.lineage()?;
         let removable = shared.catalog.lock().removable(&lineage, horizon, size);
         let Some(name) = removable else { return Ok(false) };
@@ -160,6 +192,8 @@ impl Keeper {
         if let Some(name) = spare {
             shared.pool.found(&*shared.disk, &shared.layout, &name)?;
             self.is_recycling = true;
+            // Somebody may wait for it, where none may be made.
+            shared.queue.signal.notify();
         }
         Ok(true)
     }
@@ -192,7 +226,7 @@ impl Keeper {
             self.has_reserve = true;
             return Ok(true);
         }
-        if shared.pool.count() < wanted {
+        if shared.pool.count() < wanted && shared.may_make_segment(size) {
             let spare = shared.pool.make(disk, layout, size, shared.queue.space()).map_err(judge)?;
             shared.pool.put(spare);
             return Ok(true);
@@ -223,8 +257,20 @@ fn remove_left(
 }
 
 /// From where on WAL is needed by somebody.
-fn horizon(shared: &Shared, flushed: Lsn) -> Lsn {
-    let kept = Lsn::new(flushed.get().saturating_sub(shared.settings.wal_keep_size)).unwrap_or(Lsn::MIN);
+fn horizon(shared: &Shared, flushed: Lsn, size: SegmentSize, needs: Needs) -> Lsn {
+    let kept = match needs {
+        Needs::OfAll => {
+            Lsn::new(flushed.get().saturating_sub(shared.settings.wal_keep_size)).unwrap_or(Lsn::MIN)
+        }
+        Needs::OfSlots => flushed,
+    };
+    let consumers = shared.consumers.as_ref().filter(|_| needs == Needs::OfAll);
+    let kept = consumers.and_then(|consumers| consumers.oldest_needed()).map_or(kept, |needed| {
+        // No more than a slot would keep.
+        let current = SegmentNo::holding(flushed, size);
+        let allowed = shared.slot_limits(size).oldest_kept(current, Some(needed)).start(size);
+        kept.min(needed.max(allowed.unwrap_or(Lsn::MIN)))
+    });
     #[cfg(test)]
     if shared.mutant == crate::store::simulation::Mutant::IgnoreSlots {
         return kept;

@@ -14,6 +14,7 @@
 //!                                upstream is; a state file (see `state`)
 //!   walrelay.slots               permanent replication slots; a state file
 //!   walrelay.fence               whether the relay is fenced; a state file
+//!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   wal/
 //!     000000010000000000000007            a complete segment, exactly as the primary has it
@@ -94,6 +95,9 @@
 //! | a damaged segment's content comes again | a `.tmp`; the damaged segment, as before | removes the `.tmp`; the damage is found again |
 //! | the `.tmp` renamed to the segment's name, `wal/` not synced | P: the damaged segment, or the whole one | as above, or nothing is left to be done |
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
+//! | slot invalidated | the old file or the new one | valid, and all its WAL is there; or invalid, and the WAL may go. WAL goes only after the file |
+//! | consumers saved | the old file or the new one | what the old one says may have gone: it is a wish, and none that was granted |
+//! | spare given up to the disk budget | the spare, or not | a spare is a spare |
 //! | during recovery | as before, the reserve perhaps used up or holding anything | begins again, with a sync of `wal/`; what it reads is never what it writes to |
 //! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
 //!
@@ -114,7 +118,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+mod budget;
 mod catalog;
+mod checkpoint;
+mod consumers;
 mod control;
 mod dead_branch;
 pub mod disk;
@@ -144,6 +151,7 @@ mod rewrite;
 mod shared;
 #[cfg(test)]
 mod simulation;
+mod slot_limits;
 mod slots;
 mod state;
 mod switch;
@@ -153,16 +161,19 @@ mod unproven;
 mod walk;
 mod writer;
 
+pub use checkpoint::SlotState;
+pub use consumers::{CONSUMERS_MAX, ConsumerGuard};
 pub use control::{Identity, ServerFacts};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
 pub use fence::{Fence, FencedDirectory, fence_directory};
-pub use health::Observer;
+pub use health::{Observer, SlotCause, SlotNotice};
 pub use positions::Positions;
 pub use reader::{ColdRead, Read, WalReader};
 pub use repair::{DamagedSegment, SegmentRepair};
-pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable};
+pub use slot_limits::{InvalidationReason, RetentionLimits, WalStatus};
+pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable, WhenInvalid};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
 pub use writer::{ResumePlan, WalWriter};
 
@@ -189,6 +200,8 @@ pub struct StoreSettings {
     pub reserve_segments: u32,
     /// Most slots, permanent and temporary.
     pub max_replication_slots: usize,
+    /// What may be kept for consumers, and for how long.
+    pub limits: RetentionLimits,
 }
 
 /// Opens the store of a data directory: recovers what is there, and starts the threads.
@@ -301,6 +314,16 @@ impl Store {
     /// The replication slots.
     pub fn slots(&self) -> &SlotTable {
         &self.shared.slots
+    }
+
+    /// A session of a consumer without a slot, for which WAL is kept from what it reports on; `None` if none is for such.
+    pub fn consumer(&self, application_name: &str) -> Option<ConsumerGuard> {
+        self.shared.consumers.as_ref().map(|consumers| consumers.session(application_name))
+    }
+
+    /// The consumers without a slot for which WAL is kept: name, from where on, and whether it is connected.
+    pub fn consumers(&self) -> Vec<(String, Lsn, bool)> {
+        self.shared.consumers.as_ref().map(|consumers| consumers.list()).unwrap_or_default()
     }
 
     /// Memory that the tail keeps alive, in bytes.

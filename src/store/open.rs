@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 
 use crate::store::StoreSettings;
 use crate::store::catalog::Catalog;
+use crate::store::consumers::Consumers;
 use crate::store::control::{Control, Layout, unique_name};
 use crate::store::disk::{Disk, sync_dir};
 use crate::store::error::StoreError;
@@ -83,6 +84,12 @@ pub(super) fn open(
     let health = Arc::new(Health::new(observer));
     let slots =
         SlotTable::open(disk.clone(), layout.clone(), health.clone(), settings.max_replication_slots)?;
+    #[cfg(test)]
+    if variant == crate::store::simulation::Mutant::ForgetInvalidations {
+        slots.forget_invalidations();
+    }
+    let retain = settings.limits.retain_without_slot;
+    let consumers = Consumers::open(disk.clone(), layout.clone(), health.clone(), retain)?;
     let wal_dir = disk.open_dir(&layout.wal_dir).map_err(StoreError::io("open", &layout.wal_dir))?;
     let identity = OnceLock::new();
     if let Some(Recovered { control, .. }) = &recovered {
@@ -110,6 +117,8 @@ pub(super) fn open(
         pool,
         index: Mutex::new(None),
         slots,
+        consumers,
+        budget_exhausted: AtomicBool::new(false),
         retention: Mutex::default(),
         keeping: Mutex::default(),
         keeper: Signal::default(),

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 
 use crate::store::StoreSettings;
 use crate::store::catalog::Catalog;
+use crate::store::consumers::Consumers;
 use crate::store::control::{Control, Identity, Layout};
 use crate::store::disk::{Directory, Disk};
 use crate::store::error::StoreError;
@@ -52,6 +53,10 @@ pub(super) struct Shared {
     pub pool: Pool,
     pub index: Mutex<Option<Index>>,
     pub slots: SlotTable,
+    /// Consumers without a slot, if WAL is kept for them.
+    pub consumers: Option<Consumers>,
+    /// All that may be given up has been, and there is no place for the next segment.
+    pub budget_exhausted: AtomicBool,
     /// Held while somebody decides, by what is needed, which WAL goes, or begins to need what is there.
     pub retention: Mutex<()>,
     /// Held while the keeper works, or somebody changes what it works with.

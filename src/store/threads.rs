@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::store::consumers::Consumers;
 use crate::store::error::{NO_SPACE_RETRY_INTERVAL, StoreError};
 use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::keeper::Keeper;
@@ -126,9 +127,12 @@ fn keep_loop(mut keeper: Keeper, shared: &Shared, stopping: &AtomicBool) {
             Step::Idle | Step::Later => shared.keeper.wait_for(KEEPER_INTERVAL),
         }
     }
-    if !shared.health.has_failed()
-        && let Err(error) = shared.slots.save_now()
-    {
+    if shared.health.has_failed() {
+        return;
+    }
+    let saved = shared.slots.save_now();
+    let saved_too = shared.consumers.as_ref().map_or(Ok(()), Consumers::save_now);
+    for error in [saved, saved_too].into_iter().filter_map(Result::err) {
         shared.health.tell(|observer| observer.housekeeping_failed(&error));
     }
 }

@@ -20,7 +20,7 @@ use crate::protocol::backend::{
 };
 use crate::protocol::{ServerError, SqlState};
 use crate::session::acknowledge::{Acknowledger, Standby, Standbys};
-use crate::store::{self, Observer, RealDisk, StoreSettings};
+use crate::store::{self, Observer, RealDisk, RetentionLimits, StoreSettings};
 use crate::wal::TimelineId;
 
 /// Where a server stops to answer.
@@ -215,6 +215,7 @@ fn upstream(folder: &Path) -> Upstream {
         spare_segments: 1,
         reserve_segments: 0,
         max_replication_slots: 1,
+        limits: RetentionLimits::default(),
     };
     let (store, writer) = store::open(store_settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap();
     let (status, metrics) = (watch::Sender::default(), AllMetrics::default().upstream);

@@ -33,8 +33,8 @@ use walrelay::{
     },
     status::RemovedWal,
     store::{
-        self, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk, ServerFacts,
-        Store, StoreSettings, WalWriter,
+        self, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, RealDisk,
+        RetentionLimits, ServerFacts, Store, StoreSettings, WalWriter,
     },
     wal::{Lsn, PgTimestamp, TimelineId, builder::WalBuilder},
 };
@@ -83,6 +83,7 @@ pub(crate) fn settings() -> DownstreamSettings {
         authentication_timeout: PATIENCE,
         wal_sender_timeout: Some(Duration::from_secs(60)),
         send: SendPolicy::Received,
+        create_slots: false,
         wal_keep_size: 1 << 30,
         max_replication_slots: 4,
         tcp: TcpOptions::default(),
@@ -131,6 +132,7 @@ impl Relay {
             spare_segments: 1,
             reserve_segments: 1,
             max_replication_slots: 4,
+            limits: RetentionLimits::default(),
         };
         let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));
         let (store, mut writer) = store::open(settings, options.disk, observer).unwrap();

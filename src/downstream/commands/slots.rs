@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
+use tracing::info;
+
 use crate::downstream::{
     blocking::run_blocking,
-    command::Session,
+    command::{Session, administrator_command},
     commands::{CommandError, no_logical_decoding},
     connection::Stream,
     timelines::timeline_of,
@@ -16,7 +18,8 @@ use crate::protocol::{
     backend::Column,
     command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive, validate_slot_name},
 };
-use crate::store::{SlotError, SlotKind};
+use crate::store::{SlotError, SlotGuard, SlotKind};
+use crate::wal::Lsn;
 
 /// Creates a slot. With `RESERVE_WAL` everything that is held now is kept for it: a relay knows no checkpoint to keep WAL
 /// from, and a base backup taken elsewhere may need any of it.
@@ -39,6 +42,48 @@ pub(super) async fn create<S: Stream>(
     let columns = ["slot_name", "consistent_point", "snapshot_name", "output_plugin"].map(Column::text);
     let nowhere = session.server.lsn_text(None);
     session.put_row(&columns, &[Some(&slot), Some(&nowhere), None, None], "CREATE_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// Takes the slot that a client wants to stream with; creates it if that is configured, and it is not there.
+pub(super) async fn acquire<S: Stream>(
+    session: &mut Session<'_, S>,
+    name: String,
+    start: Option<Lsn>,
+) -> Result<SlotGuard, CommandError> {
+    let (store, pid) = (session.context.store.clone(), session.registration.pid());
+    let when_invalid = session.server.when_invalid();
+    match store.slots().acquire(&name, pid, when_invalid) {
+        Err(SlotError::NotFound(_)) if session.context.settings.create_slots => {
+            create_on_demand(session, &name, start).await?;
+            Ok(store.slots().acquire(&name, pid, when_invalid).map_err(|error| slot_error(session, error))?)
+        }
+        acquired => {
+            let guard = acquired.map_err(|error| slot_error(session, error))?;
+            if store.slots().get(&name).is_some_and(|slot| slot.restart_lsn.is_none()) {
+                // From the first report on it keeps WAL.
+                let checked = run_blocking(move || store.check_space_to_hold(&name)).await?;
+                checked.map_err(|error| slot_error(session, error))?;
+            }
+            Ok(guard)
+        }
+    }
+}
+
+/// The slot keeps what is held from where the client begins.
+async fn create_on_demand<S: Stream>(
+    session: &mut Session<'_, S>,
+    name: &str,
+    start: Option<Lsn>,
+) -> Result<(), CommandError> {
+    validate_slot_name(name).map_err(ServerError::from)?;
+    let (store, to_create) = (session.context.store.clone(), name.to_owned());
+    match run_blocking(move || store.create_slot_at(&to_create, start)).await? {
+        Ok(()) => info!(slot = name, "replication slot was absent and has been created"),
+        // Somebody else was quicker.
+        Err(SlotError::AlreadyExists(_)) => {}
+        Err(error) => return Err(slot_error(session, error).into()),
+    }
     Ok(())
 }
 
@@ -73,9 +118,9 @@ async fn wait<S: Stream>(session: &mut Session<'_, S>) -> Result<(), CommandErro
                 let text = "canceling statement due to user request";
                 return Err(ServerError::error(SqlState::QUERY_CANCELED, text).into());
             }
-            () = session.stop.cancelled() => {
-                let text = "terminating connection due to administrator command";
-                return Err(CommandError::Fatal(ServerError::fatal(SqlState::ADMIN_SHUTDOWN, text)));
+            () = session.stop.cancelled() => return Err(CommandError::Fatal(administrator_command())),
+            () = session.registration.terminated() => {
+                return Err(CommandError::Fatal(administrator_command()));
             }
         }
     }
@@ -120,6 +165,11 @@ pub(super) fn slot_error<S: Stream>(session: &Session<'_, S>, error: SlotError) 
         SlotError::NotFound(_) => ServerError::error(SqlState::UNDEFINED_OBJECT, text),
         SlotError::Active { .. } => ServerError::error(SqlState::OBJECT_IN_USE, text),
         SlotError::InvalidName(_) => ServerError::error(SqlState::INVALID_NAME, text),
+        SlotError::Invalidated { reason, .. } => {
+            let reason = reason.as_str();
+            ServerError::error(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, text)
+                .with_detail(format!("This replication slot has been invalidated due to \"{reason}\"."))
+        }
         SlotError::Full => ServerError::error(SqlState::CONFIGURATION_LIMIT_EXCEEDED, text).with_hint(
             format!("Free one or increase {}.", session.server.quoted_setting("max_replication_slots")),
         ),

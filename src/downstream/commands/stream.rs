@@ -5,7 +5,7 @@ use tracing::{info, warn};
 use crate::downstream::{
     blocking::run_blocking,
     command::{Session, SessionEnd},
-    commands::{Answered, CommandError, slots::slot_error},
+    commands::{Answered, CommandError, slots},
     connection::Stream,
     timelines::timeline_state,
     walsender::{Ended, StreamError, WalSender, now},
@@ -61,18 +61,13 @@ async fn check<S: Stream>(
     command: StartReplication,
 ) -> Result<Request, CommandError> {
     let StartReplication { slot, start, kind } = command;
-    let (store, pid) = (&session.context.store, session.registration.pid());
-    let slot = match slot {
-        Some(name) => {
-            let guard = store.slots().acquire(&name, pid).map_err(|error| slot_error(session, error))?;
-            if store.slots().get(&name).is_some_and(|slot| slot.restart_lsn.is_none()) {
-                // From the first report on it keeps WAL.
-                let store = store.clone();
-                let checked = run_blocking(move || store.check_space_to_hold(&name)).await?;
-                checked.map_err(|error| slot_error(session, error))?;
-            }
-            Some(guard)
-        }
+    let store = &session.context.store;
+    // One that is created for this request is created when the request can be met.
+    let is_absent =
+        |name: &String| session.context.settings.create_slots && store.slots().get(name).is_none();
+    let absent = slot.clone().filter(is_absent);
+    let slot = match slot.filter(|_| absent.is_none()) {
+        Some(name) => Some(slots::acquire(session, name, start).await?),
         None => None,
     };
     let positions = store.positions().ok_or_else(|| {
@@ -96,6 +91,10 @@ async fn check<S: Stream>(
     {
         return Err(not_in_history(session, start, timeline, end).into());
     }
+    let slot = match absent {
+        Some(name) => Some(slots::acquire(session, name, start).await?),
+        None => slot,
+    };
     Ok(Request { slot, timeline, state, start, servable })
 }
 
@@ -112,6 +111,9 @@ async fn stream<S: Stream>(
         wal_sender_timeout: session.wal_sender_timeout,
         segment_size: session.server.identity.segment_size,
     };
+    // Whoever has a slot needs nothing else.
+    let name = &session.registration.client().application_name;
+    let consumer = if slot.is_none() { session.context.store.consumer(name) } else { None };
     let streaming = session.context.streaming();
     let sender = WalSender {
         context: session.context,
@@ -119,6 +121,7 @@ async fn stream<S: Stream>(
         registration: &session.registration,
         stop: session.stop,
         slot,
+        consumer,
         timeline,
         sender: Sender::new(settings, state, start, servable, now()),
         reader: session.context.store.reader(timeline),

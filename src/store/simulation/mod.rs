@@ -46,6 +46,8 @@ pub(super) enum Mutant {
     SealEarly,
     /// Recovery believes what no checksum covers.
     TrustUnproven,
+    /// That a slot is invalid is not saved before its WAL goes.
+    ForgetInvalidations,
 }
 
 const SEEDS: u64 = 1500;
@@ -105,6 +107,7 @@ fn every_planted_bug_is_found() {
         Mutant::IgnoreSlots,
         Mutant::SealEarly,
         Mutant::TrustUnproven,
+        Mutant::ForgetInvalidations,
     ];
     let survivors: Vec<_> = mutants
         .into_iter()

@@ -25,7 +25,10 @@ use crate::store::keeper::Keeper;
 use crate::store::open::{Opened, open};
 use crate::store::queue::SyncJob;
 use crate::store::shared::Shared;
-use crate::store::{BlockId, Condition, Positions, SlotKind, StoreSettings, WalReader, WalWriter};
+use crate::store::{
+    BlockId, Condition, Positions, RetentionLimits, SlotKind, StoreSettings, WalReader, WalWriter,
+    WhenInvalid,
+};
 use crate::wal::{Lsn, SegmentName, TimelineId};
 
 pub(super) type Checked = Result<(), String>;
@@ -92,6 +95,19 @@ pub(super) fn settings() -> StoreSettings {
         spare_segments: 2,
         reserve_segments: 1,
         max_replication_slots: 3,
+        limits: RetentionLimits::default(),
+    }
+}
+
+/// What consumers may keep: nothing is limited, or little is allowed.
+fn limits(random: &mut Random) -> RetentionLimits {
+    let is_limited = |random: &mut Random| random.is_one_in(3);
+    RetentionLimits {
+        max_slot_wal_keep_size: is_limited(random).then(|| random.below(3) << 20),
+        max_wal_size: 1 << 20,
+        idle_replication_slot_timeout: is_limited(random).then(|| Duration::from_secs(5)),
+        retain_without_slot: None,
+        disk_budget: is_limited(random).then(|| 1 + random.below(12 << 20)),
     }
 }
 
@@ -113,7 +129,11 @@ impl World {
             now: Instant::now(),
             slots: BTreeMap::new(),
             last_error: String::new(),
-            settings: StoreSettings { wal_keep_size: [1, 4][random.below_len(2)] << 20, ..settings() },
+            settings: StoreSettings {
+                wal_keep_size: [1, 4][random.below_len(2)] << 20,
+                limits: limits(&mut Random::new(!seed)),
+                ..settings()
+            },
             faults_per_mille: [0, 10, 30, 80][random.below_len(4)],
             random,
         }
@@ -145,6 +165,11 @@ impl World {
         let end = world.truth.wal.start().advance(bytes);
         world.primary = world.truth.ends.partition_point(|known| *known < end);
         world
+    }
+
+    /// What consumers may keep, from the next start on.
+    pub(super) fn limit(&mut self, limits: RetentionLimits) {
+        self.settings.limits = limits;
     }
 
     /// The primary writes so many bytes more.
@@ -413,8 +438,8 @@ impl World {
             if known.is_none() {
                 self.slots.insert(name.to_owned(), None);
             }
-        } else if let Ok(guard) = table.acquire(name, 1) {
-            let now = table.get(name).and_then(|slot| slot.restart_lsn).unwrap_or(oldest);
+        } else if let Ok(guard) = table.acquire(name, 1, WhenInvalid::Refuse) {
+            let now = table.get(name).and_then(|slot| slot.restart_lsn).unwrap_or(oldest).max(oldest);
             let ahead = positions.flushed.bytes_since(now);
             guard.advance(now.advance(self.random.below(ahead + 1)));
         }

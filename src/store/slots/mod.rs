@@ -3,21 +3,29 @@
 //! Owns the slot table and its file `walrelay.slots`. A permanent slot is durable before its creation or removal is
 //! answered. `restart_lsn` follows the consumer in memory and is saved later; retention goes by the lower of the two, so
 //! that after a crash no slot points at WAL that was removed meanwhile. A slot that never had a `restart_lsn` keeps
-//! nothing, as in PostgreSQL.
+//! nothing, as in PostgreSQL. What slots may keep is `slot_limits`' business, when a slot is looked at the keeper's; that
+//! one is of no use any more is durable here before the WAL goes that it needed.
+
+mod guard;
+mod invalidate;
+mod saved;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use crate::store::control::Layout;
 use crate::store::disk::Disk;
 use crate::store::error::StoreError;
 use crate::store::health::Health;
-use crate::store::state::StateFile;
-use crate::wal::{Lsn, SegmentNo, SegmentSize};
+use crate::store::slot_limits::{InvalidationReason, SlotPosition};
+use crate::wal::{Lsn, PgTimestamp, SegmentNo, SegmentSize};
+
+pub use guard::SlotGuard;
+pub(super) use invalidate::{Enforced, Taken};
+use saved::{SLOTS_FILE, SavedSlot};
 
 /// The replication slots of this relay; clones share them.
 #[derive(Clone)]
@@ -46,6 +54,29 @@ pub struct SlotInfo {
     pub restart_lsn: Option<Lsn>,
     /// The session that uses it.
     pub active_pid: Option<u32>,
+    /// Why it is of no use any more, if so.
+    pub invalidation: Option<InvalidationReason>,
+    /// Since when nobody uses it, by the wall clock: for people. What is decided goes by the time that passes.
+    pub inactive_since: Option<PgTimestamp>,
+}
+
+impl SlotInfo {
+    /// What decides about its state.
+    pub(super) fn position(&self) -> SlotPosition {
+        let Self { restart_lsn, invalidation, active_pid, .. } = *self;
+        SlotPosition { restart_lsn, invalidation, is_active: active_pid.is_some(), idle: None }
+    }
+}
+
+/// What a session does with a slot that is of no use any more; PostgreSQL's versions differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenInvalid {
+    /// It is refused (18 and later).
+    Refuse,
+    /// It streams what is there, and nothing is kept (16 and 17).
+    Use,
+    /// With its first report the slot is of use again (up to 15).
+    Revive,
 }
 
 /// A slot could not be created, used or dropped. The texts are PostgreSQL's.
@@ -68,6 +99,14 @@ pub enum SlotError {
     /// Not 1 to 63 lower case letters, digits and underscores.
     #[error("replication slot name \"{0}\" is not valid")]
     InvalidName(String),
+    /// It keeps nothing any more.
+    #[error("can no longer access replication slot \"{name}\"")]
+    Invalidated {
+        /// The slot.
+        name: String,
+        /// Why.
+        reason: InvalidationReason,
+    },
     /// The limit is reached.
     #[error("all replication slots are in use")]
     Full,
@@ -92,7 +131,15 @@ struct Inner {
     /// Held while the file is written, so that its versions are in order. Taken before `slots`.
     file: Mutex<FileState>,
     slots: Mutex<Slots>,
+    /// Ends the session of a number.
+    terminate: OnceLock<Terminate>,
+    /// A planted bug.
+    #[cfg(test)]
+    is_forgetful: std::sync::atomic::AtomicBool,
 }
+
+/// Ends the session of a number. Must not block.
+type Terminate = Box<dyn Fn(u32) + Send + Sync>;
 
 #[derive(Default)]
 struct FileState {
@@ -109,20 +156,25 @@ struct Slots {
 struct Slot {
     kind: SlotKind,
     restart_lsn: Option<Lsn>,
+    invalidation: Option<InvalidationReason>,
     /// What the file says.
-    saved_restart_lsn: Option<Lsn>,
+    saved: Saved,
     active_pid: Option<u32>,
+    /// The session that was told to let go.
+    told_pid: Option<u32>,
+    /// When it was left, by the wall clock. As in PostgreSQL not before this process started.
+    inactive_since: PgTimestamp,
+    /// When the keeper first saw that nobody uses it.
+    idle_since: Option<Instant>,
     /// Tells a slot from an earlier one of the same name.
     generation: u64,
 }
 
-#[derive(Serialize, Deserialize)]
-struct SavedSlot {
-    name: String,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Saved {
     restart_lsn: Option<Lsn>,
+    invalidation: Option<InvalidationReason>,
 }
-
-const SLOTS_FILE: StateFile = StateFile { name: "walrelay.slots", magic: *b"WRSLOTS\0", version: 1 };
 
 /// Longest time for which an advanced `restart_lsn` is only in memory.
 const SLOTS_SAVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -139,11 +191,26 @@ impl SlotTable {
     ) -> Result<Self, StoreError> {
         let saved: Vec<SavedSlot> = SLOTS_FILE.read(&*disk, &layout.data_dir)?.unwrap_or_default();
         let mut slots = Slots::default();
-        for SavedSlot { name, restart_lsn } in saved {
-            slots.insert(name, SlotKind::Permanent, restart_lsn);
+        for SavedSlot { name, restart_lsn, invalidation } in saved {
+            slots.insert(name, SlotKind::Permanent, Saved { restart_lsn, invalidation });
         }
-        let (file, slots) = (Mutex::default(), Mutex::new(slots));
-        Ok(Self(Arc::new(Inner { disk, layout, health, slots_max, file, slots })))
+        let (file, slots, terminate) = (Mutex::default(), Mutex::new(slots), OnceLock::new());
+        Ok(Self(Arc::new(Inner {
+            disk,
+            layout,
+            health,
+            slots_max,
+            file,
+            slots,
+            terminate,
+            #[cfg(test)]
+            is_forgetful: std::sync::atomic::AtomicBool::new(false),
+        })))
+    }
+
+    /// Whom to ask to end a session whose slot is taken from it. The first who says so is asked.
+    pub fn terminate_by(&self, terminate: impl Fn(u32) + Send + Sync + 'static) {
+        let _ = self.0.terminate.set(Box::new(terminate));
     }
 
     /// Creates a slot. With `reserve` WAL is kept from there on. A permanent one is durable on return; blocks.
@@ -162,9 +229,11 @@ impl SlotTable {
             }
         }
         if kind == SlotKind::Permanent {
-            self.save(|saved| saved.push(SavedSlot { name: name.to_owned(), restart_lsn: reserve }))?;
+            let name = name.to_owned();
+            self.save(|saved| saved.push(SavedSlot { name, restart_lsn: reserve, invalidation: None }))?;
         }
-        self.0.slots.lock().insert(name.to_owned(), kind, reserve);
+        let saved = Saved { restart_lsn: reserve, invalidation: None };
+        self.0.slots.lock().insert(name.to_owned(), kind, saved);
         Ok(())
     }
 
@@ -172,7 +241,7 @@ impl SlotTable {
     pub fn drop_slot(&self, name: &str, pid: u32) -> Result<(), SlotError> {
         let _file = self.0.file.lock();
         // While the file is written nobody else may use it.
-        let guard = self.acquire(name, pid)?;
+        let guard = self.acquire(name, pid, WhenInvalid::Use)?;
         let Some(SlotInfo { kind, .. }) = self.get(name) else {
             return Err(SlotError::NotFound(name.to_owned()));
         };
@@ -201,7 +270,7 @@ impl SlotTable {
     }
 
     /// Takes a slot for the session `pid`, until the guard is dropped.
-    pub fn acquire(&self, name: &str, pid: u32) -> Result<SlotGuard, SlotError> {
+    pub fn acquire(&self, name: &str, pid: u32, when_invalid: WhenInvalid) -> Result<SlotGuard, SlotError> {
         let mut slots = self.0.slots.lock();
         let slot = slots.by_name.get_mut(name).ok_or_else(|| SlotError::NotFound(name.to_owned()))?;
         // A temporary slot belongs to its session also while that does not stream.
@@ -212,8 +281,11 @@ impl SlotTable {
         if let Some(pid) = owner {
             return Err(SlotError::Active { name: name.to_owned(), pid });
         }
-        slot.active_pid = Some(pid);
-        Ok(SlotGuard { table: self.clone(), name: name.to_owned(), generation: slot.generation })
+        if let (Some(reason), WhenInvalid::Refuse) = (slot.invalidation, when_invalid) {
+            return Err(SlotError::Invalidated { name: name.to_owned(), reason });
+        }
+        (slot.active_pid, slot.told_pid, slot.idle_since) = (Some(pid), None, None);
+        Ok(SlotGuard::new(self.clone(), name, slot.generation, when_invalid))
     }
 
     /// The oldest position that a slot keeps.
@@ -229,7 +301,7 @@ impl SlotTable {
             let slots = self.0.slots.lock();
             let mut changed = slots.by_name.values().filter(|slot| slot.is_unsaved()).peekable();
             let has_changed = changed.peek().is_some();
-            let passed = |slot: &Slot| slot.restart_lsn.map(segment) != slot.saved_restart_lsn.map(segment);
+            let passed = |slot: &Slot| slot.restart_lsn.map(segment) != slot.saved.restart_lsn.map(segment);
             (has_changed, changed.any(passed))
         };
         let is_due = file.saved_at.is_none_or(|saved| now.duration_since(saved) >= SLOTS_SAVE_INTERVAL);
@@ -246,55 +318,75 @@ impl SlotTable {
         let has_changed = self.0.slots.lock().by_name.values().any(Slot::is_unsaved);
         if has_changed { self.save(|_| ()) } else { Ok(()) }
     }
-
-    /// Writes the permanent slots as they are, with a change; the caller holds `file`.
-    fn save(&self, change: impl FnOnce(&mut Vec<SavedSlot>)) -> Result<(), StoreError> {
-        let Inner { disk, layout, health, slots, .. } = &*self.0;
-        health.check()?;
-        let permanent = |(name, slot): (&String, &Slot)| {
-            let SlotKind::Permanent = slot.kind else { return None };
-            Some(SavedSlot { name: name.clone(), restart_lsn: slot.restart_lsn })
-        };
-        let mut saved: Vec<SavedSlot> = slots.lock().by_name.iter().filter_map(permanent).collect();
-        change(&mut saved);
-        SLOTS_FILE.write(&**disk, &layout.data_dir, &saved).map_err(|error| health.judge(error))?;
-        let mut slots = slots.lock();
-        for SavedSlot { name, restart_lsn } in saved {
-            if let Some(slot) = slots.by_name.get_mut(&name) {
-                slot.saved_restart_lsn = restart_lsn;
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Slots {
-    fn insert(&mut self, name: String, kind: SlotKind, restart_lsn: Option<Lsn>) {
+    fn insert(&mut self, name: String, kind: SlotKind, saved: Saved) {
         let generation = self.next_generation;
         self.next_generation += 1;
-        let slot = Slot { kind, restart_lsn, saved_restart_lsn: restart_lsn, active_pid: None, generation };
+        let Saved { restart_lsn, invalidation } = saved;
+        let slot = Slot {
+            kind,
+            restart_lsn,
+            invalidation,
+            saved,
+            active_pid: None,
+            told_pid: None,
+            inactive_since: PgTimestamp::from_system_time(SystemTime::now()),
+            idle_since: None,
+            generation,
+        };
         self.by_name.insert(name, slot);
     }
 }
 
 impl Slot {
-    fn info(&self, name: &str) -> SlotInfo {
-        let active_pid = match self.kind {
+    /// The session that it belongs to now.
+    fn owner(&self) -> Option<u32> {
+        match self.kind {
             SlotKind::Temporary { owner } => Some(owner),
             SlotKind::Permanent => self.active_pid,
-        };
-        SlotInfo { name: name.to_owned(), kind: self.kind, restart_lsn: self.restart_lsn, active_pid }
+        }
+    }
+
+    fn info(&self, name: &str) -> SlotInfo {
+        let active_pid = self.owner();
+        SlotInfo {
+            name: name.to_owned(),
+            kind: self.kind,
+            restart_lsn: self.restart_lsn,
+            active_pid,
+            invalidation: self.invalidation,
+            inactive_since: active_pid.is_none().then_some(self.inactive_since),
+        }
+    }
+
+    /// What decides about it.
+    fn position(&self, now: Instant) -> SlotPosition {
+        SlotPosition {
+            restart_lsn: self.restart_lsn,
+            invalidation: self.invalidation,
+            is_active: self.owner().is_some(),
+            idle: self.idle_since.map(|since| now.saturating_duration_since(since)),
+        }
     }
 
     fn is_unsaved(&self) -> bool {
-        self.kind == SlotKind::Permanent && self.restart_lsn != self.saved_restart_lsn
+        let Self { restart_lsn, invalidation, .. } = *self;
+        self.kind == SlotKind::Permanent && Saved { restart_lsn, invalidation } != self.saved
     }
 
+    /// From where on it keeps WAL. One that is of no use any more keeps what the file says, until that says so too.
     fn oldest_needed(&self) -> Option<Lsn> {
-        match (self.kind, self.saved_restart_lsn) {
-            (SlotKind::Permanent, Some(saved)) => self.restart_lsn.map(|now| now.min(saved)),
-            (SlotKind::Permanent, None) | (SlotKind::Temporary { .. }, _) => self.restart_lsn,
-        }
+        let keeps = |invalidation: Option<InvalidationReason>, restart_lsn: Option<Lsn>| {
+            restart_lsn.filter(|_| invalidation.is_none())
+        };
+        let now = keeps(self.invalidation, self.restart_lsn);
+        let saved = match self.kind {
+            SlotKind::Permanent => keeps(self.saved.invalidation, self.saved.restart_lsn),
+            SlotKind::Temporary { .. } => None,
+        };
+        now.into_iter().chain(saved).min()
     }
 }
 
@@ -303,41 +395,5 @@ fn is_valid_name(name: &str) -> bool {
     (1..=SLOT_NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(is_allowed)
 }
 
-/// The use of a slot by one session; ends when dropped.
-pub struct SlotGuard {
-    table: SlotTable,
-    name: String,
-    generation: u64,
-}
-
-impl SlotGuard {
-    /// The slot's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The consumer has everything before `restart_lsn` durably. As in PostgreSQL the slot follows what is reported, also
-    /// backwards: a consumer that was set back needs the older WAL.
-    pub fn advance(&self, restart_lsn: Lsn) {
-        self.with_slot(|slot| slot.restart_lsn = Some(restart_lsn));
-    }
-
-    fn with_slot(&self, change: impl FnOnce(&mut Slot)) {
-        let mut slots = self.table.0.slots.lock();
-        let slot = slots.by_name.get_mut(&self.name);
-        // The slot may have been dropped and created again meanwhile.
-        if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
-            change(slot);
-        }
-    }
-}
-
-impl Drop for SlotGuard {
-    fn drop(&mut self) {
-        self.with_slot(|slot| slot.active_pid = None);
-    }
-}
-
 #[cfg(test)]
-#[path = "slots_tests.rs"]
 mod tests;

@@ -38,11 +38,15 @@ fn permanent_slots_survive_a_restart_and_temporary_ones_end_with_their_session()
     assert!(slots.get("b").is_none());
 
     let slots = table(dir.path());
+    let inactive_since = slots.get("a").unwrap().inactive_since;
+    assert!(inactive_since.is_some());
     let a = SlotInfo {
         name: "a".to_owned(),
         kind: SlotKind::Permanent,
         restart_lsn: Some(at(5)),
         active_pid: None,
+        invalidation: None,
+        inactive_since,
     };
     assert_eq!(slots.list(), [a]);
 }
@@ -59,12 +63,12 @@ fn what_is_asked_wrongly_is_refused_in_postgresqls_words() {
     assert_eq!(error.to_string(), "replication slot \"a\" already exists");
     let error = slots.drop_slot("b", 1).unwrap_err();
     assert_eq!(error.to_string(), "replication slot \"b\" does not exist");
-    let _guard = slots.acquire("a", 12).unwrap();
-    let error = slots.acquire("a", 13).err().unwrap();
+    let _guard = slots.acquire("a", 12, WhenInvalid::Use).unwrap();
+    let error = slots.acquire("a", 13, WhenInvalid::Use).err().unwrap();
     assert_eq!(error.to_string(), "replication slot \"a\" is active for PID 12");
     assert!(matches!(slots.drop_slot("a", 13), Err(SlotError::Active { pid: 12, .. })));
     slots.create("t", SlotKind::Temporary { owner: 12 }, None).unwrap();
-    assert!(matches!(slots.acquire("t", 13), Err(SlotError::Active { pid: 12, .. })));
+    assert!(matches!(slots.acquire("t", 13, WhenInvalid::Use), Err(SlotError::Active { pid: 12, .. })));
     slots.create("u", SlotKind::Permanent, None).unwrap();
     assert!(matches!(slots.create("v", SlotKind::Permanent, None), Err(SlotError::Full)));
 }
@@ -74,10 +78,10 @@ fn a_guard_of_an_earlier_slot_does_not_touch_its_namesake() {
     let dir = tempfile::tempdir().unwrap();
     let slots = table(dir.path());
     slots.create("t", SlotKind::Temporary { owner: 1 }, None).unwrap();
-    let old = slots.acquire("t", 1).unwrap();
+    let old = slots.acquire("t", 1, WhenInvalid::Use).unwrap();
     slots.drop_temporary(1);
     slots.create("t", SlotKind::Permanent, None).unwrap();
-    let new = slots.acquire("t", 2).unwrap();
+    let new = slots.acquire("t", 2, WhenInvalid::Use).unwrap();
     old.advance(at(9));
     drop(old);
     assert_eq!(slots.get("t").unwrap().active_pid, Some(2));
@@ -93,7 +97,7 @@ fn retention_goes_by_what_a_crash_would_leave() {
     let slots = table(dir.path());
     slots.create("a", SlotKind::Permanent, None).unwrap();
     assert_eq!(slots.oldest_needed(), None);
-    let guard = slots.acquire("a", 1).unwrap();
+    let guard = slots.acquire("a", 1, WhenInvalid::Use).unwrap();
     guard.advance(at(0x10_0008));
     assert_eq!(
         slots.oldest_needed(),

@@ -4,10 +4,14 @@
 //! by name while WAL flows. Labels are closed sets; a position is a gauge in bytes from the beginning of the log, as
 //! `pg_wal_lsn_diff(lsn, '0/0')` prints it.
 
+mod slots;
+
 use std::{sync::Arc, time::Duration};
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+pub use slots::{SLOT_SERIES_MAX, SlotSample, slot_lines};
 
 /// The registry, and what the page at `/metrics` shows.
 pub struct Metrics {
@@ -92,6 +96,10 @@ pub struct StoreMetrics {
     pub no_space: Gauge,
     /// 1 once a sync failed.
     pub failed: Gauge,
+    /// Slots invalidated.
+    pub invalidated_slots: Counter,
+    /// Segments removed before their time, because the disk budget was used up.
+    pub budget_segments: Counter,
 }
 
 impl StoreMetrics {
@@ -124,6 +132,12 @@ impl StoreMetrics {
                 .counter("walrelay_store_read_errors_total", "Reads of WAL that failed on the disk"),
             no_space: metrics.gauge("walrelay_store_no_space", None, "1 while no space can be had for WAL"),
             failed: metrics.gauge("walrelay_store_failed", None, "1 once the store has failed"),
+            invalidated_slots: metrics
+                .counter("walrelay_store_invalidated_slots_total", "Replication slots invalidated"),
+            budget_segments: metrics.counter(
+                "walrelay_store_budget_segments_total",
+                "Segments that no slot needed, removed before their time for the disk budget",
+            ),
         }
     }
 }

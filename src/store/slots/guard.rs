@@ -1,0 +1,54 @@
+//! The use of a slot by one session.
+//!
+//! Owns nothing: changes the slot that it was made for, and no later one of the same name.
+
+use std::time::SystemTime;
+
+use crate::store::slots::{Slot, SlotTable, WhenInvalid};
+use crate::wal::{Lsn, PgTimestamp};
+
+/// The use of a slot by one session; ends when dropped.
+pub struct SlotGuard {
+    table: SlotTable,
+    name: String,
+    generation: u64,
+    when_invalid: WhenInvalid,
+}
+
+impl SlotGuard {
+    pub(super) fn new(table: SlotTable, name: &str, generation: u64, when_invalid: WhenInvalid) -> Self {
+        Self { table, name: name.to_owned(), generation, when_invalid }
+    }
+
+    /// The slot's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The consumer has everything before `restart_lsn` durably. As in PostgreSQL the slot follows what is reported, also
+    /// backwards: a consumer that was set back needs the older WAL.
+    pub fn advance(&self, restart_lsn: Lsn) {
+        self.with_slot(|slot| {
+            slot.restart_lsn = Some(restart_lsn);
+            if self.when_invalid == WhenInvalid::Revive {
+                slot.invalidation = None;
+            }
+        });
+    }
+
+    fn with_slot(&self, change: impl FnOnce(&mut Slot)) {
+        let mut slots = self.table.0.slots.lock();
+        let slot = slots.by_name.get_mut(&self.name);
+        // The slot may have been dropped and created again meanwhile.
+        if let Some(slot) = slot.filter(|slot| slot.generation == self.generation) {
+            change(slot);
+        }
+    }
+}
+
+impl Drop for SlotGuard {
+    fn drop(&mut self) {
+        let now = PgTimestamp::from_system_time(SystemTime::now());
+        self.with_slot(|slot| (slot.active_pid, slot.inactive_since) = (None, now));
+    }
+}
