@@ -386,7 +386,12 @@ impl Upstream {
         let Some(Positions { timeline, verified: from, .. }) = *self.positions.borrow() else { return };
         let Some(to) = course.upstream_end.filter(|to| *to > from) else { return };
         let removed = Some(RemovedWal { timeline, from, to });
-        self.status.send_if_modified(|status| std::mem::replace(&mut status.removed, removed) != removed);
+        self.status.send_if_modified(|status| {
+            // At once: there may be more to do at the upstream before this session is judged, and that may take time.
+            status.needs_attention = true;
+            self.metrics.needs_attention.set(1.0);
+            std::mem::replace(&mut status.removed, removed) != removed
+        });
     }
 }
 
