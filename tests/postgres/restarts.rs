@@ -7,6 +7,7 @@ use crate::support::compare::{assert_equal_clusters, assert_same_wal};
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::process::Program;
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
@@ -220,16 +221,32 @@ fn another_system_is_refused_and_what_is_held_stays() {
 #[test]
 fn another_segment_size_is_refused() {
     let Some(mut chain) = plain_chain() else { return };
-    let held = chain.relay.flushed();
-    let stranger = Settings::new().segment_size_mb(16).start(&chain.primary.installation);
+    write_wal(&chain.primary, MB);
+    let upto = chain.primary.flushed();
+    chain.relay.wait_flushed(upto);
+    // The same cluster by its identifier: nothing else tells that this is another one.
+    let mut stranger =
+        Settings::new().segment_size_mb(1).line("min_wal_size = 64MB").start(&chain.primary.installation);
+    stranger.stop(Stop::Fast);
+    let data = stranger.data();
+    Program::new(stranger.installation.program("pg_resetwal"))
+        .args(["--wal-segsize=16", "-D", data.to_str().unwrap()])
+        .for_server_user()
+        .run();
+    stranger.start();
     chain.relay.terminate();
+    // The primary may have written a little more before the relay ended.
+    let held_at_most = chain.primary.flushed();
     let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", stranger.port);
     chain.relay.set("upstream.conninfo", &conninfo);
     chain.relay.launch();
     chain.relay.wait_serving();
+    let told = "upstream has a WAL segment size of 16MB, this relay holds segments of 1MB";
+    chain.relay.wait_logged(told);
+    chain.relay.wait_needs_attention();
     write_wal(&stranger, MB);
-    hold("nothing of the stranger", Duration::from_secs(2), || {
-        chain.relay.flushed() <= held.next_multiple_of(8) + 8192
-    });
+    hold("nothing of the stranger", Duration::from_secs(2), || chain.relay.flushed() <= held_at_most);
+    assert_same_wal(&chain.relay.wal_dir(), &chain.primary, upto);
     assert_eq!(stranger.sql("select count(*) from pg_stat_replication"), "0");
+    assert_eq!(stranger.sql("select count(*) from pg_replication_slots"), "0");
 }
