@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::damaged_store::{complete_segments, filled, filled_with, read_all};
 use crate::support::MB;
-use crate::support::compare::assert_same_wal;
+use crate::support::compare::{assert_same_wal, wal_files};
 use crate::support::faults::Faults;
 use crate::support::lab::inode;
 use crate::support::load::write_wal;
@@ -155,6 +155,36 @@ fn a_segment_that_the_disk_does_not_give_back_is_fetched_again_and_not_for_ever(
     relay.assert_running();
     assert_eq!(read_all(&relay, &primary), Event::Silence);
     wait_repaired(&relay, &primary, &path);
+}
+
+#[test]
+fn segments_of_an_earlier_timeline_and_the_first_of_the_next_are_fetched_again() {
+    let Some((primary, _proxy, mut relay)) = filled() else { return };
+    let next = primary.standby("next", primary.port, "");
+    relay.terminate();
+    let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", next.port);
+    relay.set("upstream.conninfo", &conninfo);
+    relay.start();
+    write_wal(&primary, MB / 2);
+    relay.wait_flushed(primary.flushed());
+    next.wait_replayed(primary.flushed());
+    next.promote();
+    write_wal(&next, 10 * MB);
+    relay.wait_flushed(next.flushed());
+    let first_of_next = wal_files(&relay.wal_dir(), MB, 2).into_values().next().unwrap();
+    let sessions = relay.metric("walrelay_upstream_sessions_total");
+    for (path, timeline) in [(complete_segments(&relay).pop().unwrap(), 1), (first_of_next, 2)] {
+        flip(&path, 77_777);
+        let mut client = RawClient::replication(relay.port).unwrap();
+        client.start_replication(None, start_of(&path), timeline).unwrap();
+        let refused = error_in(&client.until_ready().unwrap()).expect("an error");
+        assert_eq!(refused.code, "XX001", "{refused:?}");
+        wait_repaired(&relay, &next, &path);
+        client.start_replication(None, start_of(&path), timeline).unwrap();
+        client.read_wal(start_of(&path), start_of(&path) + MB);
+    }
+    assert_eq!(repaired(&relay), 2.0);
+    assert_eq!(relay.metric("walrelay_upstream_sessions_total"), sessions, "the stream was disturbed");
 }
 
 #[test]
