@@ -20,6 +20,7 @@ use crate::store::partials::{PartialSegment, crc_of_file};
 use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::rewrite::DETACHED_SUFFIX;
+use crate::store::switch::remove_heads;
 use crate::store::walk::{Walk, Walked};
 use crate::wal::scanner::Scanner;
 use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
@@ -87,6 +88,7 @@ impl<'a> Recovery<'a> {
                 ));
             }
         }
+        remove_heads(disk, layout, size, &control.ancestors)?;
         let inventory = Inventory::take(disk, layout, size)?;
         let names = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
         let lineage = control.lineage(size);

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::store::Store;
-use crate::store::control::Control;
+use crate::store::control::{Control, Layout};
 use crate::store::dead_branch::{BranchRecords, DEAD_BRANCHES_MAX, DeadBranch};
-use crate::store::disk::OpenMode;
+use crate::store::disk::{Disk, OpenMode};
 use crate::store::error::StoreError;
 use crate::store::held::HeldWal;
+use crate::store::inventory::Inventory;
 use crate::store::partials::PartialSegment;
 use crate::store::pool::Space;
 use crate::store::positions::Positions;
@@ -20,7 +21,8 @@ use crate::store::rewrite::copy_head;
 use crate::store::shared::Shared;
 use crate::store::writer::{Crossings, WalWriter};
 use crate::wal::scanner::{ScanContext, Scanner};
-use crate::wal::{Lineage, Lsn, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::timeline::Ancestor;
+use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 /// Where a timeline is left.
 #[derive(Clone, Copy)]
@@ -171,8 +173,8 @@ fn follow(shared: &Shared, new: Lineage, first: Option<Arc<PartialSegment>>, for
     *shared.lineage.lock() = Some(new);
 }
 
-/// The old timeline's files from the fork on: a dead branch is set aside; else, of what followed the segment of the fork, there
-/// is nothing but the head of a record that never became whole.
+/// The old timeline's files from the fork on: a dead branch is set aside; else there is nothing but the head of a record that
+/// never became whole.
 fn tidy_up(shared: &Shared, old: &Lineage, fork: Fork, dead: Option<&DeadBranch>) -> Result<(), StoreError> {
     let (disk, layout, size) = (&*shared.disk, &shared.layout, fork.size);
     match dead {
@@ -180,18 +182,33 @@ fn tidy_up(shared: &Shared, old: &Lineage, fork: Fork, dead: Option<&DeadBranch>
             dead.set_aside(disk, layout, size)?;
         }
         None => {
-            let first = if size.offset_of(fork.at) == 0 { fork.number } else { fork.number.next() };
-            for number in (first.0..).map(SegmentNo) {
-                let path = layout.partial(old.name(number), size);
-                match disk.unlink(&path) {
-                    Ok(()) => {}
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => break,
-                    Err(error) => return Err(StoreError::io("remove", &path)(error)),
-                }
-            }
+            let left = Ancestor { timeline: old.timeline(), switch_lsn: fork.at };
+            remove_heads(disk, layout, size, &[left])?;
         }
     }
     shared.sync_wal_dir()
+}
+
+/// Removes what lies behind the segment in which a timeline was left, once dead branches are set aside: heads of records that
+/// never became whole. The caller makes it durable.
+pub(super) fn remove_heads(
+    disk: &dyn Disk,
+    layout: &Layout,
+    size: SegmentSize,
+    left: &[Ancestor],
+) -> Result<(), StoreError> {
+    let is_beyond = |name: &SegmentName| {
+        let is_left = |left: &Ancestor| {
+            left.timeline == name.timeline
+                && name.number.start(size).is_none_or(|start| start >= left.switch_lsn)
+        };
+        left.iter().any(is_left)
+    };
+    for name in Inventory::take(disk, layout, size)?.partial.into_keys().filter(is_beyond) {
+        let path = layout.partial(name, size);
+        disk.unlink(&path).map_err(StoreError::io("remove", &path))?;
+    }
+    Ok(())
 }
 
 impl Store {

@@ -275,7 +275,12 @@ fn check_names(disk: &SimDisk, histories: &Histories) -> Checked {
     let size = histories.size();
     for path in disk.paths().into_iter().filter(|path| path.parent() == Some(Path::new("/data/wal"))) {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let Some((segment, SegmentFile::Complete)) = SegmentName::parse(&name, size) else { continue };
+        let Some((segment, file)) = SegmentName::parse(&name, size) else { continue };
+        if file == SegmentFile::Partial {
+            let is_left = segment.timeline != NEXT && segment.number.start(size).unwrap() >= *fork;
+            expect(!is_left, || format!("{name} is left of the old timeline"))?;
+            continue;
+        }
         let wal = if segment.timeline == NEXT { new } else { old };
         let start = segment.number.start(size).unwrap();
         let is_right = disk.content(&path).unwrap() == wal.slice(start, segment.number.end(size));
