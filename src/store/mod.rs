@@ -10,12 +10,13 @@
 //! ```text
 //! data_dir/                      0700; files 0600
 //!   walrelay.lock                held by the process that has the directory
-//!   walrelay.control             whose WAL: system identifier, segment size, timeline, where it begins, what the
-//!                                upstream is; a state file (see `state`)
+//!   walrelay.control             whose WAL: system identifier, segment size, timeline and its ancestors, where it begins,
+//!                                what the upstream is, dead branches; a state file (see `state`)
 //!   walrelay.slots               permanent replication slots; a state file
 //!   walrelay.fence               whether the relay is fenced; a state file
 //!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
+//!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
 //!   wal/
 //!     000000010000000000000007            a complete segment, exactly as the primary has it
 //!     000000010000000000000008.partial    being written; there can be several
@@ -23,11 +24,13 @@
 //!     walrelay.spare.0000000000000003     of segment size, holds nothing: becomes a segment
 //!     walrelay.reserve                    the same, for recovery alone
 //!     *.detached                          set aside by recovery, for a person to look at
+//!     *.diverged                          WAL beyond where its timeline was left, that nobody goes on with
 //!   *.tmp                        being prepared
 //! ```
 //!
 //! A complete segment never changes. A `.partial` has valid WAL up to some position, and behind it anything. Files are
-//! never truncated: they may be mapped.
+//! never truncated: they may be mapped. The segment in which a timeline was left goes on under the next one's name, with a
+//! copy of its beginning; under the old name it stays `.partial`.
 //!
 //! # Threads
 //!
@@ -94,6 +97,9 @@
 //! | index rewritten | the old one or the new one | entries without a file mean nothing; a file without an entry is verified and entered |
 //! | a damaged segment's content comes again | a `.tmp`; the damaged segment, as before | removes the `.tmp`; the damage is found again |
 //! | the `.tmp` renamed to the segment's name, `wal/` not synced | P: the damaged segment, or the whole one | as above, or nothing is left to be done |
+//! | a timeline's first segment made, with a copy of what is held before the fork | under the new timeline's name, perhaps; the control file names the old one | goes on with the old timeline; the next switch makes it anew |
+//! | the control file names the new timeline, the old one's files as they were | heads of records that never became whole, or a dead branch, under WAL names; P: either control file | as above; or removes the heads, and sets the dead branch aside as the control file tells it |
+//! | a dead branch set aside, `wal/` not synced | P: any of its files under either name | sets aside those that are left |
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
 //! | slot invalidated | the old file or the new one | valid, and all its WAL is there; or invalid, and the WAL may go. WAL goes only after the file |
 //! | consumers saved | the old file or the new one | what the old one says may have gone: it is a wish, and none that was granted |

@@ -1,7 +1,7 @@
 //! How far the store is, by four meanings.
 //!
-//! Owns the positions of the current timeline and their order. They only move forward; a broken order is a bug here and
-//! stops the store.
+//! Owns the positions of the current timeline and their order. They only move forward, but for the moment in which another
+//! timeline is gone over to; a broken order is a bug here and stops the store.
 
 use crate::wal::{Lsn, TimelineId};
 
