@@ -14,7 +14,7 @@ use crate::support::raw::{Event, RawClient, tags_of};
 use crate::support::relay::Relay;
 use crate::support::wait::{wait_at_most, wait_until};
 
-/// Issue and design: a fast stop takes less than this with the relay attached.
+/// A fast stop of the primary takes less than this with the relay attached.
 const STOP_MAX: Duration = Duration::from_secs(2);
 
 fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
