@@ -24,6 +24,7 @@ mod fence;
 mod harness;
 mod held;
 mod histories;
+mod killed_switch;
 mod logins;
 mod operations;
 mod powercut;

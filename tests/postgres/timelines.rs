@@ -18,7 +18,7 @@ use crate::support::wait::wait_until;
 use crate::support::{lsn, lsn_text};
 
 /// A primary with segments of 1 MB.
-fn primary(installation: &Installation) -> Postgres {
+pub(crate) fn primary(installation: &Installation) -> Postgres {
     Settings::new().segment_size_mb(1).start(installation)
 }
 
@@ -31,20 +31,20 @@ fn conninfo(servers: &[&Postgres]) -> String {
 }
 
 /// A relay that streams from whichever of these is writable.
-fn relay_of(servers: &[&Postgres]) -> Relay {
+pub(crate) fn relay_of(servers: &[&Postgres]) -> Relay {
     let mut relay = Relay::new("relay", servers[0].port);
     relay.set("upstream.conninfo", &conninfo(servers));
     relay
 }
 
-fn wait_timeline(relay: &Relay, timeline: u32) {
+pub(crate) fn wait_timeline(relay: &Relay, timeline: u32) {
     wait_until("the relay to follow the timeline", || {
         relay.status()["store"]["timeline"].as_u64() == Some(u64::from(timeline))
     });
 }
 
 /// Where timeline `timeline` of this server began, by its history file.
-fn fork_of(server: &Postgres, timeline: u32) -> u64 {
+pub(crate) fn fork_of(server: &Postgres, timeline: u32) -> u64 {
     let path = server.wal_dir().join(format!("{timeline:08X}.history"));
     let history = std::fs::read_to_string(path).unwrap();
     let line = history.lines().rfind(|line| !line.trim().is_empty()).unwrap();
@@ -52,7 +52,7 @@ fn fork_of(server: &Postgres, timeline: u32) -> u64 {
 }
 
 /// Everything that the folder holds of a timeline up to `upto` is what the server has.
-fn assert_same_timeline(folder: &Path, server: &Postgres, timeline: u32, upto: u64) {
+pub(crate) fn assert_same_timeline(folder: &Path, server: &Postgres, timeline: u32, upto: u64) {
     let held = wal_files(folder, MB, timeline);
     let first = *held.keys().next().unwrap_or_else(|| panic!("nothing is held of timeline {timeline}"));
     let held = primary_bytes_of(folder, MB, timeline, first, upto);
@@ -65,7 +65,7 @@ fn assert_same_timeline(folder: &Path, server: &Postgres, timeline: u32, upto: u
     );
 }
 
-fn dead_branches(relay: &Relay) -> Vec<Value> {
+pub(crate) fn dead_branches(relay: &Relay) -> Vec<Value> {
     relay.status()["store"]["dead_branches"].as_array().cloned().unwrap_or_default()
 }
 
@@ -200,17 +200,17 @@ fn end_of_timeline(port: u16, timeline: u32, fork: u64) -> EndOfTimeline {
 type EndOfTimeline = (Vec<Vec<Option<String>>>, Vec<(String, u32)>, Vec<String>);
 
 /// Waits until the relay is ahead of a standby that stands still, and the primary is dead.
-struct Torn {
-    old: Postgres,
-    new: Postgres,
-    relay: Relay,
+pub(crate) struct Torn {
+    pub(crate) old: Postgres,
+    pub(crate) new: Postgres,
+    pub(crate) relay: Relay,
     /// Committed where only the relay got it.
-    rows: u64,
-    first_lost: String,
-    last_lost: String,
+    pub(crate) rows: u64,
+    pub(crate) first_lost: String,
+    pub(crate) last_lost: String,
 }
 
-fn torn(installation: &Installation, settings: &[(&str, &str)]) -> Torn {
+pub(crate) fn torn(installation: &Installation, settings: &[(&str, &str)]) -> Torn {
     let old = Settings::new().segment_size_mb(1).line("wal_log_hints = on").start(installation);
     let mut new = old.standby("next", old.port, "");
     let mut relay = relay_of(&[&old, &new]);

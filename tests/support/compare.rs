@@ -134,7 +134,9 @@ pub(crate) fn primary_bytes_of(
         let end = upto.min(start + segment_bytes);
         let (begin, end_within) =
             (usize::try_from(position - start).unwrap(), usize::try_from(end - start).unwrap());
-        bytes.extend_from_slice(&std::fs::read(file).unwrap()[begin..end_within]);
+        // It may get its final name after our look at the names.
+        let content = std::fs::read(file).or_else(|_| std::fs::read(file.with_extension(""))).unwrap();
+        bytes.extend_from_slice(&content[begin..end_within]);
         position = end;
     }
     bytes
