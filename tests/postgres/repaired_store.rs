@@ -264,6 +264,10 @@ fn other_bytes_than_were_written_do_not_replace_a_segment() {
 #[test]
 fn a_repair_that_hangs_keeps_no_commit_waiting_and_no_primary_from_stopping() {
     let Some((mut primary, proxy, relay)) = filled() else { return };
+    // Whoever does not answer is dropped soon.
+    primary.sql("alter system set wal_sender_timeout = '1s'");
+    primary.reload();
+    primary.wait_for_sql("show wal_sender_timeout", "1s");
     let path = complete_segments(&relay)[2].clone();
     let (position, upto) = (start_of(&path) + 500_000, relay.flushed());
     // The upstream stops sending in the middle of the segment; the stream is beyond it.
@@ -283,8 +287,16 @@ fn a_repair_that_hangs_keeps_no_commit_waiting_and_no_primary_from_stopping() {
     primary.reload();
     primary
         .wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
-    assert_eq!(of_repair(&primary, "flush_lsn is null and sync_state = 'async'"), "t");
+    let pid = of_repair(&primary, "pid");
+    hold("the repair to answer, and to vouch for nothing", Duration::from_secs(3), || {
+        of_repair(&primary, "pid || ' ' || (flush_lsn is null and sync_state = 'async')")
+            == format!("{pid} true")
+    });
+    assert_eq!(of_repair(&primary, "reply_time is not null"), "t", "it was never asked");
     assert_eq!(damaged(&relay).len(), 1);
+    primary.sql("alter system reset wal_sender_timeout");
+    primary.reload();
+    primary.wait_for_sql("show wal_sender_timeout", "1min");
     write_wal(&primary, MB);
     let took = primary.stop(Stop::Fast);
     assert!(took < Duration::from_secs(10), "the primary took {took:?} to stop");
