@@ -46,8 +46,9 @@ pub(crate) struct Passed {
     /// The last status update, and how many there were.
     pub(crate) reported: Option<Reported>,
     pub(crate) status_updates: u64,
-    /// Highest flush position told so far.
+    /// Highest flush position told so far, and in each stream.
     pub(crate) flush_max: u64,
+    pub(crate) flush_max_of: Vec<u64>,
     /// What the client told that it may never tell.
     pub(crate) violations: Vec<String>,
 }
@@ -317,6 +318,8 @@ fn pass_up(
 #[derive(Default)]
 struct Session {
     last: Reported,
+    /// Its last stream among all.
+    stream: Option<usize>,
 }
 
 impl Session {
@@ -325,6 +328,8 @@ impl Session {
             && let Some((_, command)) = String::from_utf8_lossy(body).split_once("START_REPLICATION ")
         {
             passed.starts.extend(command.split([' ', ';', '\0']).find(|word| word.contains('/')).map(lsn));
+            passed.flush_max_of.resize(passed.starts.len(), 0);
+            self.stream = passed.starts.len().checked_sub(1);
             self.last = Reported::default();
         }
         if kind == b'd' && body.first() == Some(&b'r') && body.len() >= 25 {
@@ -353,6 +358,9 @@ impl Session {
             passed.reported = Some(now);
             passed.status_updates += 1;
             passed.flush_max = passed.flush_max.max(now.flush);
+            if let Some(most) = self.stream.and_then(|stream| passed.flush_max_of.get_mut(stream)) {
+                *most = now.flush.max(*most);
+            }
         }
     }
 }
