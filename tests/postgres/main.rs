@@ -35,6 +35,8 @@ mod restarts;
 mod segment_sizes;
 mod sessions;
 mod shutdown;
+mod slot_space;
+mod slots;
 mod state_files;
 mod streaming;
 mod time;

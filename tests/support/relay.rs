@@ -304,6 +304,12 @@ impl Relay {
         String::from_utf8_lossy(&std::fs::read(self.log_path()).unwrap_or_default()).into_owned()
     }
 
+    /// What /status shows of a slot.
+    pub(crate) fn slot(&self, name: &str) -> Option<Value> {
+        let status = self.status();
+        status["slots"].as_array()?.iter().find(|slot| slot["slot_name"] == name).cloned()
+    }
+
     /// Waits until the log has a line with this text.
     pub(crate) fn wait_logged(&self, text: &str) {
         wait_until(&format!("{} to log {text:?}", self.name), || self.log().contains(text));

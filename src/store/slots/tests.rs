@@ -117,3 +117,83 @@ fn retention_goes_by_what_a_crash_would_leave() {
     slots.save_if_due(start + Duration::from_secs(13), size).unwrap();
     assert_eq!(table(dir.path()).get("a").unwrap().restart_lsn, Some(at(0x18_0000)));
 }
+
+fn given(
+    name: &'static str,
+    reason: InvalidationReason,
+) -> impl Fn(&str, &SlotPosition) -> Option<InvalidationReason> {
+    move |slot, position| (slot == name && position.invalidation.is_none()).then_some(reason)
+}
+
+#[test]
+fn an_invalid_slot_is_invalid_on_the_disk_before_it_keeps_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (slots, now) = (table(dir.path()), Instant::now());
+    slots.create("a", SlotKind::Permanent, Some(at(5))).unwrap();
+    slots.create("b", SlotKind::Permanent, Some(at(7))).unwrap();
+    let enforced = slots.enforce(now, given("a", InvalidationReason::WalRemoved)).unwrap();
+    assert_eq!((enforced.invalidated.len(), enforced.is_pending), (1, false));
+    assert_eq!(slots.oldest_needed(), Some(at(7)));
+    slots.enforce(now, given("b", InvalidationReason::IdleTimeout)).unwrap();
+    assert_eq!(slots.oldest_needed(), None);
+    assert!(slots.enforce(now, given("a", InvalidationReason::WalRemoved)).unwrap().invalidated.is_empty());
+
+    let slots = table(dir.path());
+    let seen = |name| slots.get(name).map(|slot| (slot.restart_lsn, slot.invalidation)).unwrap();
+    assert_eq!(seen("a"), (None, Some(InvalidationReason::WalRemoved)));
+    assert_eq!(seen("b"), (Some(at(7)), Some(InvalidationReason::IdleTimeout)));
+    assert_eq!(slots.oldest_needed(), None);
+    slots.drop_slot("a", 1).unwrap();
+}
+
+#[test]
+fn a_slot_in_use_is_taken_when_its_session_was_told_once_and_has_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let (slots, now) = (table(dir.path()), Instant::now());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let list = told.clone();
+    slots.terminate_by(move |pid| list.lock().push(pid));
+    slots.create("a", SlotKind::Permanent, Some(at(5))).unwrap();
+    let guard = slots.acquire("a", 12, WhenInvalid::Refuse).unwrap();
+    let enforce = || slots.enforce(now, given("a", InvalidationReason::WalRemoved)).unwrap();
+    for _ in 0..3 {
+        let enforced = enforce();
+        assert!(enforced.invalidated.is_empty() && enforced.is_pending);
+        assert_eq!(slots.oldest_needed(), Some(at(5)), "its WAL stays");
+    }
+    assert_eq!(*told.lock(), [12]);
+    drop(guard);
+    assert_eq!(enforce().invalidated.len(), 1);
+}
+
+#[test]
+fn what_may_be_done_with_an_invalid_slot_is_as_the_version_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (slots, now) = (table(dir.path()), Instant::now());
+    slots.create("a", SlotKind::Permanent, Some(at(5))).unwrap();
+    slots.enforce(now, given("a", InvalidationReason::WalRemoved)).unwrap();
+    let error = slots.acquire("a", 1, WhenInvalid::Refuse).err().unwrap();
+    assert_eq!(error.to_string(), "can no longer access replication slot \"a\"");
+    assert!(slots.get("a").unwrap().active_pid.is_none());
+    slots.acquire("a", 1, WhenInvalid::Use).unwrap().advance(at(8));
+    let slot = slots.get("a").unwrap();
+    assert_eq!((slot.restart_lsn, slots.oldest_needed()), (Some(at(8)), None));
+    slots.acquire("a", 1, WhenInvalid::Revive).unwrap().advance(at(9));
+    assert_eq!((slots.get("a").unwrap().invalidation, slots.oldest_needed()), (None, Some(at(9))));
+    slots.save_now().unwrap();
+    assert_eq!(table(dir.path()).oldest_needed(), Some(at(9)));
+}
+
+#[test]
+fn a_file_of_the_first_version_is_read() {
+    #[derive(serde::Serialize)]
+    struct FirstVersion {
+        name: &'static str,
+        restart_lsn: Option<Lsn>,
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = crate::store::state::StateFile { version: 1, ..SLOTS_FILE };
+    file.write(&RealDisk, dir.path(), &[FirstVersion { name: "old", restart_lsn: Some(at(5)) }]).unwrap();
+    let slot = table(dir.path()).get("old").unwrap();
+    assert_eq!((slot.restart_lsn, slot.invalidation), (Some(at(5)), None));
+}
