@@ -150,7 +150,7 @@ pub enum ConninfoError {
     /// A method named twice.
     #[error("require_auth method \"{0}\" is specified more than once")]
     DuplicateAuth(String),
-    /// Not base64, or not 32 bytes.
+    /// Not base64.
     #[error("invalid SCRAM {0} key")]
     InvalidScramKey(&'static str),
     /// Not 32 bytes.

@@ -32,10 +32,11 @@ use std::{
     fmt,
     net::IpAddr,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
-use secrecy::SecretString;
+use secrecy::{SecretBox, SecretString};
 
 pub use error::{ConninfoError, REDACTED};
 pub use password_file::PasswordFileWarning;
@@ -88,6 +89,10 @@ pub struct Conninfo {
     pub min_protocol_version: ProtocolVersion,
     /// Newest protocol to ask for.
     pub max_protocol_version: ProtocolVersion,
+    /// What SCRAM's proof is made from; a password is then neither needed nor used for it.
+    pub scram_client_key: Option<ScramKey>,
+    /// What a server's signature is verified with, whatever the password.
+    pub scram_server_key: Option<ScramKey>,
     /// Why a password file was not used, to be logged.
     pub password_file_warning: Option<PasswordFileWarning>,
     password: Option<SecretString>,
@@ -97,6 +102,9 @@ pub struct Conninfo {
     /// What the string itself gave, without secrets.
     given: Settings,
 }
+
+/// A key that was made from a password (`SCRAM_MAX_KEY_LEN` bytes).
+pub type ScramKey = Arc<SecretBox<[u8; 32]>>;
 
 /// One host to try.
 #[derive(Clone, Debug)]
@@ -265,9 +273,10 @@ impl Conninfo {
         Err(ConninfoError::NoTls { keyword, value: value.to_owned() })
     }
 
-    /// Whether a password stands in the string itself, and so wherever the string is kept.
+    /// Whether a password, or a key made from one, stands in the string itself, and so wherever the string is kept.
     pub fn is_password_given_in_string(&self) -> bool {
-        self.given.value("password").is_some()
+        let secrets = ["password", "scram_client_key", "scram_server_key"];
+        secrets.iter().any(|keyword| self.given.value(keyword).is_some())
     }
 
     /// What the string gave, without secrets, in the key/value form.

@@ -1,14 +1,18 @@
 //! From texts to types: the checks of libpq's `pqConnectOptions2`, in its order, so that the first error is the same.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
-use secrecy::SecretString;
+use base64::{
+    Engine as _, alphabet,
+    engine::{GeneralPurpose, GeneralPurposeConfig},
+};
+use secrecy::{SecretBox, SecretString};
 
 use crate::conninfo::{
     ChannelBinding, Conninfo, ConninfoError, GssEncMode, Host, HostAddress, Keepalives, LoadBalanceHosts,
-    ProtocolVersion, RequireAuth, Settings, SslCertMode, SslMode, SslNegotiation, SslSettings, Surroundings,
-    TargetSessionAttrs, TlsVersion, defaults, password_file::PasswordFile, surroundings::home_directory,
+    ProtocolVersion, RequireAuth, ScramKey, Settings, SslCertMode, SslMode, SslNegotiation, SslSettings,
+    Surroundings, TargetSessionAttrs, TlsVersion, defaults, password_file::PasswordFile,
+    surroundings::home_directory,
 };
 
 /// Where libpq looks for a server's socket when no host is named.
@@ -17,9 +21,6 @@ const DEFAULT_PORT: u16 = 5432;
 
 /// `sizeof(sun_path) - 1` on Linux.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
-
-/// `SCRAM_MAX_KEY_LEN`.
-const SCRAM_KEY_BYTES: usize = 32;
 
 /// Completes and checks `settings`; `given` is what is shown of them.
 pub(crate) fn resolve(
@@ -41,8 +42,8 @@ pub(crate) fn resolve(
     check_gssapi(settings)?;
     let target_session_attrs =
         TargetSessionAttrs::parse(settings.value("target_session_attrs").unwrap_or_default())?;
-    check_scram_key(settings, "scram_client_key", "client")?;
-    check_scram_key(settings, "scram_server_key", "server")?;
+    let scram_client_key = scram_key(settings, "scram_client_key", "client")?;
+    let scram_server_key = scram_key(settings, "scram_server_key", "server")?;
     let load_balance_hosts =
         LoadBalanceHosts::parse(settings.value("load_balance_hosts").unwrap_or_default())?;
     let (min_protocol_version, max_protocol_version) = protocol_versions(settings)?;
@@ -70,6 +71,8 @@ pub(crate) fn resolve(
         requirepeer: settings.filled("requirepeer").map(str::to_owned),
         min_protocol_version,
         max_protocol_version,
+        scram_client_key,
+        scram_server_key,
         password_file_warning: None,
         password: settings.filled("password").map(SecretString::from),
         password_file: password_file(settings, surroundings),
@@ -264,15 +267,24 @@ fn check_gssapi(settings: &Settings) -> Result<(), ConninfoError> {
     }
 }
 
-fn check_scram_key(settings: &Settings, keyword: &str, which: &'static str) -> Result<(), ConninfoError> {
-    let Some(text) = settings.value(keyword) else { return Ok(()) };
-    let text = text.replace([' ', '\t', '\n', '\r'], "");
-    let key = BASE64_STANDARD.decode(text).map_err(|_| ConninfoError::InvalidScramKey(which))?;
-    if key.len() != SCRAM_KEY_BYTES {
-        return Err(ConninfoError::ScramKeyLength { which, bytes: key.len() });
-    }
-    Ok(())
+fn scram_key(
+    settings: &Settings,
+    keyword: &str,
+    which: &'static str,
+) -> Result<Option<ScramKey>, ConninfoError> {
+    let Some(text) = settings.value(keyword) else { return Ok(None) };
+    let bytes = SCRAM_KEY_BASE64.decode(text).map_err(|_| ConninfoError::InvalidScramKey(which))?;
+    let key: Box<[u8]> = bytes.into();
+    let key =
+        key.try_into().map_err(|key: Box<[u8]>| ConninfoError::ScramKeyLength { which, bytes: key.len() });
+    Ok(Some(Arc::new(SecretBox::new(key?))))
 }
+
+/// As `pg_b64_decode`: padded, without blanks; bits that are left over are not looked at.
+const SCRAM_KEY_BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_allow_trailing_bits(true),
+);
 
 fn protocol_versions(settings: &Settings) -> Result<(ProtocolVersion, ProtocolVersion), ConninfoError> {
     let version =

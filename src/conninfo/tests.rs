@@ -166,6 +166,10 @@ fn errors_are_libpqs() {
             r#""min_protocol_version" is greater than "max_protocol_version""#.to_owned(),
         ),
         ("scram_client_key=%", "invalid SCRAM client key".to_owned()),
+        ("scram_client_key='QUJD '", "invalid SCRAM client key".to_owned()),
+        ("scram_client_key=QUI", "invalid SCRAM client key".to_owned()),
+        ("scram_client_key=''", "invalid SCRAM client key length: 0".to_owned()),
+        ("scram_client_key=QUJ=", "invalid SCRAM client key length: 2".to_owned()),
         ("scram_server_key=QUJD", "invalid SCRAM server key length: 3".to_owned()),
         (
             "host=h connect_timeout=9999999999",

@@ -6,7 +6,7 @@
 use aws_lc_rs::rand;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::conninfo::{AuthRequest, RequireAuth};
+use crate::conninfo::{AuthRequest, RequireAuth, ScramKey};
 use crate::protocol::{
     backend::{Authentication, Message, NegotiateProtocolVersion},
     frontend::{self, FirstPacket, Password, ProtocolVersion},
@@ -19,6 +19,10 @@ use crate::upstream::{UpstreamError, dialog::Dialog};
 pub(crate) struct Credentials<'a> {
     pub(crate) user: &'a str,
     pub(crate) password: Option<&'a SecretString>,
+    /// Instead of a password, where SCRAM is asked for.
+    pub(crate) scram_client_key: Option<&'a ScramKey>,
+    /// What the server's signature must be made with.
+    pub(crate) scram_server_key: Option<&'a ScramKey>,
     /// Methods that may be used.
     pub(crate) require_auth: &'a RequireAuth,
     /// Whether SCRAM has to be bound to TLS.
@@ -148,9 +152,7 @@ async fn sasl(
     credentials: &Credentials<'_>,
     mechanisms: &[String],
 ) -> Result<(), UpstreamError> {
-    let password = password(credentials)?.expose_secret().as_bytes();
-    let client = scram::Client::new(password, ChannelBinding::Unsupported, credentials.channel_binding);
-    let (first, exchange) = client.start(mechanisms, client_nonce()?)?;
+    let (first, exchange) = scram_client(credentials)?.start(mechanisms, client_nonce()?)?;
     let answer = Password::of_sasl_initial(first.mechanism, first.message.as_bytes());
     dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
     let challenge = match dialog.receive().await? {
@@ -166,6 +168,19 @@ async fn sasl(
         Message::Authentication(Authentication::SaslFinal(data)) => Ok(exchange.handle(&data)?),
         other => Err(unexpected_or_server(other)),
     }
+}
+
+/// As libpq: with a ClientKey the password is not looked at, with a ServerKey the server's is not derived from it.
+fn scram_client(credentials: &Credentials<'_>) -> Result<scram::Client, UpstreamError> {
+    let (binding, policy) = (ChannelBinding::Unsupported, credentials.channel_binding);
+    let client = match credentials.scram_client_key {
+        Some(key) => scram::Client::of_client_key(key.expose_secret(), binding, policy),
+        None => scram::Client::new(password(credentials)?.expose_secret().as_bytes(), binding, policy),
+    };
+    Ok(match credentials.scram_server_key {
+        Some(key) => client.expecting(key.expose_secret()),
+        None => client,
+    })
 }
 
 fn unexpected_or_server(message: Message) -> UpstreamError {

@@ -58,6 +58,8 @@ async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Resul
     let credentials = Credentials {
         user: &conninfo.user,
         password: conninfo.password_for(host),
+        scram_client_key: conninfo.scram_client_key.as_ref(),
+        scram_server_key: conninfo.scram_server_key.as_ref(),
         require_auth: &conninfo.require_auth,
         channel_binding: match conninfo.channel_binding {
             conninfo::ChannelBinding::Disable => ChannelBindingPolicy::Disable,

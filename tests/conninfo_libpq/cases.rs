@@ -128,6 +128,10 @@ pub(crate) const WRONG: &[(u32, &str)] = &[
     (18, "max_protocol_version=4"),
     (18, "min_protocol_version=3.2 max_protocol_version=3.0"),
     (18, "scram_client_key=%"),
+    (18, "scram_client_key='QUJD '"),
+    (18, "scram_client_key=QUI"),
+    (18, "scram_client_key=''"),
+    (18, "scram_client_key=QUJ="),
     (18, "scram_server_key=QUJD"),
     // Services.
     (13, "service=nowhere"),

@@ -1,7 +1,11 @@
 //! Logging in at the upstream: every kind of password, sockets, several hosts, and what the connection string demands of
 //! the server, refused in libpq's words.
 
+use std::num::NonZeroU32;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use aws_lc_rs::{digest, hmac, pbkdf2};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 
 use crate::support::MB;
 use crate::support::faults::Faults;
@@ -61,6 +65,76 @@ fn with_every_kind_of_password() {
             relay.wait_flushed(primary.flushed());
         }
     }
+}
+
+/// ClientKey and ServerKey in base64, by RFC 5802 from what the server stores of the password.
+fn scram_keys(primary: &Postgres, role: &str, password: &str) -> (String, String) {
+    let stored = primary.sql(&format!("select rolpassword from pg_authid where rolname = '{role}'"));
+    let parts: Vec<&str> = stored.split(['$', ':']).collect();
+    let [_, iterations, salt, stored_key, server_key] = parts[..] else { panic!("{stored}") };
+    let (iterations, salt) =
+        (iterations.parse::<NonZeroU32>().unwrap(), BASE64_STANDARD.decode(salt).unwrap());
+    let mut salted = [0; 32];
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, iterations, &salt, password.as_bytes(), &mut salted);
+    let client_key = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &salted), b"Client Key");
+    let hashed = digest::digest(&digest::SHA256, client_key.as_ref());
+    assert_eq!(BASE64_STANDARD.encode(hashed), stored_key, "of another password");
+    (BASE64_STANDARD.encode(client_key), server_key.to_owned())
+}
+
+#[test]
+fn with_the_keys_of_a_password_instead_of_it() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = guarded(&installation);
+    let (client_key, server_key) = scram_keys(&primary, "by_scram", "secret");
+    let other_key = BASE64_STANDARD.encode([7; 32]);
+    let conninfo = |rest: &str| at(primary.port, &format!("user=by_scram {rest}"));
+    let client = format!("scram_client_key={client_key}");
+    let let_in = [
+        ("both_keys", format!("{client} scram_server_key={server_key}")),
+        // As libpq: the password is not looked at, and a server that is known by its key may know another one.
+        ("keys_first", format!("{client} scram_server_key={server_key} password=wrong")),
+        ("server_key", format!("password=secret scram_server_key={server_key}")),
+    ];
+    for (name, rest) in &let_in {
+        let mut relay = Relay::new(name, 1).with_conninfo(&conninfo(rest)).with("log.level", "\"trace\"");
+        relay.start();
+        write_wal(&primary, MB / 4);
+        relay.wait_flushed(primary.flushed());
+        for text in [relay.log(), relay.status().to_string()] {
+            assert!(!text.contains(&client_key) && !text.contains(&server_key), "a key is told:\n{text}");
+        }
+    }
+    let before = primary.sql("select count(*) from pg_replication_slots");
+    let refused = [
+        ("wrong_server", format!("{client} scram_server_key={other_key}"), "incorrect server signature"),
+        (
+            "wrong_server_2",
+            format!("password=secret scram_server_key={other_key}"),
+            "incorrect server signature",
+        ),
+        // A ServerKey does not follow from a ClientKey.
+        ("no_server", format!("{client} password=secret"), "incorrect server signature"),
+        (
+            "wrong_client",
+            format!("scram_client_key={other_key} scram_server_key={server_key} password=secret"),
+            "password authentication failed for user",
+        ),
+        ("no_client", format!("scram_server_key={server_key}"), "fe_sendauth: no password supplied"),
+    ];
+    for (name, rest, words) in &refused {
+        let mut relay = Relay::new(name, 1).with_conninfo(&conninfo(rest)).with("log.level", "\"trace\"");
+        relay.launch();
+        relay.wait_logged(words);
+        for key in [&client_key, &server_key, &other_key] {
+            assert!(!relay.log().contains(key.as_str()), "a key is told:\n{}", relay.log());
+        }
+    }
+    assert_eq!(primary.sql("select count(*) from pg_replication_slots"), before, "let in");
+    // Keys are no password where something else is asked for.
+    let keys = &let_in[0].1;
+    launched("in_clear", &at(primary.port, &format!("user=in_clear {keys}")))
+        .wait_logged("fe_sendauth: no password supplied");
 }
 
 #[test]

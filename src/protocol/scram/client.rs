@@ -6,7 +6,7 @@
 use std::fmt;
 use std::num::NonZeroU32;
 
-use secrecy::{ExposeSecret, SecretSlice};
+use secrecy::{ExposeSecret, SecretBox, SecretSlice};
 
 use crate::protocol::scram::attributes::{is_printable, take};
 use crate::protocol::scram::{
@@ -26,10 +26,19 @@ pub enum ChannelBindingPolicy {
     Require,
 }
 
+/// What a client proves who it is with.
+#[derive(Debug)]
+enum Secret {
+    Password(SecretSlice<u8>),
+    /// What of a password the proof is made from.
+    ClientKey(SecretBox<Key>),
+}
+
 /// A client that has not begun.
 #[derive(Debug)]
 pub struct Client {
-    password: SecretSlice<u8>,
+    secret: Secret,
+    server_key: Option<SecretBox<Key>>,
     binding: ChannelBinding,
     policy: ChannelBindingPolicy,
 }
@@ -46,7 +55,19 @@ pub struct ClientFirst {
 impl Client {
     /// `binding` is what this connection can be bound to.
     pub fn new(password: &[u8], binding: ChannelBinding, policy: ChannelBindingPolicy) -> Self {
-        Self { password: password.to_vec().into(), binding, policy }
+        Self { secret: Secret::Password(password.to_vec().into()), server_key: None, binding, policy }
+    }
+
+    /// As [`Self::new`], with the ClientKey of RFC 5802 for a password. The ServerKey does not follow from it: without
+    /// [`Self::expecting`] the exchange fails, at the server's signature, as libpq's does.
+    pub fn of_client_key(key: &Key, binding: ChannelBinding, policy: ChannelBindingPolicy) -> Self {
+        let secret = Secret::ClientKey(Box::new(*key).into());
+        Self { secret, server_key: None, binding, policy }
+    }
+
+    /// With the ServerKey that the server must have, whatever the password says.
+    pub fn expecting(self, server_key: &Key) -> Self {
+        Self { server_key: Some(Box::new(*server_key).into()), ..self }
     }
 
     /// Chooses among the mechanisms that the server offers. `nonce` must be random and never used before.
@@ -78,14 +99,16 @@ impl Client {
         let bare = format!("n=,r={nonce}");
         let first = ClientFirst { mechanism, message: format!("{gs2_header}{bare}") };
         let binding_attribute = binding_attribute(&gs2_header, binding.as_deref());
-        Ok((first, ExpectServerFirst { password: self.password, nonce, bare, binding_attribute }))
+        let Self { secret, server_key, .. } = self;
+        Ok((first, ExpectServerFirst { secret, server_key, nonce, bare, binding_attribute }))
     }
 }
 
 /// Waits for salt and iterations.
 #[derive(Debug)]
 pub struct ExpectServerFirst {
-    password: SecretSlice<u8>,
+    secret: Secret,
+    server_key: Option<SecretBox<Key>>,
     nonce: String,
     bare: String,
     binding_attribute: String,
@@ -114,17 +137,25 @@ impl ExpectServerFirst {
         }
         let without_proof = format!("c={},r={nonce}", self.binding_attribute);
         let signed = format!("{},{message},{without_proof}", self.bare);
-        let salted = salted_password(self.password.expose_secret(), &salt, iterations);
-        let client_key = hmac(&salted, b"Client Key");
+        let (client_key, derived) = match &self.secret {
+            Secret::ClientKey(key) => (*key.expose_secret(), None),
+            Secret::Password(password) => {
+                let salted = salted_password(password.expose_secret(), &salt, iterations);
+                (hmac(&salted, b"Client Key"), Some(hmac(&salted, b"Server Key")))
+            }
+        };
         let proof = xor(&client_key, &hmac(&hash(&client_key), signed.as_bytes()));
-        let signature = hmac(&hmac(&salted, b"Server Key"), signed.as_bytes());
+        let server_key = self.server_key.map(|key| *key.expose_secret()).or(derived);
+        let signature = server_key.map(|key| hmac(&key, signed.as_bytes()));
         Ok((ExpectServerFinal { signature }, format!("{without_proof},p={}", encode_base64(&proof))))
     }
 }
 
 /// Waits for the server's signature.
 pub struct ExpectServerFinal {
-    signature: Key,
+    /// `None` where there is nothing to know the server by: then none will do. (libpq verifies with a key made of zeros,
+    /// which anybody can sign with.)
+    signature: Option<Key>,
 }
 
 impl fmt::Debug for ExpectServerFinal {
@@ -147,10 +178,11 @@ impl ExpectServerFinal {
         if !rest.is_empty() {
             return Err(ClientError::Garbage);
         }
-        if signature.len() != self.signature.len() {
+        if signature.len() != size_of::<Key>() {
             return Err(ClientError::InvalidSignature);
         }
-        if is_same(&signature, &self.signature) { Ok(()) } else { Err(ClientError::WrongSignature) }
+        let is_expected = self.signature.is_some_and(|expected| is_same(&signature, &expected));
+        if is_expected { Ok(()) } else { Err(ClientError::WrongSignature) }
     }
 }
 
@@ -180,8 +212,13 @@ mod tests {
 
     /// RFC 7677 has a user's name in the first message and a nonce that is not ours to choose.
     fn rfc_7677() -> ExpectServerFirst {
+        after_first(Client::new(b"pencil", ChannelBinding::Unsupported, ChannelBindingPolicy::Prefer))
+    }
+
+    fn after_first(client: Client) -> ExpectServerFirst {
         ExpectServerFirst {
-            password: b"pencil".to_vec().into(),
+            secret: client.secret,
+            server_key: client.server_key,
             nonce: "rOprNGfwEbeRWgbNEkqO".to_owned(),
             bare: "n=user,r=rOprNGfwEbeRWgbNEkqO".to_owned(),
             binding_attribute: "biws".to_owned(),
@@ -206,6 +243,63 @@ mod tests {
         assert_eq!(again().handle(b"e=other-error"), Err(ClientError::Refused("other-error".to_owned())));
         assert_eq!(again().handle(b"v=AAAA"), Err(ClientError::InvalidSignature));
         assert_eq!(again().handle(b""), Err(ClientError::Empty));
+    }
+
+    /// The keys of RFC 7677's password, salt and iterations, as Python's `hashlib` and `hmac` compute them.
+    const RFC_7677_CLIENT_KEY: &str = "pg/JI9Z+hkSpLRa5btpe9GVrDHJcSEN0viVTVXaZbos=";
+    const RFC_7677_SERVER_KEY: &str = "wfPLwcE6nTWhTAmQ7tl2KeoiWGPlZqQxSrmfPwDl2dU=";
+    const RFC_7677_SIGNATURE: &[u8] = b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=";
+
+    fn key(text: &str) -> Key {
+        decode_base64(text).unwrap().try_into().unwrap()
+    }
+
+    fn of_client_key(text: &str) -> Client {
+        Client::of_client_key(&key(text), ChannelBinding::Unsupported, ChannelBindingPolicy::Prefer)
+    }
+
+    #[test]
+    fn keys_do_what_the_password_does_that_they_were_made_from() {
+        let (server_key, other_key) = (key(RFC_7677_SERVER_KEY), key(RFC_7677_CLIENT_KEY));
+        let exchange = |client: Client| {
+            let (state, proof) = after_first(client).handle(RFC_7677_SERVER_FIRST.as_bytes()).unwrap();
+            let is_right = proof.ends_with(",p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=");
+            (is_right, state.handle(RFC_7677_SIGNATURE))
+        };
+        let of_password =
+            |text: &[u8]| Client::new(text, ChannelBinding::Unsupported, ChannelBindingPolicy::Prefer);
+        let client = || of_client_key(RFC_7677_CLIENT_KEY);
+        assert_eq!(exchange(client().expecting(&server_key)), (true, Ok(())));
+        assert_eq!(exchange(client().expecting(&other_key)), (true, Err(ClientError::WrongSignature)));
+        // The ServerKey is no part of the proof, and goes before the one that the password would give.
+        assert_eq!(exchange(of_password(b"pencil").expecting(&server_key)), (true, Ok(())));
+        let wrong = exchange(of_password(b"pencil").expecting(&other_key));
+        assert_eq!(wrong, (true, Err(ClientError::WrongSignature)));
+        assert_eq!(exchange(of_password(b"pen").expecting(&server_key)), (false, Ok(())));
+        let wrong = exchange(of_client_key(RFC_7677_SERVER_KEY).expecting(&server_key));
+        assert_eq!(wrong, (false, Ok(())));
+    }
+
+    #[test]
+    fn without_a_server_key_no_signature_will_do() {
+        let client = of_client_key(RFC_7677_CLIENT_KEY);
+        let (state, _) = after_first(client).handle(RFC_7677_SERVER_FIRST.as_bytes()).unwrap();
+        assert_eq!(state.handle(RFC_7677_SIGNATURE), Err(ClientError::WrongSignature));
+        // Signed with the key that follows from no password at all.
+        let client = of_client_key(RFC_7677_CLIENT_KEY);
+        let (state, proof) = after_first(client).handle(RFC_7677_SERVER_FIRST.as_bytes()).unwrap();
+        let without_proof = proof.split(",p=").next().unwrap();
+        let signed = format!("n=user,r=rOprNGfwEbeRWgbNEkqO,{RFC_7677_SERVER_FIRST},{without_proof}");
+        let forged = hmac(&hmac(&[0; 32], b"Server Key"), signed.as_bytes());
+        let forged = format!("v={}", encode_base64(&forged));
+        assert_eq!(state.handle(forged.as_bytes()), Err(ClientError::WrongSignature));
+    }
+
+    #[test]
+    fn keys_are_not_printed() {
+        let client = of_client_key(RFC_7677_CLIENT_KEY).expecting(&key(RFC_7677_SERVER_KEY));
+        let shown = format!("{client:?}");
+        assert!(shown.contains("REDACTED") && !shown.contains(&format!("{:?}", key(RFC_7677_CLIENT_KEY))));
     }
 
     #[test]
