@@ -138,6 +138,67 @@ fn write_until_dead(primary: &Postgres, relay: &mut Relay) -> bool {
 }
 
 #[test]
+fn sectors_torn_behind_the_last_sync_lose_nothing_that_was_acknowledged() {
+    let Some(installation) = Installation::any() else { return };
+    let faults = Faults::new();
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = Relay::new("relay", proxy.port).with_faults(&faults);
+    relay.start();
+    let standby = primary.standby("standby", relay.port, "");
+    let mut chance = Chance::seeded();
+    for round in 1..=8 {
+        write_wal(&primary, MB / 2);
+        primary.wait_reported_flush("relay", primary.flushed());
+        // From here on nothing is durable: written, and the power goes before the disk has it.
+        faults.set("sync_hangs", 0);
+        let acknowledged = proxy.passed(|passed| passed.flush_max);
+        write_wal(&primary, MB / 4);
+        let upto = primary.flushed();
+        wait_until("it to be written", || relay.position("/store/written") >= upto);
+        relay.kill();
+        proxy.close();
+        let acknowledged = proxy.passed(|passed| passed.flush_max).max(acknowledged);
+        assert!(acknowledged < upto, "round {round}: nothing is left to tear");
+        let torn = tear_sectors(&relay, acknowledged, &mut chance);
+        assert!(torn > 50, "round {round}: {torn} sectors");
+        faults.clear("sync_hangs");
+        relay.launch();
+        check_held(&mut relay, &primary.wal_dir(), MB, acknowledged)
+            .unwrap_or_else(|complaint| panic!("round {round}: {complaint}"));
+        assert!(relay.flushed() < upto, "round {round}: what is torn is taken for WAL");
+        proxy.open();
+        relay.wait_flushed(upto);
+    }
+    assert_same_wal(&relay.wal_dir(), &primary, primary.flushed());
+    assert_equal_clusters(&primary, &standby);
+    proxy.assert_honest();
+}
+
+/// Of the sectors behind `durable` each is as it was written, empty as before, or neither; how many were torn.
+fn tear_sectors(relay: &Relay, durable: u64, chance: &mut Chance) -> usize {
+    const SECTOR_BYTES: usize = 512;
+    let mut torn = 0;
+    for (start, path) in wal_files(&relay.wal_dir(), MB, 1) {
+        let mut bytes = std::fs::read(&path).unwrap();
+        for (at, sector) in (start..).step_by(SECTOR_BYTES).zip(bytes.chunks_mut(SECTOR_BYTES)) {
+            let is_empty = sector.iter().all(|byte| *byte == 0);
+            if at < durable || is_empty {
+                continue;
+            }
+            match chance.between(0, 4) {
+                0 => sector.fill(0),
+                1 => sector.fill(0xA5),
+                _ => continue,
+            }
+            torn += 1;
+        }
+        std::fs::write(&path, bytes).unwrap();
+    }
+    torn
+}
+
+#[test]
 fn a_partial_file_beside_its_complete_segment_is_harmless() {
     damaged_while_down(|files| {
         let complete = files.iter().find(|path| path.extension().is_none()).expect("a complete segment");

@@ -171,8 +171,9 @@ fn a_page_that_cannot_be_read_a_second_time_ends_the_connection_that_wanted_it_a
 }
 
 #[test]
-fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again() {
-    let Some((primary, proxy, mut relay)) = filled() else { return };
+fn an_acknowledged_byte_that_tore_is_told_and_fetched_again_before_anything_is_acknowledged() {
+    let faults = Faults::new();
+    let Some((primary, proxy, mut relay)) = filled_with(&faults) else { return };
     let standby = primary.standby("standby", relay.port, "");
     write_wal(&primary, MB / 2);
     let upto = primary.flushed();
@@ -188,10 +189,37 @@ fn an_acknowledged_byte_that_tore_in_the_newest_file_is_told_and_fetched_again()
     std::fs::write(&newest, bytes).unwrap();
     relay.launch();
     relay.wait_serving();
-    assert!(relay.flushed() < upto, "what is torn is not held");
+    let held = relay.flushed();
+    assert!(held < upto, "what is torn is not held");
+    // What comes again cannot be made durable yet.
+    faults.set("sync_hangs", 0);
+    let streams = proxy.passed(|passed| passed.starts.len());
     proxy.open();
     relay.wait_logged("lost");
+    relay.wait_needs_attention();
+    let lost = relay.status()["upstream"]["lost"].clone();
+    assert_eq!(lsn(lost["from"].as_str().unwrap()), held, "{lost}");
+    wait_until("the relay to have it again and to tell so", || {
+        proxy.passed(|passed| {
+            passed.starts.len() > streams && passed.reported.is_some_and(|reported| reported.write >= upto)
+        })
+    });
+    // Asked, it answers, and with nothing that would let it count as synchronous.
+    let told = proxy.passed(|passed| passed.status_updates);
+    wait_until("another report", || proxy.passed(|passed| passed.status_updates) > told);
+    let vouched = proxy.passed(|passed| passed.flush_max_of[streams..].to_vec());
+    assert!(vouched.iter().all(|flush| *flush == 0), "vouched for what is not there: {vouched:X?}");
+    assert_eq!(relay.flushed(), held);
+    faults.clear("sync_hangs");
     relay.wait_flushed(upto);
+    primary.wait_reported_flush("relay", upto);
+    wait_until("the relay to vouch for it", || {
+        proxy.passed(|passed| passed.flush_max_of[streams..].iter().any(|flush| *flush >= upto))
+    });
+    wait_until("nothing to be lost any more", || {
+        relay.status()["upstream"]["lost"].is_null() && !relay.needs_attention()
+    });
+    proxy.assert_honest();
     assert_same_wal(&relay.wal_dir(), &primary, upto);
     assert_equal_clusters(&primary, &standby);
 }
