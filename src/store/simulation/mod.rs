@@ -15,6 +15,7 @@ mod repair;
 mod switches;
 mod torn;
 mod truth;
+mod unfinished;
 mod world;
 
 use std::cell::Cell;

@@ -25,7 +25,7 @@ fn received(truth: &'static Truth, bytes: u64) -> World {
     world
 }
 
-fn make_durable(world: &mut World) {
+pub(super) fn make_durable(world: &mut World) {
     let live = world.live();
     live.wal_writer.submit();
     while live.writer.step() == Step::Worked {}
