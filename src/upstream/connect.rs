@@ -1,7 +1,7 @@
 //! From a connection string to a stream that may be trusted.
 //!
-//! Owns the order of checks on every connect: session attributes, system identifier, segment size, timeline, histories,
-//! slot, starting point. Writes nothing but history files, server facts and, on the first start, the store's identity.
+//! Owns the order of checks on every connect: session attributes, page size, system identifier, segment size, timeline,
+//! histories, slot, starting point. Writes nothing but history files, server facts and, on the first start, the store's identity.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::upstream::{
     dial::log_in,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
-    facts::{parse_milliseconds, server_facts},
+    facts::{check_page_size, parse_milliseconds, server_facts},
     histories::{NewestHistory, check_newest},
 };
 use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
@@ -210,6 +210,7 @@ async fn check_server(
     store: &Store,
     writer: &WalWriter,
 ) -> Result<NewestHistory, UpstreamError> {
+    check_page_size(&connected.facts)?;
     let found = identity(connected);
     if let Some(held) = store.identity() {
         if held.system_id != found.system_id {

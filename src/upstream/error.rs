@@ -9,7 +9,7 @@ use crate::protocol::{DecodeError, ServerError, SqlState, frontend::ProtocolVers
 use crate::session::timelines::Refusal;
 use crate::store::{AppendError, StoreError};
 use crate::wal::timeline::HistoryError;
-use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
+use crate::wal::{Lsn, PAGE_BYTES, SegmentSize, SystemId, TimelineId};
 
 /// An attempt to connect, or a stream, failed.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +120,12 @@ pub enum UpstreamError {
         expected: SystemId,
         /// What was found.
         got: SystemId,
+    },
+    /// Another page size than any WAL that is understood here.
+    #[error("upstream has a WAL page size (wal_block_size) of {got}, only {PAGE_BYTES} is supported")]
+    WrongPageSize {
+        /// What was found.
+        got: String,
     },
     /// Another segment size.
     #[error("upstream has a WAL segment size of {got}, this relay holds segments of {expected}")]
@@ -261,6 +267,7 @@ impl UpstreamError {
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
             Self::Unsupported(_)
             | Self::WrongSystem { .. }
+            | Self::WrongPageSize { .. }
             | Self::WrongSegmentSize { .. }
             | Self::Refused(_)
             | Self::Forked { .. }

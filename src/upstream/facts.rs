@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::store::ServerFacts;
 use crate::upstream::UpstreamError;
 use crate::upstream::dialog::Dialog;
+use crate::wal::PAGE_BYTES;
 
 /// What our own clients will ask of us while this server may be away.
 pub(super) async fn server_facts(dialog: &mut Dialog) -> Result<ServerFacts, UpstreamError> {
@@ -23,6 +24,12 @@ pub(super) async fn server_facts(dialog: &mut Dialog) -> Result<ServerFacts, Ups
     }
     let version = settings.get("server_version").cloned().unwrap_or_default();
     Ok(ServerFacts { version, version_num, settings })
+}
+
+/// Every check of WAL is by its pages; a server can be built with others, and nothing else tells before WAL flows.
+pub(super) fn check_page_size(facts: &ServerFacts) -> Result<(), UpstreamError> {
+    let got = facts.settings.get("wal_block_size").cloned().unwrap_or_default();
+    if got == PAGE_BYTES.to_string() { Ok(()) } else { Err(UpstreamError::WrongPageSize { got }) }
 }
 
 /// `SHOW wal_sender_timeout` prints a number with a unit, or 0.

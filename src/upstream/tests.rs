@@ -1,4 +1,4 @@
-//! Servers that stall while a stream is being opened, by tokio's stopped clock.
+//! Servers that stall while a stream is being opened, by tokio's stopped clock, and one that is built otherwise.
 //!
 //! Over Unix sockets: what is written to them is there at once, so that the clock moves only when both sides wait.
 
@@ -44,6 +44,7 @@ enum Then {
 struct Stall {
     at: StallsAt,
     then: Then,
+    page_bytes: &'static str,
 }
 
 impl Stall {
@@ -79,7 +80,7 @@ impl Stall {
             if matches!(self.at, StallsAt::Question(stalls_at) if is_asked(stalls_at)) {
                 return;
             }
-            let row = row_of(&question);
+            let row = self.row_of(&question);
             let columns: Vec<Column> = row.iter().map(|_| Column::text("column")).collect();
             send(client, |out| encode_row_description(&columns, out)).await;
             if matches!(self.at, StallsAt::Answer(stalls_at) if is_asked(stalls_at)) {
@@ -93,15 +94,16 @@ impl Stall {
             .await;
         }
     }
-}
 
-fn row_of(question: &str) -> [&'static str; 4] {
-    match question.trim_end_matches(['\0', ';']) {
-        "IDENTIFY_SYSTEM" => ["7000000000000000000", "1", "0/3000000", ""],
-        "SHOW transaction_read_only" => ["off"; 4],
-        "SHOW wal_segment_size" => ["16MB"; 4],
-        "SHOW server_version_num" => ["180004"; 4],
-        _ => ["0"; 4],
+    fn row_of(&self, question: &str) -> [&'static str; 4] {
+        match question.trim_end_matches(['\0', ';']) {
+            "IDENTIFY_SYSTEM" => ["7000000000000000000", "1", "0/3000000", ""],
+            "SHOW transaction_read_only" => ["off"; 4],
+            "SHOW wal_segment_size" => ["16MB"; 4],
+            "SHOW wal_block_size" => [self.page_bytes; 4],
+            "SHOW server_version_num" => ["180004"; 4],
+            _ => ["0"; 4],
+        }
     }
 }
 
@@ -154,7 +156,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
 /// How an attempt to connect ended, and after how many seconds by the stopped clock.
 async fn attempt(at: StallsAt, then: Then, more: &str) -> (String, u64) {
     let folder = tempfile::tempdir().unwrap();
-    Stall { at, then }.listen(folder.path());
+    Stall { at, then, page_bytes: "8192" }.listen(folder.path());
     let (really, began) = (Instant::now(), VirtualInstant::now());
     let Upstream { store, writer, .. } = upstream(folder.path());
     let outcome = connect::connect(&settings(folder.path(), more), &store, &writer, 0).await;
@@ -245,10 +247,30 @@ async fn a_server_that_stalls_before_the_stream_is_left_in_time() {
     let folder = tempfile::tempdir().unwrap();
     let mut upstream = upstream(folder.path());
     let at = StallsAt::Question("READ_REPLICATION_SLOT");
-    Stall { at, then: Then::Chatter }.listen(folder.path());
+    Stall { at, then: Then::Chatter, page_bytes: "8192" }.listen(folder.path());
     let began = VirtualInstant::now();
     let outcome = upstream.open(&mut Course::new(Duration::from_secs(5)), None).await;
     assert!(matches!(outcome, Err(UpstreamError::OpeningTimeout)));
     assert_eq!(began.elapsed().as_secs(), 60);
     upstream.store.shutdown();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_with_another_page_size_is_refused_before_anything_is_stored() {
+    let at = StallsAt::Question("READ_REPLICATION_SLOT");
+    for (page_bytes, is_refused) in [("8192", false), ("4096", true), ("16384", true), ("", true)] {
+        let folder = tempfile::tempdir().unwrap();
+        Stall { at, then: Then::Silence, page_bytes }.listen(folder.path());
+        let Upstream { store, writer, .. } = upstream(folder.path());
+        let outcome = connect::connect(&settings(folder.path(), ""), &store, &writer, 0).await;
+        let Err(error) = outcome else {
+            assert!(!is_refused, "{page_bytes} is taken");
+            continue;
+        };
+        let told =
+            format!("upstream has a WAL page size (wal_block_size) of {page_bytes}, only 8192 is supported");
+        assert_eq!(error.chain(), told);
+        assert_eq!(error.advice(), Advice::TellAHuman);
+        assert!(is_refused && store.identity().is_none() && writer.holds_nothing());
+    }
 }

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use crate::support::MB;
-use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::compare::{assert_equal_clusters, assert_same_wal, wal_files};
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::process::Program;
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Verdict};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 
@@ -249,4 +249,42 @@ fn another_segment_size_is_refused() {
     assert_same_wal(&chain.relay.wal_dir(), &chain.primary, upto);
     assert_eq!(stranger.sql("select count(*) from pg_stat_replication"), "0");
     assert_eq!(stranger.sql("select count(*) from pg_replication_slots"), "0");
+}
+
+#[test]
+fn another_page_size_is_refused() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Proxy::to(primary.port);
+    // No server here is built so, but one says so: the answer to SHOW wal_block_size, and to nothing else.
+    let built_with_16_kb = |message: &mut Vec<u8>| {
+        let is_answer = message.first() == Some(&b'D') && message.ends_with(b"\0\x01\0\0\0\x048192");
+        if !is_answer {
+            return Verdict::Forward;
+        }
+        Verdict::Replace(vec![b"D\0\0\0\x0f\0\x01\0\0\0\x0516384".to_vec()])
+    };
+    let told = "upstream has a WAL page size (wal_block_size) of 16384, only 8192 is supported";
+    proxy.edit(built_with_16_kb);
+    let mut relay = Relay::new("relay", proxy.port);
+    relay.launch();
+    relay.wait_logged(told);
+    relay.wait_needs_attention();
+    assert!(wal_files(&relay.wal_dir(), MB, 1).is_empty(), "something is stored");
+    assert_eq!(primary.sql("select count(*) from pg_replication_slots"), "0");
+    // And where WAL is held already.
+    proxy.edit_nothing();
+    relay.terminate();
+    relay.start();
+    relay.wait_flushed(primary.flushed());
+    relay.terminate();
+    let held_at_most = primary.flushed();
+    proxy.edit(built_with_16_kb);
+    relay.launch();
+    relay.wait_serving();
+    relay.wait_needs_attention();
+    write_wal(&primary, MB);
+    hold("nothing of other pages", Duration::from_secs(2), || relay.flushed() <= held_at_most);
+    // Once by each of the two processes that came to see it.
+    assert_eq!(relay.times_logged(told), 2);
 }
