@@ -1,7 +1,7 @@
-//! `cargo bench --bench peers [-- --quick] [-- drain fanout latency memory]`: the relay beside PostgreSQL's own tools.
+//! `cargo bench --bench peers [-- --quick] [-- drain fanout latency sync memory]`: the relay beside PostgreSQL's own tools.
 //!
 //! Starts a real primary, produces WAL, and prints one table for each question: how fast and at what cost one receiver
-//! takes it (and, by perf, where the relay's time goes then), how fast it fans out, how late a commit arrives at the end, and how much memory a stuck client costs. Every
+//! takes it (and, by perf, where the relay's time goes then), how fast it fans out, how late a commit arrives at the end, how long one that waits for a standby takes, and how much memory a stuck client costs. Every
 //! peer is measured in the same run, in turns, on the same WAL.
 //!
 //! | variable | meaning | default |
@@ -27,6 +27,8 @@ mod latency;
 mod memory;
 #[path = "peers/profile.rs"]
 mod profile;
+#[path = "peers/sync.rs"]
+mod sync;
 #[path = "peers/table.rs"]
 mod table;
 #[path = "peers/usage.rs"]
@@ -41,7 +43,7 @@ use anyhow::{Context, Result, bail};
 
 use lab::Lab;
 
-const SECTIONS: [&str; 4] = ["drain", "fanout", "latency", "memory"];
+const SECTIONS: [&str; 5] = ["drain", "fanout", "latency", "sync", "memory"];
 /// Of the file systems that live in memory, as statfs(2) tells them.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 const RAMFS_MAGIC: i64 = 0x8584_58F6;
@@ -78,6 +80,7 @@ fn main() -> Result<()> {
             "drain" => drain::run(&mut lab, knobs.rounds)?,
             "fanout" => fanout::run(&mut lab, knobs.rounds)?,
             "latency" => latency::run(&mut lab, knobs.rounds, knobs.commits)?,
+            "sync" => sync::run(&mut lab, knobs.rounds, knobs.commits)?,
             _ => memory::run(&mut lab, knobs.stall_bytes)?,
         }
     }

@@ -24,6 +24,8 @@ pub struct Overview {
     pub upstream: UpstreamStatus,
     /// What is held.
     pub store: StoreStatus,
+    /// What is held nowhere else, as far as standbys of this relay tell; absent until that has been looked at.
+    pub only_copy: Option<OnlyCopyStatus>,
     /// Downstream connections (`pg_stat_replication`).
     pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
@@ -169,6 +171,15 @@ pub struct FenceStatus {
     pub flushed: Option<Lsn>,
 }
 
+/// WAL that was acknowledged upstream and that no standby of the relay has flushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OnlyCopyStatus {
+    /// How much.
+    pub bytes: u64,
+    /// Since when the oldest of it.
+    pub since: Option<Timestamp>,
+}
+
 /// What operators see of the upstream.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct UpstreamStatus {
@@ -186,6 +197,10 @@ pub struct UpstreamStatus {
     pub sessions: u64,
     /// What is acknowledged.
     pub acknowledge: AcknowledgeStatus,
+    /// `pg_stat_replication.sync_state` of this relay there, as last seen; absent where the server does not tell.
+    pub sync_state: Option<String>,
+    /// Others that report there under this relay's `application_name`.
+    pub namesakes: u32,
     /// Whether it has been left on demand.
     pub fence: FenceStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.

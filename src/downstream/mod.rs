@@ -43,6 +43,7 @@ use crate::downstream::{
 };
 use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
+use crate::protocol::instances::Instances;
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
 use crate::session::feedback::{Feedback, Feedbacks};
 use crate::session::sender::STOPPING_TIME_MAX;
@@ -70,6 +71,8 @@ pub struct DownstreamContext {
     pub upstream_writable: Arc<AtomicBool>,
     /// WAL that follows what is held, and that the upstream has removed.
     pub upstream_removed: watch::Receiver<Option<RemovedWal>>,
+    /// This relay, and those before it.
+    pub instances: watch::Receiver<Instances>,
     /// What is counted.
     pub metrics: DownstreamMetrics,
     /// Reads from the disk.

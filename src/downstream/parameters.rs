@@ -8,6 +8,7 @@ use bytes::BytesMut;
 
 use crate::downstream::{DownstreamContext, registry::Client, server::Server};
 use crate::protocol::backend::encode_parameter_status;
+use crate::protocol::instances::PARAMETER;
 
 /// What a session shows of itself.
 pub(super) struct Parameters<'a> {
@@ -70,6 +71,10 @@ impl Parameters<'_> {
         put("session_authorization", &self.client.user);
         put("standard_conforming_strings", "on");
         put("TimeZone", &told("TimeZone", "GMT"));
+        let instances = self.context.instances.borrow().to_string();
+        if !instances.is_empty() {
+            put(PARAMETER, &instances);
+        }
     }
 
     /// Tells the client that the server was promoted, or demoted; it is due before the next ReadyForQuery.

@@ -82,6 +82,10 @@ pub struct StoreMetrics {
     pub sync_seconds: Histogram,
     /// Bytes made durable.
     pub synced_bytes: Counter,
+    /// WAL acknowledged upstream that no standby has flushed.
+    pub only_copy_bytes: Gauge,
+    /// How long the oldest of it has been acknowledged.
+    pub only_copy_seconds: Gauge,
     /// Segments sealed.
     pub sealed_segments: Counter,
     /// Segments found damaged.
@@ -118,6 +122,16 @@ impl StoreMetrics {
             sync_seconds: metrics
                 .histogram("walrelay_store_sync_seconds", "Duration of one sync of the store"),
             synced_bytes: metrics.counter("walrelay_store_synced_bytes_total", "WAL made durable, in bytes"),
+            only_copy_bytes: metrics.gauge(
+                "walrelay_only_copy_bytes",
+                bytes,
+                "WAL acknowledged upstream that no standby of the relay has flushed",
+            ),
+            only_copy_seconds: metrics.gauge(
+                "walrelay_only_copy_seconds",
+                Some(Unit::Seconds),
+                "Time since the oldest of that WAL was acknowledged",
+            ),
             sealed_segments: metrics.counter("walrelay_store_sealed_segments_total", "Segments sealed"),
             suspect_segments: metrics
                 .counter("walrelay_store_suspect_segments_total", "Segments found damaged"),

@@ -11,6 +11,7 @@ pub mod command;
 pub mod copy_stream;
 mod fields;
 pub mod frontend;
+pub mod instances;
 pub mod md5;
 pub mod replication;
 pub mod scram;

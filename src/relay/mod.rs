@@ -5,6 +5,7 @@
 
 mod descriptors;
 mod observer;
+mod only_copy;
 mod operations;
 mod pages;
 
@@ -31,14 +32,16 @@ use crate::downstream::{
 use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
+use crate::protocol::instances::Instances;
 use crate::relay::descriptors::TooFewDescriptors;
 use crate::relay::observer::{Notices, condition_text, remind_of_damage, store_observer};
+use crate::relay::only_copy::OnlyCopyAlarm;
 use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
-use crate::status::{RemovedWal, UpstreamStatus};
+use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
 use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
 use crate::upstream::{Acknowledging, Fencing, Upstream, UpstreamSettings, fence_status};
 
@@ -100,6 +103,7 @@ pub struct Relay {
     admin: Option<Admin>,
     downstream: Arc<DownstreamContext>,
     status: watch::Sender<UpstreamStatus>,
+    instances: watch::Sender<Instances>,
     fencing: Fencing,
 }
 
@@ -124,15 +128,11 @@ impl Relay {
             tracing::warn!(note, "recovery of the store");
         }
 
-        let mut listeners = Vec::new();
-        for address in &config.downstream.listen {
-            let bound = Listener::bind(address).await;
-            listeners
-                .push(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?);
-        }
+        let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
         let (fence, fencing) = Fencing::new(&store);
+        let instances = watch::Sender::new(Instances::of(store::unique_name()));
         let upstream_writable = Arc::new(AtomicBool::new(false));
         let (removed, upstream_removed) = watch::channel(None);
         let downstream = Arc::new(DownstreamContext {
@@ -143,11 +143,14 @@ impl Relay {
             authentication: Authentication::try_from(&config.downstream.authentication)?,
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
+            instances: instances.subscribe(),
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
         });
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
+        let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
         let pages = Arc::new(RelayPages {
+            only_copy,
             name: config.relay.name.clone(),
             store: store.clone(),
             status: status.subscribe(),
@@ -157,15 +160,20 @@ impl Relay {
             process: metrics.process.clone(),
             log_lines_dropped,
         });
-        let admin = match config.admin.listen {
-            Some(address) => {
-                let operations = Arc::new(RelayOperations { fence });
-                let bound = Admin::bind(address, config.admin.token.clone(), pages, operations).await;
-                Some(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?)
-            }
-            None => None,
-        };
-        Ok(Self { config, metrics, store, writer, notices, listeners, admin, downstream, status, fencing })
+        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence }).await?;
+        Ok(Self {
+            config,
+            metrics,
+            store,
+            writer,
+            notices,
+            listeners,
+            admin,
+            downstream,
+            status,
+            instances,
+            fencing,
+        })
     }
 
     /// Runs until a signal asks to stop, or the relay must not go on.
@@ -174,11 +182,12 @@ impl Relay {
         let shutdown = CancellationToken::new();
         let mut condition = self.notices.condition.clone();
         let acknowledging = acknowledging(&self);
+        let instance = self.instances.borrow().clone();
         let feedbacks = self.config.upstream.hot_standby_feedback;
         let feedbacks = feedbacks.then(|| Arc::clone(&self.downstream) as Arc<dyn Feedbacks>);
         let mut upstream = tokio::spawn(
             Upstream {
-                settings: upstream_settings(&self.config.upstream),
+                settings: upstream_settings(&self.config.upstream, instance),
                 store: self.store.clone(),
                 writer: self.writer,
                 positions: self.notices.positions.clone(),
@@ -188,6 +197,7 @@ impl Relay {
                 feedbacks,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
+                instances: self.instances,
                 fencing: self.fencing,
                 shutdown: shutdown.clone(),
             }
@@ -222,14 +232,46 @@ impl Relay {
     }
 }
 
+async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, RelayError> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        let bound = Listener::bind(address).await;
+        listeners.push(bound.map_err(|source| RelayError::Listen { address: address.to_string(), source })?);
+    }
+    Ok(listeners)
+}
+
+async fn listen_for_admin(
+    admin: &config::Admin,
+    pages: Arc<RelayPages>,
+    operations: RelayOperations,
+) -> Result<Option<Admin>, RelayError> {
+    let Some(address) = admin.listen else { return Ok(None) };
+    let bound = Admin::bind(address, admin.token.clone(), pages, Arc::new(operations)).await;
+    bound.map(Some).map_err(|source| RelayError::Listen { address: address.to_string(), source })
+}
+
+/// Starts to look for WAL that is nowhere else, and returns what is found.
+fn watch_only_copy(
+    downstream: &DownstreamContext,
+    upstream: watch::Receiver<UpstreamStatus>,
+    metrics: &AllMetrics,
+) -> watch::Receiver<Option<OnlyCopyStatus>> {
+    let (told, only_copy) = watch::channel(None);
+    let (store, registry) = (downstream.store.clone(), Arc::clone(&downstream.registry));
+    let metrics = metrics.store.clone();
+    tokio::spawn(OnlyCopyAlarm { store, registry, upstream, metrics, told }.run());
+    only_copy
+}
+
 /// Where what the standbys say meets what is said upstream.
 fn acknowledging(relay: &Relay) -> Acknowledging {
     let upstream = &relay.config.upstream;
     let registry = &relay.downstream.registry;
     Acknowledging::new(
         Acknowledger::new(upstream.acknowledge.clone(), upstream.acknowledge_timeout),
-        Arc::clone(registry) as Arc<dyn Standbys>,
-        registry.moved(),
+        (Arc::clone(registry) as Arc<dyn Standbys>, registry.moved()),
+        relay.store.clone(),
         relay.status.clone(),
         relay.metrics.upstream.clone(),
     )
@@ -264,8 +306,9 @@ fn downstream_settings(config: &Config) -> Result<DownstreamSettings, TooFewDesc
     Ok(settings)
 }
 
-fn upstream_settings(upstream: &config::Upstream) -> UpstreamSettings {
+fn upstream_settings(upstream: &config::Upstream, instance: Instances) -> UpstreamSettings {
     UpstreamSettings {
+        instance,
         conninfo: upstream.conninfo.clone(),
         sql_conninfo: upstream.sql_conninfo.clone(),
         patroni: upstream.patroni.clone(),

@@ -11,8 +11,8 @@ use crate::downstream::DownstreamContext;
 use crate::metrics::{Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
 use crate::status::{
-    DamagedSegmentStatus, DeadBranchStatus, Overview, ReplicationSlotStatus, StoreStatus, Timestamp,
-    UpstreamStatus,
+    DamagedSegmentStatus, DeadBranchStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus,
+    Timestamp, UpstreamStatus,
 };
 use crate::store::{Condition, DeadBranch, Store, WalStatus};
 
@@ -21,6 +21,7 @@ pub(super) struct RelayPages {
     pub(super) name: String,
     pub(super) store: Store,
     pub(super) status: watch::Receiver<UpstreamStatus>,
+    pub(super) only_copy: watch::Receiver<Option<OnlyCopyStatus>>,
     pub(super) downstream: Arc<DownstreamContext>,
     pub(super) registry: Arc<Metrics>,
     pub(super) store_metrics: StoreMetrics,
@@ -71,6 +72,7 @@ impl Pages for RelayPages {
                 damaged: self.damaged(),
                 dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
             },
+            only_copy: *self.only_copy.borrow(),
             downstream: self.downstream.registry.statuses(),
             slots: self.downstream.replication_slots(),
             consumers: self.downstream.consumers(),

@@ -99,7 +99,7 @@ impl Control {
 const CONTROL_FILE: StateFile = StateFile { name: "walrelay.control", magic: *b"WRCTRL\0\0", version: 2 };
 
 /// A name that nobody else has; not secret.
-pub(super) fn unique_name() -> String {
+pub fn unique_name() -> String {
     let half = || RandomState::new().hash_one(std::process::id());
     format!("{:016x}{:016x}", half(), half())
 }

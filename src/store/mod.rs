@@ -15,6 +15,7 @@
 //!   walrelay.slots               permanent replication slots; a state file
 //!   walrelay.fence               whether the relay is fenced; a state file
 //!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
+//!   walrelay.windows             WAL that was acknowledged while it was durable here alone; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
 //!   wal/
@@ -165,11 +166,12 @@ mod tail;
 mod threads;
 mod unproven;
 mod walk;
+mod windows;
 mod writer;
 
 pub use checkpoint::SlotState;
 pub use consumers::{CONSUMERS_MAX, ConsumerGuard};
-pub use control::{Identity, ServerFacts};
+pub use control::{Identity, ServerFacts, unique_name};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
@@ -181,11 +183,13 @@ pub use repair::{DamagedSegment, SegmentRepair};
 pub use slot_limits::{InvalidationReason, RetentionLimits, WalStatus};
 pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable, WhenInvalid};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
+pub use windows::AcknowledgedAlone;
 pub use writer::{ResumePlan, WalWriter};
 
 use fence::FenceFile;
 use shared::Shared;
 use threads::Threads;
+use windows::WindowsFile;
 
 use crate::wal::{FullXid, Lineage, Lsn, TimelineId};
 
@@ -218,12 +222,13 @@ pub fn open(
 ) -> Result<(Store, WalWriter), StoreError> {
     let opened = open::open(settings, disk, observer, open::Variant::default())?;
     let fence = FenceFile::read(&*opened.shared.disk, &opened.shared.layout)?;
+    let windows = WindowsFile::read(&opened.shared)?;
     let threads = Threads::start(&opened.shared, opened.has_reserve)?;
     let handle = Arc::new(StoreHandle { threads, _lock: opened.lock });
     let writer = WalWriter::new(opened.shared.clone(), Some(handle.clone()), opened.scanner);
     // What recovery found counts as news.
     opened.shared.publish(|_| ());
-    Ok((Store { shared: opened.shared, handle, notes: opened.notes.into(), fence }, writer))
+    Ok((Store { shared: opened.shared, handle, notes: opened.notes.into(), fence, windows }, writer))
 }
 
 /// The threads and the lock; both end with the last of the store and its writer.
@@ -245,6 +250,7 @@ pub struct Store {
     handle: Arc<StoreHandle>,
     notes: Arc<[String]>,
     fence: FenceFile,
+    windows: WindowsFile,
 }
 
 impl Store {

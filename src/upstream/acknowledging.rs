@@ -1,7 +1,7 @@
 //! What the standbys have, as far as it counts for what is acknowledged.
 //!
 //! Owns the policy's memory across sessions, hears when standbys move, and tells people when WAL is acknowledged without
-//! them. Knows standbys by what they report and not as connections; decides nothing itself.
+//! them, which is never done before it is written down. Knows standbys by what they report and not as connections; decides nothing itself.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use crate::metrics::UpstreamMetrics;
 use crate::session::acknowledge::{Acknowledged, Acknowledger, LocalWindow, Standbys};
 use crate::status::{LocalWindowStatus, UpstreamStatus};
-use crate::store::Positions;
+use crate::store::{Positions, Store};
+use crate::upstream::local_windows::LocalWindows;
 use crate::wal::Lsn;
 
 /// The policy at work.
@@ -23,25 +24,38 @@ pub struct Acknowledging {
     status: watch::Sender<UpstreamStatus>,
     metrics: UpstreamMetrics,
     was_degraded: bool,
+    windows: LocalWindows,
+    /// What was said last as flushed.
+    said: Option<Lsn>,
 }
 
 impl Acknowledging {
-    /// Nothing is acknowledged yet.
+    /// Nothing is acknowledged yet. The standbys come with what is marked when they move; what an earlier process has
+    /// acknowledged without them is known to the store.
     pub fn new(
-        acknowledger: Acknowledger,
-        standbys: Arc<dyn Standbys>,
-        standbys_moved: watch::Receiver<()>,
+        mut acknowledger: Acknowledger,
+        (standbys, standbys_moved): (Arc<dyn Standbys>, watch::Receiver<()>),
+        store: Store,
         status: watch::Sender<UpstreamStatus>,
         metrics: UpstreamMetrics,
     ) -> Self {
-        Self { acknowledger, standbys, standbys_moved, status, metrics, was_degraded: false }
+        let windows = LocalWindows::new(store);
+        acknowledger.take_over(windows.left());
+        let (was_degraded, said) = (false, None);
+        let new =
+            Self { acknowledger, standbys, standbys_moved, status, metrics, was_degraded, windows, said };
+        new.tell(Acknowledged::default());
+        new
     }
 
-    /// Comes back when standbys have moved. Cancel-safe.
+    /// Comes back when standbys have moved, or something was written down. Cancel-safe.
     pub(super) async fn changed(&mut self) {
-        if self.standbys_moved.changed().await.is_err() {
-            // There are no standbys any more, and none will come.
-            std::future::pending().await
+        tokio::select! {
+            changed = self.standbys_moved.changed() => if changed.is_err() {
+                // There are no standbys any more, and none will come.
+                self.windows.changed().await;
+            },
+            () = self.windows.changed() => {}
         }
     }
 
@@ -53,6 +67,12 @@ impl Acknowledging {
         self.standbys.show(positions.timeline, &mut |standbys| {
             acknowledged = acknowledger.update(now, positions.flushed, standbys);
         });
+        let is_written_down = self.windows.keep(now, self.acknowledger.local_windows());
+        if self.acknowledger.is_degraded() && !is_written_down {
+            acknowledged.flush = self.said.map(|said| said.min(positions.flushed));
+        }
+        self.said = acknowledged.flush;
+        self.note_degraded();
         self.tell(acknowledged);
         acknowledged
     }
@@ -60,14 +80,15 @@ impl Acknowledging {
     /// The timeline was left at `fork`.
     pub(super) fn cut(&mut self, fork: Lsn) {
         self.acknowledger.cut(fork);
+        self.said = self.said.map(|said| said.min(fork));
     }
 
     /// When `update` is to be called although nothing moves.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.acknowledger.deadline()
+        [self.acknowledger.deadline(), self.windows.deadline()].into_iter().flatten().min()
     }
 
-    fn tell(&mut self, acknowledged: Acknowledged) {
+    fn note_degraded(&mut self) {
         let is_degraded = self.acknowledger.is_degraded();
         if is_degraded != self.was_degraded {
             self.was_degraded = is_degraded;
@@ -79,6 +100,10 @@ impl Acknowledging {
             }
             self.metrics.acknowledge_degraded.set(f64::from(u8::from(is_degraded)));
         }
+    }
+
+    fn tell(&self, acknowledged: Acknowledged) {
+        let is_degraded = self.acknowledger.is_degraded();
         let policy = self.acknowledger.policy();
         let windows = self.acknowledger.local_windows();
         self.status.send_if_modified(|status| {

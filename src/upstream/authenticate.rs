@@ -43,7 +43,7 @@ pub(crate) async fn open_session(
     authenticate(dialog, credentials).await?;
     loop {
         match dialog.receive().await? {
-            Message::BackendKeyData { .. } => {}
+            Message::BackendKeyData { process_id, .. } => dialog.introduction.process_id = Some(process_id),
             Message::ReadyForQuery(_) => return Ok(()),
             Message::ErrorResponse(error) => return Err(UpstreamError::Server(Box::new(error))),
             other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),

@@ -26,6 +26,7 @@ use crate::upstream::{
     error::BehindUpstream,
     facts::{check_page_size, parse_milliseconds, server_facts},
     histories::{NewestHistory, check_newest},
+    looking,
 };
 use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
 
@@ -155,7 +156,7 @@ async fn interrogate(
     wanted: TargetSessionAttrs,
     host: &str,
 ) -> Result<Connected, UpstreamError> {
-    let in_recovery = dialog.parameters.get("in_hot_standby").cloned();
+    let in_recovery = dialog.introduction.parameters.get("in_hot_standby").cloned();
     let read_only = dialog.show("transaction_read_only").await? == "on";
     let is_standby = in_recovery.map_or(read_only, |value| value == "on");
     check_session_attributes(wanted, read_only, is_standby)?;
@@ -211,6 +212,7 @@ async fn check_server(
     writer: &WalWriter,
 ) -> Result<NewestHistory, UpstreamError> {
     check_page_size(&connected.facts)?;
+    looking::check_loop(&connected.dialog.introduction, &settings.instance, &connected.host)?;
     let found = identity(connected);
     if let Some(held) = store.identity() {
         if held.system_id != found.system_id {

@@ -3,6 +3,7 @@
 //! Owns the socket and what was read from it but not used. Every answer has a deadline and a limit of rows; every message
 //! has the limit that `protocol` gives it. Knows nothing of what the answers mean.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -23,18 +24,33 @@ use crate::upstream::UpstreamError;
 pub(crate) struct Dialog {
     socket: Socket,
     input: BytesMut,
-    /// Settings that the server reported.
-    pub(crate) parameters: std::collections::BTreeMap<String, String>,
+    /// What the server said of itself.
+    pub(crate) introduction: Introduction,
+}
+
+/// What a server says of itself at the login.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Introduction {
+    /// Settings that it reported.
+    pub(crate) parameters: BTreeMap<String, String>,
+    /// Its process for this connection.
+    pub(crate) process_id: Option<u32>,
 }
 
 impl Dialog {
     pub(crate) fn new(socket: Socket) -> Self {
-        Self { socket, input: BytesMut::new(), parameters: std::collections::BTreeMap::new() }
+        Self { socket, input: BytesMut::new(), introduction: Introduction::default() }
     }
 
     /// Goes on after a copy that the server has ended: ends it too, and reads what the server says of it.
-    pub(crate) async fn after_copy(socket: Socket, input: BytesMut) -> Result<Self, UpstreamError> {
-        let mut dialog = Self { socket, input, parameters: std::collections::BTreeMap::new() };
+    pub(crate) async fn after_copy(
+        socket: Socket,
+        input: BytesMut,
+        mut introduction: Introduction,
+    ) -> Result<Self, UpstreamError> {
+        // The one thing that may have changed unheard while WAL flowed.
+        introduction.parameters.remove("in_hot_standby");
+        let mut dialog = Self { socket, input, introduction };
         dialog.send(|output| frontend::Message::CopyDone.encode(output)).await?;
         loop {
             match dialog.receive().await? {
@@ -57,8 +73,10 @@ impl Dialog {
     pub(crate) async fn receive(&mut self) -> Result<Message, UpstreamError> {
         loop {
             match Message::decode(&mut self.input)? {
-                Some(Message::ParameterStatus { name, value }) if self.parameters.len() < PARAMETERS_MAX => {
-                    self.parameters.insert(name, value);
+                Some(Message::ParameterStatus { name, value })
+                    if self.introduction.parameters.len() < PARAMETERS_MAX =>
+                {
+                    self.introduction.parameters.insert(name, value);
                 }
                 Some(Message::ParameterStatus { .. } | Message::NoticeResponse(_)) => {}
                 Some(message) => return Ok(message),

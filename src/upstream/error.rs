@@ -135,6 +135,14 @@ pub enum UpstreamError {
         /// What was found.
         got: SegmentSize,
     },
+    /// Its WAL comes from here.
+    #[error("{}", loop_text(host, *relays))]
+    Loop {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+        /// Relays between it and us; 0: it is this relay itself.
+        relays: usize,
+    },
     /// Its timeline is not one that may be followed.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -269,6 +277,7 @@ impl UpstreamError {
             | Self::WrongSystem { .. }
             | Self::WrongPageSize { .. }
             | Self::WrongSegmentSize { .. }
+            | Self::Loop { .. }
             | Self::Refused(_)
             | Self::Forked { .. }
             | Self::EndedEarly { .. }
@@ -337,6 +346,15 @@ fn advice_of_all(errors: &[(String, UpstreamError)]) -> Advice {
         .into_iter()
         .find(|soon| advices().any(|advice| advice == *soon))
         .unwrap_or(Advice::TellAHuman)
+}
+
+fn loop_text(host: &str, relays: usize) -> String {
+    match relays {
+        0 => format!("the upstream {host} is this relay itself"),
+        _ => format!(
+            "the upstream {host} gets its WAL from this relay, through {relays} of the relays that it names: a loop"
+        ),
+    }
 }
 
 fn all_hosts(errors: &[(String, UpstreamError)]) -> String {

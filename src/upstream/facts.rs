@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::protocol::instances;
 use crate::store::ServerFacts;
 use crate::upstream::UpstreamError;
 use crate::upstream::dialog::Dialog;
@@ -18,7 +19,9 @@ pub(super) async fn server_facts(dialog: &mut Dialog) -> Result<ServerFacts, Ups
         field: "value",
         value: version_num,
     })?;
-    let mut settings: BTreeMap<String, String> = dialog.parameters.clone();
+    let mut settings: BTreeMap<String, String> = dialog.introduction.parameters.clone();
+    // That is about those before us, and changes.
+    settings.remove(instances::PARAMETER);
     for name in MIRRORED_SETTINGS {
         settings.insert((*name).to_owned(), dialog.show(name).await?);
     }

@@ -16,6 +16,8 @@ mod fencing;
 mod follow;
 mod histories;
 mod judge;
+mod local_windows;
+mod looking;
 mod patroni;
 mod repair;
 mod repair_schedule;
@@ -43,13 +45,14 @@ pub use fencing::{FENCE_TIME_MAX, FenceError, FenceSwitch, Fencing, fence_status
 use crate::config::PatroniUrl;
 use crate::conninfo::Conninfo;
 use crate::metrics::{UpstreamMetrics, bytes_value};
+use crate::protocol::instances::Instances;
 use crate::session::feedback::Feedbacks;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
 use crate::store::{BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
 use crate::upstream::connect::{Beginning, Connected, StreamPlan};
 use crate::upstream::course::Course;
-use crate::upstream::dialog::Dialog;
+use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
 use crate::upstream::retained::{Retained, SlotMover};
 use crate::upstream::slot::{SlotOrigin, WhenAbsent};
@@ -79,6 +82,8 @@ pub struct UpstreamSettings {
     pub receiver_timeout: Option<Duration>,
     /// `wal_receiver_status_interval`; `None`: only when asked, or when a position moves.
     pub status_interval: Option<Duration>,
+    /// This relay, as it tells those behind it.
+    pub instance: Instances,
     /// What to do when what is held goes beyond the fork of a new timeline.
     pub on_divergence: OnDivergence,
     /// Longest delay between attempts (`wal_retrieve_retry_interval`).
@@ -109,6 +114,8 @@ pub struct Upstream {
     pub status: watch::Sender<UpstreamStatus>,
     /// Metrics.
     pub metrics: UpstreamMetrics,
+    /// This relay, and those before it, as far as they are known.
+    pub instances: watch::Sender<Instances>,
     /// Whether the upstream is to be left alone.
     pub fencing: Fencing,
     /// Ends the task.
@@ -208,6 +215,7 @@ impl Upstream {
         course.note_streaming();
         let (durable, advance) = self.slot_advance(&opened);
         let _repairs = self.repair_beside(&opened);
+        let looking = self.look_beside(&opened);
         let context = StreamContext {
             writer: &mut self.writer,
             positions: self.positions.clone(),
@@ -225,6 +233,7 @@ impl Upstream {
             streamed = stream => streamed,
             // Only to be dropped with the stream.
             () = advance => Streamed::stop_requested(course.block),
+            error = looking => return Err(error),
         })
     }
 
@@ -282,7 +291,9 @@ impl Upstream {
         }
         course.fallback_after = plan.start_after(Some(start)).map(|_| start);
         course.held_end = Some(plan.held_end);
+        looking::hear_instances(&connected.dialog.introduction, &self.instances, &connected.host)?;
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
+        let introduction = connected.dialog.introduction.clone();
         let upstream_end = connected.system.flushed;
         course.upstream_end = Some(upstream_end);
         let mover = if self.settings.streams_by_slot { SlotMover::Reports } else { SlotMover::Sql };
@@ -297,7 +308,7 @@ impl Upstream {
         self.tell_streaming(&planned, course, host.clone(), is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, host, settings, lost: planned.lost, retained })
+        Ok(Opened { streaming, host, introduction, settings, lost: planned.lost, retained })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -400,6 +411,8 @@ struct Opened {
     streaming: connect::Streaming,
     /// The server.
     host: String,
+    /// What it said of itself at the login.
+    introduction: Introduction,
     settings: ReceiverSettings,
     /// What the slot says was acknowledged, and is not held.
     lost: Option<LostWal>,

@@ -147,6 +147,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         create_slot: true,
         slot_wal_keep_max: None,
         receiver_timeout: None,
+        instance: Instances::of("relay".to_owned()),
         status_interval: None,
         on_divergence: OnDivergence::Follow,
         retry_interval: Duration::from_secs(5),
@@ -223,13 +224,19 @@ fn upstream(folder: &Path) -> Upstream {
     let (status, metrics) = (watch::Sender::default(), AllMetrics::default().upstream);
     let acknowledger = Acknowledger::new(AcknowledgePolicy::Local, None);
     let standbys_moved = watch::Sender::new(()).subscribe();
-    let acknowledging =
-        Acknowledging::new(acknowledger, Arc::new(Nobody), standbys_moved, status.clone(), metrics.clone());
+    let acknowledging = Acknowledging::new(
+        acknowledger,
+        (Arc::new(Nobody), standbys_moved),
+        store.clone(),
+        status.clone(),
+        metrics.clone(),
+    );
     let (_, fencing) = Fencing::new(&store);
     Upstream {
         settings: settings(folder, ""),
         store,
         fencing,
+        instances: watch::Sender::new(Instances::of("relay".to_owned())),
         writer,
         positions: watch::Sender::default().subscribe(),
         condition: watch::Sender::new(Condition::Healthy).subscribe(),

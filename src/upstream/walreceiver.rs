@@ -28,7 +28,7 @@ use crate::session::{
 use crate::status::{LostWal, RemovedWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
 use crate::upstream::acknowledging::Acknowledging;
-use crate::upstream::dialog::Dialog;
+use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::retained::Retained;
 use crate::upstream::{Opened, UpstreamError};
 use crate::wal::{Lsn, PgTimestamp};
@@ -90,6 +90,8 @@ pub(crate) struct WalReceiver<'a> {
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
     retained: Option<Retained>,
+    /// What the server said at the login.
+    introduction: Introduction,
     gathering: Gathering,
     /// What the standbys hold back, and what was told of it.
     held_back: Feedback,
@@ -117,7 +119,7 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, settings, lost, retained, .. } = opened;
+        let Opened { streaming, introduction, settings, lost, retained, .. } = opened;
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -138,6 +140,7 @@ impl<'a> WalReceiver<'a> {
             session,
             lost,
             retained,
+            introduction,
             gathering: Gathering::new(),
             held_back: Feedback::default(),
             feedback: FeedbackSender::default(),
@@ -175,7 +178,7 @@ impl<'a> WalReceiver<'a> {
         let sent = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
         sent.map_err(|_| UpstreamError::Closed)??;
         let socket = reunite(self.read, self.write).ok_or(UpstreamError::Closed)?;
-        Dialog::after_copy(socket, self.stream.into_rest()).await
+        Dialog::after_copy(socket, self.stream.into_rest(), self.introduction).await
     }
 
     async fn stream(&mut self) -> Result<StreamEnd, UpstreamError> {

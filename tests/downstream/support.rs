@@ -163,6 +163,7 @@ impl Relay {
             authentication: options.authentication,
             upstream_writable: Arc::clone(&writable),
             upstream_removed,
+            instances: watch::Sender::default().subscribe(),
             metrics: AllMetrics::default().downstream,
             cold_reads: ColdReads::default(),
         };

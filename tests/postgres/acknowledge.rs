@@ -79,7 +79,7 @@ fn with_remote_apply_a_commit_is_seen_on_the_standby_behind_the_relay() {
 
 #[test]
 fn a_standby_that_is_away_for_too_long_is_gone_on_without_and_that_is_remembered() {
-    let Some((primary, _proxy, relay)) = chain(|relay| {
+    let Some((primary, _proxy, mut relay)) = chain(|relay| {
         relay.with("upstream.acknowledge", "\"FIRST 1 (far)\"").with("upstream.acknowledge_timeout", "\"2s\"")
     }) else {
         return;
@@ -95,22 +95,36 @@ fn a_standby_that_is_away_for_too_long_is_gone_on_without_and_that_is_remembered
     let before = primary.flushed();
     primary.sql("insert into confirmed values (1)");
     let after = primary.flushed();
-    let last_window = || {
-        let told = acknowledge_of(&relay);
-        let window = told["local_windows"].as_array().unwrap().last().unwrap().clone();
-        let position = |key: &str| lsn(window[key].as_str().unwrap());
-        (position("from"), position("to"), window["open"] == true, told["degraded"] == true)
-    };
-    let (from, _, is_open, is_degraded) = last_window();
+    let (from, _, is_open, is_degraded) = last_window(&relay);
     assert!(from <= before && is_open && is_degraded, "{}", acknowledge_of(&relay));
-    wait_until("the window to reach what was confirmed", || last_window().1 >= after);
+    wait_until("the window to reach what was confirmed", || last_window(&relay).1 >= after);
     relay.wait_logged("durable here alone");
     assert_eq!(relay.metric("walrelay_upstream_acknowledge_degraded"), Some(1.0));
+    // It is remembered by the directory, also before the upstream is there again.
+    relay.kill();
+    relay.launch();
+    relay.wait_serving();
+    let (restored_from, to, is_open, _) = last_window(&relay);
+    assert!(restored_from == from && to >= after && is_open, "{}", acknowledge_of(&relay));
     far.start();
     wait_until("the standby to have it", || {
-        let (_, _, is_open, is_degraded) = last_window();
+        let (_, _, is_open, is_degraded) = last_window(&relay);
         !is_open && !is_degraded
     });
+    relay.wait_ready();
+    relay.terminate();
+    relay.launch();
+    relay.wait_serving();
+    let (told, to, is_open, _) = last_window(&relay);
+    assert!(told == from && to >= after && !is_open, "{}", acknowledge_of(&relay));
+}
+
+/// Start and end of the last window, whether it is open, and whether the relay goes on without the standbys now.
+fn last_window(relay: &Relay) -> (u64, u64, bool, bool) {
+    let told = acknowledge_of(relay);
+    let window = told["local_windows"].as_array().unwrap().last().unwrap().clone();
+    let position = |key: &str| lsn(window[key].as_str().unwrap());
+    (position("from"), position("to"), window["open"] == true, told["degraded"] == true)
 }
 
 #[test]
@@ -155,7 +169,8 @@ fn what_reports_for_a_name_must_be_the_user_that_is_bound_to_it() {
 
 #[test]
 fn every_confirmed_commit_is_on_the_standby_that_is_promoted_after_the_primary_is_lost() {
-    for round in 0..3 {
+    let kills = std::env::var("WALRELAY_KILLS").map_or(5, |text| text.parse().unwrap());
+    for round in 0..kills {
         let Some((mut primary, proxy, relay)) =
             chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (heir)\""))
         else {
@@ -163,7 +178,7 @@ fn every_confirmed_commit_is_on_the_standby_that_is_promoted_after_the_primary_i
         };
         let heir = standby(&primary, "heir", &relay);
         let load = Load::start(&primary, Duration::ZERO);
-        wait_until("some commits", || load.committed() > 50 + 100 * round);
+        wait_until("some commits", || load.committed() > 50 + 37 * (round % 5));
         primary.stop(Stop::Kill);
         let confirmed = load.committed();
         heir.wait_replayed(relay.flushed());

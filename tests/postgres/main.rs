@@ -32,6 +32,7 @@ mod protocol_answers;
 mod receivewal;
 mod repaired_store;
 mod restarts;
+mod seen;
 mod segment_sizes;
 mod sessions;
 mod shutdown;

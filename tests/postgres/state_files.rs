@@ -113,8 +113,7 @@ fn a_folder_that_another_process_has_taken_over_is_left_to_it() {
 #[test]
 fn segments_that_may_not_be_opened_end_the_stream_that_needs_them_and_no_other() {
     let faults = Faults::new();
-    let Some((primary, proxy, mut relay)) = with_faults_in("wal", &faults) else { return };
-    let connections = proxy.connections();
+    let Some((primary, _proxy, mut relay)) = with_faults_in("wal", &faults) else { return };
     let standby = primary.standby("standby", relay.port, "");
     relay.wait_downstream("standby", "streaming");
     faults.set("open_denied", 0);
@@ -131,6 +130,7 @@ fn segments_that_may_not_be_opened_end_the_stream_that_needs_them_and_no_other()
     let from = relay.oldest();
     client.start_replication(None, from, 1).unwrap();
     client.read_wal(from, primary.flushed());
-    assert_eq!(proxy.connections(), connections, "the upstream connection was disturbed");
+    // What was found damaged meanwhile was fetched by a connection of its own.
+    assert_eq!(relay.status()["upstream"]["sessions"], 1, "the upstream connection was disturbed");
     relay.assert_running();
 }

@@ -82,7 +82,6 @@ impl Proxy {
                     return;
                 }
                 if let Ok(client) = client {
-                    shared.connections.fetch_add(1, Ordering::Relaxed);
                     accept(&shared, client, target_port);
                 }
             }
@@ -131,7 +130,7 @@ impl Proxy {
         look(&self.state.passed.lock().unwrap())
     }
 
-    /// Connections accepted so far.
+    /// Connections accepted so far, but for those that only look how the relay stands.
     pub(crate) fn connections(&self) -> u64 {
         self.state.connections.load(Ordering::Relaxed)
     }
@@ -216,10 +215,12 @@ fn wal_message(start: u64, rest_of_header: &[u8], wal: &[u8]) -> Vec<u8> {
 }
 
 fn accept(state: &Arc<State>, client: TcpStream, target_port: u16) {
-    if state.closed.load(Ordering::SeqCst) {
+    let is_closed = state.closed.load(Ordering::SeqCst);
+    let server = TcpStream::connect(("127.0.0.1", target_port));
+    let Some(server) = server.ok().filter(|_| !is_closed) else {
+        state.connections.fetch_add(1, Ordering::Relaxed);
         return;
-    }
-    let Ok(server) = TcpStream::connect(("127.0.0.1", target_port)) else { return };
+    };
     drop((client.set_nodelay(true), server.set_nodelay(true)));
     {
         let mut streams = state.streams.lock().unwrap();
@@ -280,6 +281,9 @@ fn pass_down(
     }
 }
 
+/// End of the application name of connections that only look.
+const LOOK: &[u8] = b"_look\0";
+
 /// Client to server: first its startup packets, then messages.
 fn pass_up(
     state: &State,
@@ -293,8 +297,11 @@ fn pass_up(
         let mut rest = vec![0; (u32::from_be_bytes(length) as usize).saturating_sub(4)];
         client.read_exact(&mut rest)?;
         let is_request = matches!(rest.get(..4), Some([0x04, 0xD2, 0x16, 0x2F | 0x30]));
+        let is_look = rest.windows(LOOK.len()).any(|part| part == LOOK);
         if is_request {
             raw_answers.fetch_add(1, Ordering::SeqCst);
+        } else if !is_look {
+            state.connections.fetch_add(1, Ordering::Relaxed);
         }
         server.write_all(&[&length[..], &rest].concat())?;
         if !is_request {

@@ -71,6 +71,12 @@ impl Acknowledger {
         }
     }
 
+    /// Windows that are known from before, oldest first. If the last one is open it stays so until the standbys have all of
+    /// it; whether it goes on without them is decided anew.
+    pub fn take_over(&mut self, windows: Vec<LocalWindow>) {
+        self.windows = windows;
+    }
+
     /// Takes in what is durable here (`flushed`) and at the standbys.
     pub fn update(&mut self, now: Instant, flushed: Lsn, standbys: &[Standby<'_>]) -> Acknowledged {
         let remote = policy::positions(&self.policy, standbys);
@@ -110,6 +116,9 @@ impl Acknowledger {
                 window.is_open = false;
             }
         }
+        if let Some(window) = self.windows.last_mut().filter(|window| window.is_open) {
+            window.is_open = is_behind(window.range.end());
+        }
         if self.awaited.is_none_or(|(wanted, _)| !is_behind(wanted)) {
             self.awaited = is_behind(flushed).then_some((flushed, now));
         }
@@ -117,7 +126,10 @@ impl Acknowledger {
             self.timeout.is_some_and(|timeout| now.saturating_duration_since(since) >= timeout)
         };
         if self.awaited.is_some_and(|(_, since)| is_over(since)) {
-            let from = remote.max(self.acknowledged.flush).unwrap_or(Lsn::MIN);
+            let left_open = self.windows.last().filter(|window| window.is_open);
+            let left_open = left_open.map(|window| window.range.start());
+            let known = remote.max(self.acknowledged.flush);
+            let from = [left_open, known].into_iter().flatten().min().unwrap_or(Lsn::MIN);
             self.awaited = None;
             self.degraded_from = Some(from);
             self.extend_window(from, flushed);
@@ -175,9 +187,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::policy::positions;
-    use super::{Acknowledger, RemotePositions, Standby, WINDOWS_MAX};
+    use super::{Acknowledger, LocalWindow, RemotePositions, Standby, WINDOWS_MAX};
     use crate::protocol::acknowledge_policy::AcknowledgePolicy;
-    use crate::wal::Lsn;
+    use crate::wal::{Lsn, LsnRange};
 
     fn lsn(position: u64) -> Lsn {
         Lsn::new(position).unwrap()
@@ -286,6 +298,31 @@ mod tests {
         assert_eq!(windows.last().unwrap().range.end(), lsn(20 * WINDOWS_MAX as u64));
     }
 
+    #[test]
+    fn a_window_that_an_earlier_process_left_open_is_closed_by_standbys_that_have_it_and_by_nothing_else() {
+        let window =
+            |from, to, is_open| LocalWindow { range: LsnRange::new(lsn(from), lsn(to)).unwrap(), is_open };
+        let left = vec![window(10, 20, false), window(50, 90, true)];
+        let timeout = Duration::from_secs(5);
+        let restarted = || {
+            let mut acknowledger = Acknowledger::new("ANY 1 (a)".parse().unwrap(), Some(timeout));
+            acknowledger.take_over(left.clone());
+            acknowledger
+        };
+        let start = Instant::now();
+        let mut acknowledger = restarted();
+        assert_eq!(acknowledger.update(start, lsn(90), &[]).flush, None, "it waits again");
+        assert_eq!(acknowledger.update(start, lsn(90), &[standby("a", 89)]).flush, Some(lsn(89)));
+        assert_eq!(acknowledger.local_windows(), left);
+        acknowledger.update(start, lsn(90), &[standby("a", 90)]);
+        assert_eq!(acknowledger.local_windows(), [left[0], window(50, 90, false)]);
+        // Nobody comes: it is the same window that goes on.
+        let mut acknowledger = restarted();
+        acknowledger.update(start, lsn(90), &[]);
+        assert_eq!(acknowledger.update(start + timeout, lsn(95), &[]).flush, Some(lsn(95)));
+        assert_eq!(acknowledger.local_windows(), [left[0], window(50, 95, true)]);
+    }
+
     #[derive(Clone, Debug)]
     struct Told {
         millis: u64,
@@ -329,7 +366,8 @@ mod tests {
         ) {
             let policy = format!("ANY {count} (a, b, c)").parse().unwrap();
             let mut acknowledger = Acknowledger::new(policy, timeout.map(Duration::from_millis));
-            let (mut now, mut flushed, mut before) = (Instant::now(), 1, None);
+            // The lowest position is the end of nothing.
+            let (mut now, mut flushed, mut before) = (Instant::now(), 2, None);
             for Told { millis, flushed: more, standbys } in told {
                 now += Duration::from_millis(millis);
                 flushed += more;

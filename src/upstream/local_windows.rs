@@ -1,0 +1,203 @@
+//! The durable memory of what was acknowledged without the standbys.
+//!
+//! Owns the order: that a window has begun is on disk before anything in it is acknowledged. The disk is waited for on another
+//! thread, one write at a time; until it is through, what is acknowledged stays where it was.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::session::acknowledge::LocalWindow;
+use crate::store::{AcknowledgedAlone, Store, StoreError};
+use crate::upstream::error::chain;
+use crate::wal::LsnRange;
+
+/// What is remembered durably.
+pub(super) struct LocalWindows {
+    store: Store,
+    memory: watch::Sender<Memory>,
+    /// Marked when a write has ended.
+    ended: watch::Receiver<Memory>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Memory {
+    durable: Vec<AcknowledgedAlone>,
+    is_writing: bool,
+    failed_at: Option<Instant>,
+}
+
+impl LocalWindows {
+    pub(super) fn new(store: Store) -> Self {
+        let memory = Memory { durable: store.acknowledged_alone(), ..Memory::default() };
+        let (memory, ended) = watch::channel(memory);
+        Self { store, memory, ended }
+    }
+
+    /// Those that an earlier process has left.
+    pub(super) fn left(&self) -> Vec<LocalWindow> {
+        let left = self.store.acknowledged_alone();
+        let window = |left: AcknowledgedAlone| {
+            Some(LocalWindow { range: LsnRange::new(left.from, left.to)?, is_open: left.open })
+        };
+        left.into_iter().filter_map(window).collect()
+    }
+
+    /// Has `windows` remembered, and says whether the last of them may be acknowledged in, if it is open.
+    pub(super) fn keep(&mut self, now: Instant, windows: &[LocalWindow]) -> bool {
+        let Memory { durable, is_writing, failed_at } = self.ended.borrow_and_update().clone();
+        let wanted: Vec<_> = windows.iter().map(remembered).collect();
+        let is_same = says_the_same(&wanted, &durable);
+        if is_same && failed_at.is_some() {
+            // What could not be written is not so any more.
+            self.memory.send_if_modified(|memory| {
+                memory.failed_at = None;
+                false
+            });
+        }
+        let is_due = failed_at.is_none_or(|at| now.saturating_duration_since(at) >= RETRY_INTERVAL);
+        if !is_writing && is_due && !is_same {
+            self.write(wanted.clone());
+        }
+        match (wanted.last(), durable.last()) {
+            (Some(wanted), Some(durable)) if wanted.open => durable.open && durable.from <= wanted.from,
+            (Some(wanted), None) => !wanted.open,
+            _ => true,
+        }
+    }
+
+    /// When [`Self::keep`] is to be asked again although nothing moves.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.ended.borrow().failed_at.map(|at| at + RETRY_INTERVAL)
+    }
+
+    /// Comes back when a write has ended. Cancel-safe.
+    pub(super) async fn changed(&mut self) {
+        // The sender is ours.
+        let _ = self.ended.changed().await;
+    }
+
+    fn write(&self, windows: Vec<AcknowledgedAlone>) {
+        let (store, memory) = (self.store.clone(), self.memory.clone());
+        let had_failed = memory.borrow().failed_at.is_some();
+        // Nobody needs to hear of the beginning.
+        memory.send_if_modified(|memory| {
+            (memory.is_writing, memory.failed_at) = (true, None);
+            false
+        });
+        tokio::task::spawn_blocking(move || {
+            let outcome = store.remember_acknowledged_alone(windows.clone());
+            if let (Err(error), false) = (&outcome, had_failed) {
+                tell_failure(error);
+            }
+            drop(store);
+            memory.send_modify(|memory| {
+                memory.is_writing = false;
+                memory.failed_at = outcome.is_err().then(Instant::now);
+                if outcome.is_ok() {
+                    memory.durable = windows;
+                }
+            });
+        });
+    }
+}
+
+fn tell_failure(error: &StoreError) {
+    tracing::error!(
+        error = %chain(error),
+        "could not write down that WAL is durable here alone: it is not acknowledged before that is possible"
+    );
+}
+
+fn remembered(window: &LocalWindow) -> AcknowledgedAlone {
+    let (range, open) = (window.range, window.is_open);
+    AcknowledgedAlone { from: range.start(), to: range.end(), open }
+}
+
+/// The end of an open window is found anew when the store is opened.
+fn says_the_same(wanted: &[AcknowledgedAlone], durable: &[AcknowledgedAlone]) -> bool {
+    let said = |window: &AcknowledgedAlone| (window.from, (!window.open).then_some(window.to));
+    wanted.iter().map(said).eq(durable.iter().map(said))
+}
+
+/// A write that failed is tried again after this time.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::store::{Condition, Observer, Positions, RealDisk, RetentionLimits, StoreSettings};
+    use crate::wal::Lsn;
+
+    struct Deaf;
+
+    impl Observer for Deaf {
+        fn positions_changed(&self, _: Positions) {}
+        fn condition_changed(&self, _: Condition) {}
+    }
+
+    fn open_in(data_dir: &Path) -> Store {
+        let settings = StoreSettings {
+            data_dir: data_dir.to_owned(),
+            wal_keep_size: 0,
+            tail_bytes_max: 1 << 20,
+            unwritten_bytes_max: 1 << 20,
+            spare_segments: 1,
+            reserve_segments: 0,
+            max_replication_slots: 1,
+            limits: RetentionLimits::default(),
+        };
+        crate::store::open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap().0
+    }
+
+    fn window(from: u64, to: u64, is_open: bool) -> LocalWindow {
+        let lsn = |position| Lsn::new(position).unwrap();
+        LocalWindow { range: LsnRange::new(lsn(from), lsn(to)).unwrap(), is_open }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_acknowledged_in_a_window_before_its_beginning_is_on_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("data");
+        let now = Instant::now();
+        let mut windows = LocalWindows::new(open_in(&dir));
+        assert!(windows.keep(now, &[]));
+        let open = window(10, 20, true);
+        assert!(!windows.keep(now, &[open]));
+        windows.changed().await;
+        assert!(windows.keep(now, &[open]));
+        assert!(windows.keep(now, &[window(10, 30, true)]), "its end is found by recovery");
+        assert!(!windows.keep(now, &[window(9, 30, true)]), "it begins before what is known");
+        windows.changed().await;
+        // One that has ended may be written down later; the next one must be.
+        let closed = window(9, 30, false);
+        assert!(windows.keep(now, &[closed]));
+        windows.changed().await;
+        assert!(!windows.keep(now, &[closed, window(40, 50, true)]));
+        windows.changed().await;
+        drop(windows);
+        let left = LocalWindows::new(open_in(&dir)).left();
+        assert_eq!(left, [closed, window(40, 50, true)]);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_down_is_tried_again_and_not_acknowledged() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("data");
+        let mut now = Instant::now();
+        let store = open_in(&dir);
+        // In the way of the file that is to be renamed.
+        let obstacle = dir.join("walrelay.windows");
+        std::fs::create_dir(&obstacle).unwrap();
+        let mut windows = LocalWindows::new(store);
+        let open = window(10, 20, true);
+        assert!(!windows.keep(now, &[open]));
+        windows.changed().await;
+        now = Instant::now();
+        assert!(!windows.keep(now, &[open]));
+        assert!(windows.deadline().is_some());
+    }
+}
