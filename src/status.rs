@@ -304,7 +304,7 @@ pub struct ReplicationSlotStatus {
     pub active: bool,
     /// That connection's pid.
     pub active_pid: Option<u32>,
-    /// Oldest transaction whose rows the consumer needs: nobody keeps rows for one of ours yet.
+    /// Oldest transaction whose rows the consumer's queries need.
     pub xmin: Option<u32>,
     /// The same for the catalog's rows.
     pub catalog_xmin: Option<u32>,

@@ -43,12 +43,14 @@ use crate::downstream::{
 };
 use crate::metrics::DownstreamMetrics;
 use crate::net::{Listener, Peer};
+use crate::protocol::feedback::Feedback;
 use crate::protocol::instances::Instances;
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
-use crate::session::feedback::{Feedback, Feedbacks};
+use crate::session::feedback::Feedbacks;
 use crate::session::sender::STOPPING_TIME_MAX;
 use crate::status::{ConsumerStatus, RemovedWal, ReplicationSlotStatus, Timestamp, WalSenderStatus};
 use crate::store::{InvalidationReason, Positions, SlotKind, SlotState, Store, WalStatus};
+use crate::wal::FullXid;
 
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
@@ -84,7 +86,7 @@ struct Streaming<'a>(&'a DownstreamContext);
 
 impl Feedbacks for DownstreamContext {
     fn smallest(&self) -> Feedback {
-        self.registry.feedback()
+        self.registry.feedback().and(self.store.slots().feedback())
     }
 }
 
@@ -105,6 +107,8 @@ impl DownstreamContext {
             safe_wal_size,
             inactive_since: slot.inactive_since.map(Timestamp),
             invalidation_reason: slot.invalidation.map(InvalidationReason::as_str),
+            xmin: slot.feedback.xmin.map(FullXid::xid),
+            catalog_xmin: slot.feedback.catalog_xmin.map(FullXid::xid),
             ..ReplicationSlotStatus::physical(slot.name)
         };
         self.store.slot_states().into_iter().map(status).collect()

@@ -15,9 +15,9 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::net::Peer;
+use crate::protocol::feedback::Feedback;
 use crate::protocol::frontend::{CancelKey, CancelRequest};
 use crate::session::acknowledge::{Standby, Standbys};
-use crate::session::feedback::Feedback;
 use crate::session::sender::Progress;
 use crate::status::{Seconds, Timestamp, WalSenderState, WalSenderStatus};
 use crate::wal::{FullXid, Lsn, PgTimestamp, TimelineId};
@@ -70,12 +70,14 @@ pub(super) struct Live {
     pub(super) reply_time: Option<PgTimestamp>,
     /// What its queries hold back; a slot's is kept by the slot.
     pub(super) feedback: Feedback,
+    /// What was said of that last.
+    pub(super) said: Feedback,
 }
 
 impl Live {
     /// What counts upstream.
     fn told(&self) -> (WalSenderState, Option<TimelineId>, Option<Lsn>, Option<Lsn>, Feedback) {
-        (self.state, self.timeline, self.progress.flush, self.progress.apply, self.feedback)
+        (self.state, self.timeline, self.progress.flush, self.progress.apply, self.said)
     }
 
     fn idle() -> Self {
@@ -86,6 +88,7 @@ impl Live {
             progress: Progress::default(),
             reply_time: None,
             feedback: Feedback::default(),
+            said: Feedback::default(),
         }
     }
 }

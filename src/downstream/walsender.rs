@@ -25,11 +25,11 @@ use crate::downstream::{
     registry::Registration,
     timelines::{TimelineError, timeline_state},
 };
+use crate::protocol::feedback::Feedback;
 use crate::protocol::{
     DecodeError, STANDBY_MESSAGE_BYTES_MAX, ServerError, SqlState, backend, frontend,
     replication::{HotStandbyFeedback, Keepalive, StandbyMessage, WalDataHeader},
 };
-use crate::session::feedback::Feedback;
 use crate::session::sender::{
     NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
 };
@@ -350,9 +350,14 @@ impl<S: Stream> WalSender<'_, S> {
             debug!(?said, ?next, "feedback ignored: no such transactions");
             return;
         }
+        if let Some(slot) = &self.slot {
+            slot.note_feedback(said);
+        }
+        let has_slot = self.slot.is_some();
         self.registration.update(|live| {
-            live.feedback = said;
             live.reply_time = Some(message.sent_at);
+            // A slot's is kept by the slot, also when the standby has gone; here it is news.
+            (live.feedback, live.said) = (if has_slot { Feedback::default() } else { said }, said);
         });
     }
 

@@ -9,6 +9,7 @@ pub mod acknowledge_policy;
 pub mod backend;
 pub mod command;
 pub mod copy_stream;
+pub mod feedback;
 mod fields;
 pub mod frontend;
 pub mod instances;

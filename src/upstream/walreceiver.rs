@@ -15,13 +15,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{UpstreamMetrics, bytes_value, position_value};
 use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite};
+use crate::protocol::feedback::Feedback;
 use crate::protocol::{
     CopyStream, StreamItem, backend, frontend,
     replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
 };
 use crate::session::{
     Receiver,
-    feedback::{Feedback, FeedbackSender, Feedbacks},
+    feedback::{FeedbackSender, Feedbacks},
     gather::{Gathering, HandOver},
     receiver::{Output, Progress, Reading, Report, SyncAbility},
 };
@@ -213,6 +214,8 @@ impl<'a> WalReceiver<'a> {
                 }
                 Event::TimePassed if self.has_stalled() => return Ok(StreamEnd::StoreStalled),
                 Event::TimePassed => {
+                    // A slot that goes does not say so.
+                    self.look_at_feedback();
                     self.hand_over();
                     self.handle_progress();
                 }

@@ -7,7 +7,7 @@ use crate::wal::insight::{Checkpoint, Event};
 use crate::wal::record::{RMGR_INFO_MASK, Record, XLOG_RESOURCE_MANAGER};
 
 /// A transaction id with its epoch in the upper half (`FullTransactionId`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 pub struct FullXid(pub u64);
 
 impl FullXid {

@@ -149,3 +149,32 @@ fn a_client_that_lies_about_transactions_changes_nothing() {
     primary.wait_for_sql(catalog, "");
     wait_until("the liar to be gone", || relay.downstream("raw").is_empty());
 }
+
+#[test]
+fn what_a_standby_with_a_slot_needs_is_kept_for_it_while_it_is_away() {
+    let Some(installation) = Installation::in_turn(0) else { return };
+    let (primary, mut relay) = chain(&installation);
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.query("CREATE_REPLICATION_SLOT standby PHYSICAL RESERVE_WAL").unwrap();
+    let mut standby =
+        primary.standby("standby", relay.port, &format!("{EAGER}\nprimary_slot_name = 'standby'"));
+    write_transactions(&primary);
+    standby.wait_replayed(primary.flushed());
+    let (reader, xmin) = reader(&standby);
+    write_transactions(&primary);
+    wait_held_back(&primary, &xmin);
+    assert!(relay.downstream("standby")[0]["backend_xmin"].is_null(), "it is the slot's");
+    assert_eq!(relay.status()["slots"][0]["xmin"].to_string(), xmin);
+    standby.stop(crate::support::postgres::Stop::Immediate);
+    drop(reader);
+    wait_until("the standby to be gone", || relay.downstream("standby").is_empty());
+    // Also after a restart; the primary's own slot would hide that it was forgotten.
+    relay.terminate();
+    primary.sql("select pg_drop_replication_slot('relay')");
+    relay.start();
+    write_transactions(&primary);
+    wait_held_back(&primary, &xmin);
+    client = RawClient::replication(relay.port).unwrap();
+    client.query("DROP_REPLICATION_SLOT standby").unwrap();
+    wait_held_back(&primary, "");
+}

@@ -4,6 +4,7 @@
 
 use std::time::SystemTime;
 
+use crate::protocol::feedback::Feedback;
 use crate::store::slots::{Slot, SlotTable, WhenInvalid};
 use crate::wal::{Lsn, PgTimestamp};
 
@@ -32,6 +33,15 @@ impl SlotGuard {
             slot.restart_lsn = Some(restart_lsn);
             if self.when_invalid == WhenInvalid::Revive {
                 slot.invalidation = None;
+            }
+        });
+    }
+
+    /// What the consumer's queries hold back; a slot that is of no use any more holds back nothing.
+    pub fn note_feedback(&self, said: Feedback) {
+        self.with_slot(|slot| {
+            if slot.invalidation.is_none() {
+                slot.feedback = slot.feedback.advanced_to(said);
             }
         });
     }

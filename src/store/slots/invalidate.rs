@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use crate::protocol::feedback::Feedback;
 use crate::store::error::StoreError;
 use crate::store::slot_limits::{InvalidationReason, SlotPosition};
 use crate::store::slots::{Slot, SlotTable};
@@ -99,6 +100,7 @@ impl SlotTable {
                 if let Some(taken) = taken.iter().find(|taken| taken.name == slot.name) {
                     slot.restart_lsn = taken.left(slot.restart_lsn);
                     slot.invalidation = Some(taken.reason);
+                    slot.feedback = Feedback::default();
                 }
             }
         });
@@ -110,6 +112,7 @@ impl SlotTable {
             if saved.is_ok() {
                 slot.restart_lsn = this.left(slot.restart_lsn);
                 slot.invalidation = Some(this.reason);
+                slot.feedback = Feedback::default();
             }
         }
         drop(slots);
@@ -134,7 +137,7 @@ impl SlotTable {
         if let Some(slot) = self.0.slots.lock().by_name.get_mut(&taken.name) {
             let (restart_lsn, invalidation) = (taken.left(slot.restart_lsn), Some(taken.reason));
             (slot.active_pid, slot.restart_lsn, slot.invalidation) = (None, restart_lsn, invalidation);
-            slot.saved = super::Saved { restart_lsn, invalidation };
+            slot.saved = super::Saved { restart_lsn, invalidation, feedback: slot.feedback };
         }
     }
 }

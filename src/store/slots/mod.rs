@@ -16,6 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 
+use crate::protocol::feedback::Feedback;
 use crate::store::control::Layout;
 use crate::store::disk::Disk;
 use crate::store::error::StoreError;
@@ -56,6 +57,8 @@ pub struct SlotInfo {
     pub active_pid: Option<u32>,
     /// Why it is of no use any more, if so.
     pub invalidation: Option<InvalidationReason>,
+    /// What its consumer's queries hold back, also while that is away.
+    pub feedback: Feedback,
     /// Since when nobody uses it, by the wall clock: for people. What is decided goes by the time that passes.
     pub inactive_since: Option<PgTimestamp>,
 }
@@ -157,6 +160,8 @@ struct Slot {
     kind: SlotKind,
     restart_lsn: Option<Lsn>,
     invalidation: Option<InvalidationReason>,
+    /// What its consumer's queries hold back.
+    feedback: Feedback,
     /// What the file says.
     saved: Saved,
     active_pid: Option<u32>,
@@ -174,6 +179,7 @@ struct Slot {
 struct Saved {
     restart_lsn: Option<Lsn>,
     invalidation: Option<InvalidationReason>,
+    feedback: Feedback,
 }
 
 /// Longest time for which an advanced `restart_lsn` is only in memory.
@@ -191,8 +197,8 @@ impl SlotTable {
     ) -> Result<Self, StoreError> {
         let saved: Vec<SavedSlot> = SLOTS_FILE.read(&*disk, &layout.data_dir)?.unwrap_or_default();
         let mut slots = Slots::default();
-        for SavedSlot { name, restart_lsn, invalidation } in saved {
-            slots.insert(name, SlotKind::Permanent, Saved { restart_lsn, invalidation });
+        for SavedSlot { name, restart_lsn, invalidation, feedback } in saved {
+            slots.insert(name, SlotKind::Permanent, Saved { restart_lsn, invalidation, feedback });
         }
         let (file, slots, terminate) = (Mutex::default(), Mutex::new(slots), OnceLock::new());
         Ok(Self(Arc::new(Inner {
@@ -229,10 +235,11 @@ impl SlotTable {
             }
         }
         if kind == SlotKind::Permanent {
-            let name = name.to_owned();
-            self.save(|saved| saved.push(SavedSlot { name, restart_lsn: reserve, invalidation: None }))?;
+            let (name, feedback) = (name.to_owned(), Feedback::default());
+            let slot = SavedSlot { name, restart_lsn: reserve, invalidation: None, feedback };
+            self.save(|saved| saved.push(slot))?;
         }
-        let saved = Saved { restart_lsn: reserve, invalidation: None };
+        let saved = Saved { restart_lsn: reserve, invalidation: None, feedback: Feedback::default() };
         self.0.slots.lock().insert(name.to_owned(), kind, saved);
         Ok(())
     }
@@ -288,6 +295,13 @@ impl SlotTable {
         Ok(SlotGuard::new(self.clone(), name, slot.generation, when_invalid))
     }
 
+    /// The smallest of what the consumers of valid slots hold back.
+    pub fn feedback(&self) -> Feedback {
+        let slots = self.0.slots.lock();
+        let valid = slots.by_name.values().filter(|slot| slot.invalidation.is_none());
+        valid.fold(Feedback::default(), |all, slot| all.and(slot.feedback))
+    }
+
     /// The oldest position that a slot keeps.
     pub(super) fn oldest_needed(&self) -> Option<Lsn> {
         self.0.slots.lock().by_name.values().filter_map(Slot::oldest_needed).min()
@@ -324,11 +338,12 @@ impl Slots {
     fn insert(&mut self, name: String, kind: SlotKind, saved: Saved) {
         let generation = self.next_generation;
         self.next_generation += 1;
-        let Saved { restart_lsn, invalidation } = saved;
+        let Saved { restart_lsn, invalidation, feedback } = saved;
         let slot = Slot {
             kind,
             restart_lsn,
             invalidation,
+            feedback,
             saved,
             active_pid: None,
             told_pid: None,
@@ -357,6 +372,7 @@ impl Slot {
             restart_lsn: self.restart_lsn,
             active_pid,
             invalidation: self.invalidation,
+            feedback: self.feedback,
             inactive_since: active_pid.is_none().then_some(self.inactive_since),
         }
     }
@@ -372,8 +388,8 @@ impl Slot {
     }
 
     fn is_unsaved(&self) -> bool {
-        let Self { restart_lsn, invalidation, .. } = *self;
-        self.kind == SlotKind::Permanent && Saved { restart_lsn, invalidation } != self.saved
+        let Self { restart_lsn, invalidation, feedback, .. } = *self;
+        self.kind == SlotKind::Permanent && Saved { restart_lsn, invalidation, feedback } != self.saved
     }
 
     /// From where on it keeps WAL. One that is of no use any more keeps what the file says, until that says so too.

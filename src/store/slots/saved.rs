@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::protocol::feedback::Feedback;
 use crate::store::error::StoreError;
 use crate::store::slot_limits::InvalidationReason;
 use crate::store::slots::{Inner, Saved, SlotKind, SlotTable};
@@ -21,6 +22,8 @@ pub(super) struct SavedSlot {
     pub(super) restart_lsn: Option<Lsn>,
     #[serde(default)]
     pub(super) invalidation: Option<InvalidationReason>,
+    #[serde(default)]
+    pub(super) feedback: Feedback,
 }
 
 impl SlotTable {
@@ -35,15 +38,16 @@ impl SlotTable {
                 name: name.clone(),
                 restart_lsn: slot.restart_lsn,
                 invalidation: slot.invalidation,
+                feedback: slot.feedback,
             });
             saved.collect()
         };
         change(&mut saved);
         SLOTS_FILE.write(&**disk, &layout.data_dir, &saved).map_err(|error| health.judge(error))?;
         let mut slots = slots.lock();
-        for SavedSlot { name, restart_lsn, invalidation } in saved {
+        for SavedSlot { name, restart_lsn, invalidation, feedback } in saved {
             if let Some(slot) = slots.by_name.get_mut(&name) {
-                slot.saved = Saved { restart_lsn, invalidation };
+                slot.saved = Saved { restart_lsn, invalidation, feedback };
             }
         }
         Ok(())

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use super::*;
+use crate::protocol::feedback::Feedback;
 use crate::store::disk::RealDisk;
 use crate::store::health::Observer;
 use crate::store::{Condition, Positions};
+use crate::wal::FullXid;
 
 struct Deaf;
 
@@ -46,6 +48,7 @@ fn permanent_slots_survive_a_restart_and_temporary_ones_end_with_their_session()
         restart_lsn: Some(at(5)),
         active_pid: None,
         invalidation: None,
+        feedback: Feedback::default(),
         inactive_since,
     };
     assert_eq!(slots.list(), [a]);
@@ -196,4 +199,30 @@ fn a_file_of_the_first_version_is_read() {
     file.write(&RealDisk, dir.path(), &[FirstVersion { name: "old", restart_lsn: Some(at(5)) }]).unwrap();
     let slot = table(dir.path()).get("old").unwrap();
     assert_eq!((slot.restart_lsn, slot.invalidation), (Some(at(5)), None));
+}
+
+#[test]
+fn what_a_consumer_holds_back_outlives_its_session_and_the_process_but_not_the_slot() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = |xmin: u64| Feedback { xmin: Some(FullXid(xmin)), catalog_xmin: None };
+    {
+        let slots = table(dir.path());
+        for (name, xmin) in [("a", 700), ("b", 800)] {
+            slots.create(name, SlotKind::Permanent, Some(at(5))).unwrap();
+            let guard = slots.acquire(name, 1, WhenInvalid::Refuse).unwrap();
+            guard.note_feedback(held(xmin));
+            guard.note_feedback(held(xmin - 1));
+        }
+        assert_eq!(slots.feedback(), held(700), "it goes forward only");
+        slots.save_now().unwrap();
+    }
+    let slots = table(dir.path());
+    assert_eq!(slots.feedback(), held(700));
+    let lost = |name: &str, _: &SlotPosition| (name == "a").then_some(InvalidationReason::WalRemoved);
+    slots.enforce(Instant::now(), lost).unwrap();
+    assert_eq!(slots.feedback(), held(800));
+    slots.drop_slot("b", 1).unwrap();
+    assert_eq!(slots.feedback(), Feedback::default());
+    drop(slots);
+    assert_eq!(table(dir.path()).feedback(), Feedback::default());
 }
