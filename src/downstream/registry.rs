@@ -284,7 +284,8 @@ impl Registration {
 
     /// The stream is over: the session is as it was before.
     pub(super) fn reset(&self) {
-        self.update(|live| *live = Live::idle());
+        // As a walsender, whose horizon stays until it disconnects.
+        self.update(|live| *live = Live { feedback: live.feedback, said: live.said, ..Live::idle() });
     }
 
     /// Comes back when the session's command is canceled after this was first polled. Cancel-safe.

@@ -427,13 +427,16 @@ impl<S: Stream> WalSender<'_, S> {
 async fn load(permits: std::sync::Arc<Semaphore>, cold: ColdRead) -> Result<Done, StreamError> {
     let permit = permits.acquire_owned().await.ok();
     // The permit goes with the read, not with this session: a session that ends does not end the read.
-    run_blocking(move || {
+    let loaded = run_blocking(move || {
         let loaded = cold.load();
         drop(permit);
         loaded
-    })
-    .await??;
-    Ok(Done::Loaded)
+    });
+    match loaded.await? {
+        // The read that comes there finds the same, and ends the stream as it must.
+        Ok(()) | Err(ReadError::TimelineLeft(_)) => Ok(Done::Loaded),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Waits for the background task, forever when there is none. Cancel-safe: the future stays where it is.

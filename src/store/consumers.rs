@@ -113,6 +113,16 @@ impl Consumers {
         self.0.list.lock().by_name.values().map(Consumer::needed).min()
     }
 
+    /// What lies behind `fork` is not held any more.
+    pub(super) fn cut(&self, fork: Lsn) {
+        for consumer in self.0.list.lock().by_name.values_mut() {
+            consumer.flush = consumer.flush.min(fork);
+            for flush in consumer.sessions.values_mut() {
+                *flush = (*flush).min(fork);
+            }
+        }
+    }
+
     /// Names, and from where on WAL is kept for each.
     pub(super) fn list(&self) -> Vec<(String, Lsn, bool)> {
         let list = self.0.list.lock();

@@ -137,12 +137,19 @@ impl DeadBranch {
         let (report, dir) = (self.report_name(), &layout.data_dir);
         let content = serde_json::to_vec_pretty(self).unwrap_or_default();
         replace_durably(disk, dir, &report, &content).map_err(StoreError::io("write", &dir.join(&report)))?;
+        let entries = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
         for (name, file) in &files {
             let old = match file {
                 SegmentFile::Complete => name.file_name(size),
                 SegmentFile::Partial => name.partial_file_name(size),
             };
-            let (from, to) = (layout.wal(&old), layout.wal(&format!("{old}{DIVERGED_SUFFIX}")));
+            let taken = |name: &String| entries.iter().any(|entry| entry.name == *name);
+            let names = (0..).map(|count: u32| match count {
+                0 => format!("{old}{DIVERGED_SUFFIX}"),
+                _ => format!("{old}{DIVERGED_SUFFIX}.{count}"),
+            });
+            let aside = names.into_iter().find(|name| !taken(name)).unwrap_or_default();
+            let (from, to) = (layout.wal(&old), layout.wal(&aside));
             disk.rename(&from, &to).map_err(StoreError::io("rename", &from))?;
         }
         Ok(files.len())

@@ -14,12 +14,14 @@ use crate::store::error::ReadError;
 use crate::store::mapping::{COLD_WINDOW_BYTES, MappedSegment, offset};
 use crate::store::shared::Shared;
 use crate::store::tail::Located;
-use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, TimelineId};
+use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, TimelineId};
 
 /// Reads one timeline's WAL, for one consumer.
 pub struct WalReader {
     shared: Arc<Shared>,
     timeline: TimelineId,
+    /// Where the timeline's first segment begins.
+    begin: Option<Lsn>,
     open: Arc<Mutex<Open>>,
 }
 
@@ -70,11 +72,20 @@ impl std::fmt::Debug for ColdRead {
 
 impl WalReader {
     pub(super) fn new(shared: Arc<Shared>, timeline: TimelineId) -> Self {
-        Self { shared, timeline, open: Arc::default() }
+        let first = |lineage: Lineage| lineage.first_segment(timeline);
+        let begin = shared.lineage().ok().and_then(first).zip(shared.segment_size().ok());
+        let begin = begin.and_then(|(first, size)| first.start(size));
+        Self { shared, timeline, begin, open: Arc::default() }
     }
 
     /// The bytes of `range`, which must be verified; a few hundred kilobytes at most. Does not block.
     pub fn read(&mut self, range: LsnRange) -> Result<Read, ReadError> {
+        if self.begin.is_some_and(|begin| range.start() < begin)
+            && let Ok(size) = self.shared.segment_size()
+        {
+            let number = SegmentNo::holding(range.start(), size);
+            return Err(ReadError::Removed(SegmentName { timeline: self.timeline, number }));
+        }
         let Located { in_files, in_memory } = self.shared.tail.lock().locate(self.timeline, range);
         let Some(in_files) = in_files else {
             // It has caught up, perhaps for weeks: the files must not be kept from being used again.

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use crate::store::catalog::{Catalog, CompleteSegment};
 use crate::store::control::{Control, Layout, RESERVE_NAME};
+use crate::store::dead_branch::DeadBranch;
 use crate::store::disk::{Disk, OpenMode};
 use crate::store::error::StoreError;
 use crate::store::index::Index;
@@ -79,7 +80,9 @@ impl<'a> Recovery<'a> {
     ) -> Result<Self, StoreError> {
         let size = control.identity(layout)?.segment_size;
         let mut notes = Vec::new();
-        for branch in &control.dead_branches {
+        let line = control.lineage(size);
+        let was_left = |branch: &&DeadBranch| line.left(branch.timeline) == Some((branch.fork, branch.next));
+        for branch in control.dead_branches.iter().filter(was_left) {
             let files = branch.set_aside(disk, layout, size)?;
             if files > 0 {
                 notes.push(format!(

@@ -68,6 +68,10 @@ impl WalWriter {
         }
         shared.tail.lock().begin_timeline(next, switch_lsn);
         shared.unproven.cut(switch_lsn);
+        shared.slots.cut(switch_lsn);
+        if let Some(consumers) = &shared.consumers {
+            consumers.cut(switch_lsn);
+        }
         self.crossings = Crossings::from(Some(&scanner), Some(size));
         self.scanner = Some(scanner);
         let sealed = positions.sealed.map(|sealed| sealed.min(fork.number.start(size).unwrap_or(sealed)));
@@ -140,9 +144,12 @@ fn first_segment(
     };
     let (path, target) = (layout.wal(&spare.name), layout.partial(new.name(fork.number), size));
     // Without it the switch can be tried again; a sync that failed cannot.
-    copy_head((&*from, &source), keep, (&*spare.file, &path), size)
-        .and_then(|()| disk.rename(&path, &target).map_err(StoreError::io("rename", &path)))
-        .map_err(|error| shared.health.judge(error))?;
+    let made = copy_head((&*from, &source), keep, (&*spare.file, &path), size)
+        .and_then(|()| disk.rename(&path, &target).map_err(StoreError::io("rename", &path)));
+    if let Err(error) = made {
+        shared.pool.put(spare);
+        return Err(shared.health.judge(error));
+    }
     shared.sync_wal_dir()?;
     Ok(Some(Arc::new(PartialSegment::found(spare.file))))
 }

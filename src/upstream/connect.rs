@@ -65,11 +65,12 @@ pub(crate) struct Streaming {
 }
 
 /// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed. `random`
-/// orders them where the connection string asks for that.
+/// orders them where the connection string asks for that; the one to `avoid` was found wanting after this check.
 pub(crate) async fn connect(
     settings: &UpstreamSettings,
     store: &Store,
     writer: &WalWriter,
+    avoid: Option<&str>,
     random: u64,
 ) -> Result<(Connected, NewestHistory), UpstreamError> {
     let mut conninfo = settings.conninfo.clone();
@@ -89,6 +90,8 @@ pub(crate) async fn connect(
         {
             tracing::warn!(?leader, "the connection string does not name the server that leads by Patroni");
         }
+        // Only after all others.
+        hosts.sort_by_key(|host| avoid == Some(host.to_string().as_str()));
         for host in hosts {
             let checked = async {
                 let connected = connect_to_host(&conninfo, host, wanted).await?;
@@ -231,6 +234,20 @@ async fn check_server(
     let newest = check_newest(connected, store).await?;
     if let (Some(lineage), Some(plan)) = (store.lineage(), writer.plan()) {
         let route = route(&lineage, plan.held_end, &newest.history)?;
+        let flushed = connected.system.flushed;
+        if route == Route::Same && flushed < plan.newest_start && !writer.holds_nothing() {
+            let upstream =
+                if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
+            let (held_end, timeline) = (plan.held_end, plan.timeline);
+            return Err(UpstreamError::BehindUs { flushed, held_end, timeline, upstream });
+        }
+        if let (Route::Diverged(fork), Some(oldest)) = (route, store.oldest())
+            && fork.at < oldest
+            && !writer.holds_nothing()
+        {
+            let (timeline, next) = (plan.timeline, fork.next);
+            return Err(UpstreamError::ForkedBefore { timeline, next, fork: fork.at, oldest });
+        }
         if let (Route::Diverged(fork), OnDivergence::Stop) = (route, settings.on_divergence) {
             let (timeline, held_end) = (plan.timeline, plan.held_end);
             return Err(UpstreamError::Forked { timeline, next: fork.next, fork: fork.at, held_end });
@@ -275,19 +292,9 @@ pub(crate) fn plan_stream(
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    // On a later timeline it has come past ours, wherever it is now.
-    let is_same = connected.system.timeline == plan.timeline;
-    if is_same && connected.system.flushed < plan.newest_start {
-        let upstream = if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
-        let flushed = connected.system.flushed;
-        return Err(UpstreamError::BehindUs {
-            flushed,
-            held_end: plan.held_end,
-            timeline: plan.timeline,
-            upstream,
-        });
-    }
-    let lost = used_until.filter(|&to| had_wal && to > plan.held_end);
+    // What a slot says of a branch that was set aside is not lost: it is set aside.
+    let is_dead = |to: Lsn| store.dead_branches().iter().any(|dead| dead.fork < to && to <= dead.end);
+    let lost = used_until.filter(|&to| had_wal && to > plan.held_end && !is_dead(to));
     let lost = lost.map(|to| LostWal { from: plan.held_end, to });
     Ok(StreamPlan { resume: plan, lost, replaces: used_until.filter(|_| begins) })
 }

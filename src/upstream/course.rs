@@ -40,6 +40,8 @@ pub(super) struct Course {
     pub(super) replaces: Option<Lsn>,
     /// The timeline that the upstream has ended on this connection, and our end then.
     pub(super) ended: Option<(TimelineId, Lsn)>,
+    /// The host to try last the next time.
+    pub(super) avoid: Option<String>,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -64,6 +66,7 @@ impl Course {
             host: None,
             replaces: None,
             ended: None,
+            avoid: None,
             refusals: 0,
             corrupt: None,
             last_logged: None,

@@ -160,6 +160,20 @@ pub enum UpstreamError {
         /// Our end.
         held_end: Lsn,
     },
+    /// All that we hold of the timeline is on a branch that the upstream's history does not have.
+    #[error(
+        "new timeline {next} forked off timeline {timeline} at {fork}, before {oldest}, the beginning of what this relay holds; with another data directory it would begin anew"
+    )]
+    ForkedBefore {
+        /// The timeline that is held.
+        timeline: TimelineId,
+        /// The timeline that goes on.
+        next: TimelineId,
+        /// Where it was left.
+        fork: Lsn,
+        /// Start of what is held.
+        oldest: Lsn,
+    },
     /// The upstream has no more of a timeline than what we hold, and says that it went on.
     #[error(
         "the upstream ended timeline {timeline} after {held_end}, but its history says that it was left at {fork}"
@@ -280,6 +294,7 @@ impl UpstreamError {
             | Self::Loop { .. }
             | Self::Refused(_)
             | Self::Forked { .. }
+            | Self::ForkedBefore { .. }
             | Self::EndedEarly { .. }
             | Self::WalRemoved { .. }
             | Self::SlotGone(_)
@@ -289,6 +304,20 @@ impl UpstreamError {
             | Self::Append(AppendError::Diverged { .. } | AppendError::Store(_))
             | Self::Store(_) => Advice::TellAHuman,
         }
+    }
+
+    /// Whether it says something of that server which its checks before did not: another may do.
+    pub fn speaks_against_the_server(&self) -> bool {
+        matches!(
+            self,
+            Self::WalRemoved { .. }
+                | Self::SlotGone(_)
+                | Self::SlotInvalidated { .. }
+                | Self::EndedEarly { .. }
+                | Self::BehindUs { .. }
+                | Self::Append(AppendError::Diverged { .. } | AppendError::Corrupt(_))
+                | Self::Store(StoreError::BadSwitch { .. })
+        )
     }
 
     /// Whether somebody must act, whatever else is tried meanwhile: one of several servers is enough.

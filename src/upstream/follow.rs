@@ -7,6 +7,7 @@ use tokio::task::block_in_place;
 
 use crate::session::timelines::{Fork, Route, route};
 use crate::store::DeadBranch;
+use crate::upstream::connect::Beginning;
 use crate::upstream::course::Course;
 use crate::upstream::{Upstream, UpstreamError};
 use crate::wal::TimelineHistory;
@@ -26,7 +27,20 @@ impl Upstream {
                 break;
             };
             match route(&lineage, plan.held_end, history)? {
+                Route::Same if course.ended.take() == Some((plan.timeline, plan.held_end)) => {
+                    let text =
+                        format!("the end of timeline {}, which the upstream is still on", plan.timeline);
+                    return Err(UpstreamError::Unexpected(text));
+                }
                 Route::Same => return Ok(()),
+                Route::Diverged(fork)
+                    if self.writer.holds_nothing()
+                        && self.store.oldest().is_some_and(|oldest| fork.at < oldest) =>
+                {
+                    tracing::warn!(timeline = %fork.next, "nothing is held yet: beginning on the upstream's timeline");
+                    course.beginning = Beginning::Anew;
+                    return Ok(());
+                }
                 Route::Finish(fork) => {
                     if course.ended.take() == Some((plan.timeline, plan.held_end)) {
                         let (timeline, held_end) = (plan.timeline, plan.held_end);

@@ -28,6 +28,9 @@ impl Upstream {
             Err(error) => error,
         };
         self.metrics.errors.increment(1);
+        if error.speaks_against_the_server() {
+            course.avoid.clone_from(&course.host);
+        }
         let is_corrupt = matches!(error, UpstreamError::Append(AppendError::Corrupt(_)));
         if is_corrupt {
             self.metrics.corrupt.increment(1);

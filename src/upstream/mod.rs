@@ -257,9 +257,10 @@ impl Upstream {
 
     async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
         let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
+        let avoid = course.avoid.take();
         let (connected, newest) = match (resumed, course.host.clone()) {
             (Some(dialog), Some(host)) => connect::ask_again(dialog, &host, settings, store, writer).await?,
-            _ => connect::connect(settings, store, writer, random()).await?,
+            _ => connect::connect(settings, store, writer, avoid.as_deref(), random()).await?,
         };
         let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, newest, course)).await;
         opening.map_err(|_| UpstreamError::OpeningTimeout)?
@@ -271,10 +272,10 @@ impl Upstream {
         newest: NewestHistory,
         course: &mut Course,
     ) -> Result<Opened, UpstreamError> {
-        let slot = self.slot(&mut connected, course).await?;
         let history = newest.history.clone();
         histories::store_missing(&mut connected, &self.store, newest).await?;
         self.follow(&history, course)?;
+        let slot = self.slot(&mut connected, course).await?;
         let (store, writer) = (&self.store, &mut self.writer);
         let planned = connect::plan_stream(&connected, store, writer, slot, course.beginning)?;
         course.replaces = course.replaces.or(planned.replaces);

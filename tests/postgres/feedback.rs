@@ -53,12 +53,13 @@ fn the_oldest_query_of_all_standbys_counts_and_the_last_to_go_clears_it() {
             (primary.standby("near", relay.port, EAGER), primary.standby("behind", far.port, EAGER));
         for relay in [&relay, &far] {
             // A slot only advances: what all of them need must be known before one runs ahead.
-            wait_until("a standby to have said what it needs", || {
-                relay.status()["downstream"]
-                    .as_array()
-                    .unwrap()
-                    .iter()
-                    .all(|session| !session["backend_xmin"].is_null())
+            wait_until("all standbys to have said what they need", || {
+                let status = relay.status();
+                let sessions = status["downstream"].as_array().unwrap();
+                let slots = status["slots"].as_array().unwrap();
+                let has = |one: &serde_json::Value, key: &str| !one[key].is_null();
+                sessions.iter().all(|session| has(session, "backend_xmin") || has(session, "slot_name"))
+                    && slots.iter().all(|slot| has(slot, "xmin"))
             });
         }
         write_transactions(&primary);

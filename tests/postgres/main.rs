@@ -19,6 +19,7 @@ mod cut_positions;
 mod damaged_store;
 mod descriptors;
 mod disk_full;
+mod divergence;
 mod feedback;
 mod fence;
 mod harness;

@@ -1,4 +1,4 @@
-//! Promotions: followed wherever they happen, told exactly where they left something behind, refused where they are foreign.
+//! Promotions: followed wherever they happen, refused where they are foreign.
 
 use std::io::{Read, Write};
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::support::compare::{assert_equal_clusters, primary_bytes_of, wal_files
 use crate::support::lab::Installation;
 use crate::support::load::{Load, pgbench, pgbench_tables, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
-use crate::support::raw::{Event, RawClient, columns_of, error_in, identify_system, rows_of, tags_of};
+use crate::support::raw::{Event, RawClient, columns_of, identify_system, rows_of, tags_of};
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
@@ -23,7 +23,7 @@ pub(crate) fn primary(installation: &Installation) -> Postgres {
 }
 
 /// A connection string with these servers, of which the writable one is wanted.
-fn conninfo(servers: &[&Postgres]) -> String {
+pub(crate) fn conninfo(servers: &[&Postgres]) -> String {
     let ports: Vec<_> = servers.iter().map(|server| server.port.to_string()).collect();
     let hosts = vec!["127.0.0.1"; servers.len()].join(",");
     let ports = ports.join(",");
@@ -180,7 +180,7 @@ fn promotions_that_were_missed_are_followed_one_after_the_other() {
 }
 
 /// What a server says at the end of a stream of a timeline that was left at `fork`: rows, columns and tags.
-fn end_of_timeline(port: u16, timeline: u32, fork: u64) -> EndOfTimeline {
+pub(crate) fn end_of_timeline(port: u16, timeline: u32, fork: u64) -> EndOfTimeline {
     let mut client = RawClient::replication(port).unwrap();
     identify_system(&mut client);
     client.start_replication(None, fork / MB * MB, timeline).unwrap();
@@ -197,7 +197,7 @@ fn end_of_timeline(port: u16, timeline: u32, fork: u64) -> EndOfTimeline {
     (rows_of(&said), columns_of(&said), tags_of(&said))
 }
 
-type EndOfTimeline = (Vec<Vec<Option<String>>>, Vec<(String, u32)>, Vec<String>);
+pub(crate) type EndOfTimeline = (Vec<Vec<Option<String>>>, Vec<(String, u32)>, Vec<String>);
 
 /// Waits until the relay is ahead of a standby that stands still, and the primary is dead.
 pub(crate) struct Torn {
@@ -237,119 +237,29 @@ pub(crate) fn torn(installation: &Installation, settings: &[(&str, &str)]) -> To
 }
 
 #[test]
-fn what_a_new_primary_lacks_is_set_aside_told_exactly_and_not_followed() {
-    for major in crate::support::lab::chosen_majors() {
-        let Some(installation) = Installation::of(major) else { continue };
-        let Torn { mut old, mut new, mut relay, rows, first_lost, last_lost } = torn(&installation, &[]);
-        let behind = old.standby("behind", relay.port, "");
-        let (end, before) = (old.flushed(), relay.status());
-        behind.wait_replayed(end);
-        old.stop(Stop::Kill);
-        new.make_standby_of(old.port, "next");
-        new.start();
-        new.promote();
-        write_wal(&new, 2 * MB);
-        wait_timeline(&relay, 2);
-        relay.wait_flushed(new.flushed());
-        let fork = fork_of(&new, 2);
-        check_report(&relay, fork, end, rows + 3, &[&first_lost, &last_lost]);
-        assert!(relay.needs_attention());
-        // Both branches are there, and the dead one is served to the fork and no further.
-        assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
-        assert_eq!(end_of_timeline(relay.port, 1, fork), end_of_timeline(new.port, 1, fork));
-        for port in [relay.port, new.port] {
-            let mut client = RawClient::replication(port).unwrap();
-            identify_system(&mut client);
-            let error = error_in(&client.start_replication(None, end, 1).unwrap()).unwrap();
-            assert!(error.message.contains("on timeline 1 is not in this server's history"), "{error:?}");
-        }
-        // A standby on the dead branch is not led on; PostgreSQL says so itself.
-        wait_until("the standby to see that it is on a dead branch", || {
-            behind
-                .log()
-                .contains("forked off current database system timeline 1 before current recovery point")
-        });
-        // Also after a crash, and nothing of it is forgotten.
-        relay.restart_after_kill();
-        check_report(&relay, fork, end, rows + 3, &[&first_lost, &last_lost]);
-        assert_eq!(before["upstream"]["diverged"], false);
-        if installation.has("pg_rewind") {
-            rewind(&mut old, &mut new, &relay);
-        }
-    }
-}
-
-/// The report names what exists only on the dead branch.
-fn check_report(relay: &Relay, fork: u64, end: u64, commits: u64, transactions: &[&String]) {
-    let branches = dead_branches(relay);
-    assert_eq!(branches.len(), 1, "{branches:?}");
-    let branch = &branches[0];
-    assert_eq!((branch["timeline"].as_u64(), branch["next"].as_u64()), (Some(1), Some(2)));
-    assert_eq!(branch["fork"], lsn_text(fork));
-    let told_end = lsn(branch["end"].as_str().unwrap());
-    assert!(told_end >= end, "{branch}");
-    assert_eq!(branch["bytes"].as_u64(), Some(told_end - fork));
-    assert_eq!(branch["commits"].as_u64(), Some(commits), "{branch}");
-    let told: Vec<_> = branch["transactions"].as_array().unwrap().iter().map(Value::to_string).collect();
-    assert!(transactions.iter().all(|xid| told.contains(xid)), "{branch}");
-    assert_eq!(told.len() as u64, commits);
-    assert!(branch["first_commit"].as_str() < branch["last_commit"].as_str(), "{branch}");
-    assert!(relay.data_dir().join(branch["report"].as_str().unwrap()).exists());
-    assert!(relay.log().contains("what lies beyond has been set aside"));
-    let aside = std::fs::read_dir(relay.wal_dir()).unwrap().map(|entry| entry.unwrap().file_name());
-    let bytes = aside.filter(|name| name.to_str().unwrap().ends_with(".diverged")).count() as u64 * MB;
-    assert!(bytes >= told_end - fork, "{bytes} bytes set aside of {}", told_end - fork);
-}
-
-/// The old primary is rewound and streams from the relay.
-fn rewind(old: &mut Postgres, new: &mut Postgres, relay: &Relay) {
-    // pg_rewind wants a server that was shut down, and goes by the source's last checkpoint.
-    new.checkpoint();
-    old.start();
-    old.stop(Stop::Fast);
-    crate::support::process::Program::new(old.installation.program("pg_rewind"))
-        .args(["-D", old.data().to_str().unwrap(), "--source-server", &new.conninfo()])
-        .for_server_user()
-        .run();
-    old.add_settings(&format!(
-        "port = {}\nunix_socket_directories = '{}'",
-        old.port,
-        old.socket_folder().display()
-    ));
-    old.make_standby_of(relay.port, "rewound");
-    old.start();
-    write_wal(new, MB);
-    assert_equal_clusters(new, old);
-    assert_eq!(old.sql("select count(*) from kept"), "1");
-}
-
-#[test]
-fn a_relay_that_is_to_stop_at_a_divergence_stops_and_keeps_what_it_has() {
-    let Some(installation) = Installation::any() else { return };
-    let settings = [("upstream.on_divergence", "\"stop\"")];
-    let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &settings);
-    let end = old.flushed();
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
-    relay.wait_needs_attention();
-    relay.wait_logged(&format!(
-        "new timeline 2 forked off timeline 1 at {}, before",
-        lsn_text(fork_of(&new, 2))
-    ));
-    assert!(dead_branches(&relay).is_empty());
-    assert!(relay.flushed() >= end);
-    assert!(
-        !relay.wal_dir().join("00000002.history").exists(),
-        "a history that is not followed is not served"
-    );
-    // A person has decided.
-    relay.terminate();
-    relay.set("upstream.on_divergence", "\"follow\"");
+fn a_server_that_is_found_wanting_later_is_tried_after_the_others() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let mut old = primary(&installation);
+    let behind = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = relay_of(&[&old]);
     relay.start();
-    wait_timeline(&relay, 2);
-    assert_eq!(dead_branches(&relay).len(), 1);
+    write_wal(&old, 6 * MB);
+    relay.wait_flushed(old.flushed());
+    relay.terminate();
+    // The first host is of the same template: the same system identifier and timeline, and less WAL.
+    relay.set("upstream.conninfo", &conninfo(&[&behind, &old]));
+    relay.launch();
+    write_wal(&old, MB);
+    relay.wait_flushed(old.flushed());
+    // Now it has other WAL, and as much: that shows only when it streams.
+    relay.terminate();
+    write_wal(&behind, 9 * MB);
+    assert!(behind.flushed() > old.flushed());
+    relay.launch();
+    write_wal(&old, MB);
+    relay.wait_flushed(old.flushed());
+    relay.assert_running();
+    old.stop(Stop::Fast);
 }
 
 #[test]

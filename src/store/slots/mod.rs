@@ -295,6 +295,13 @@ impl SlotTable {
         Ok(SlotGuard::new(self.clone(), name, slot.generation, when_invalid))
     }
 
+    /// What lies behind `fork` is not held any more: whoever had it needs what is there instead, from the fork on.
+    pub(super) fn cut(&self, fork: Lsn) {
+        for slot in self.0.slots.lock().by_name.values_mut() {
+            slot.restart_lsn = slot.restart_lsn.map(|restart_lsn| restart_lsn.min(fork));
+        }
+    }
+
     /// The smallest of what the consumers of valid slots hold back.
     pub fn feedback(&self) -> Feedback {
         let slots = self.0.slots.lock();

@@ -1,0 +1,194 @@
+//! Promotions that left something behind which the relay has: told exactly, both branches kept.
+
+use serde_json::Value;
+
+use crate::support::MB;
+use crate::support::compare::assert_equal_clusters;
+use crate::support::lab::Installation;
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Stop};
+use crate::support::raw::{RawClient, error_in, identify_system};
+use crate::support::relay::Relay;
+use crate::support::wait::wait_until;
+use crate::support::{lsn, lsn_text};
+use crate::timelines::{
+    Torn, assert_same_timeline, conninfo, dead_branches, end_of_timeline, fork_of, primary, relay_of, torn,
+    wait_timeline,
+};
+
+#[test]
+fn what_a_new_primary_lacks_is_set_aside_told_exactly_and_not_followed() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let Torn { mut old, mut new, mut relay, rows, first_lost, last_lost } = torn(&installation, &[]);
+        let behind = old.standby("behind", relay.port, "");
+        let (end, before) = (old.flushed(), relay.status());
+        behind.wait_replayed(end);
+        old.stop(Stop::Kill);
+        new.make_standby_of(old.port, "next");
+        new.start();
+        new.promote();
+        write_wal(&new, 2 * MB);
+        wait_timeline(&relay, 2);
+        relay.wait_flushed(new.flushed());
+        let fork = fork_of(&new, 2);
+        check_report(&relay, fork, end, rows + 3, &[&first_lost, &last_lost]);
+        assert!(relay.needs_attention());
+        // Both branches are there, and the dead one is served to the fork and no further.
+        assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
+        assert_eq!(end_of_timeline(relay.port, 1, fork), end_of_timeline(new.port, 1, fork));
+        for port in [relay.port, new.port] {
+            let mut client = RawClient::replication(port).unwrap();
+            identify_system(&mut client);
+            let error = error_in(&client.start_replication(None, end, 1).unwrap()).unwrap();
+            assert!(error.message.contains("on timeline 1 is not in this server's history"), "{error:?}");
+        }
+        // A standby on the dead branch is not led on; PostgreSQL says so itself.
+        wait_until("the standby to see that it is on a dead branch", || {
+            behind
+                .log()
+                .contains("forked off current database system timeline 1 before current recovery point")
+        });
+        // Also after a crash, and nothing of it is forgotten.
+        relay.restart_after_kill();
+        check_report(&relay, fork, end, rows + 3, &[&first_lost, &last_lost]);
+        assert_eq!(before["upstream"]["diverged"], false);
+        if installation.has("pg_rewind") {
+            rewind(&mut old, &mut new, &relay);
+        }
+    }
+}
+
+#[test]
+fn commits_that_wait_for_a_far_relay_go_on_after_a_divergence() {
+    let Some(installation) = Installation::in_turn(0) else { return };
+    let settings = [("upstream.acknowledge", "\"ANY 1 (far)\"")];
+    let Torn { mut old, mut new, relay, .. } = torn(&installation, &settings);
+    let far = Relay::streaming_from("far", relay.port);
+    far.wait_flushed(old.flushed());
+    // What asks for a slot of the relay, which is beyond the fork.
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.query("CREATE_REPLICATION_SLOT archive PHYSICAL RESERVE_WAL").unwrap();
+    let (_, _, end) = identify_system(&mut client);
+    client.start_replication(Some("archive"), end, 1).unwrap();
+    client.send_status(end, end, 0).unwrap();
+    wait_until("the slot to be there", || {
+        let status = relay.status();
+        let slots = status["slots"].as_array().unwrap().clone();
+        slots.iter().any(|slot| slot["slot_name"] == "archive" && slot["restart_lsn"] == lsn_text(end))
+    });
+    drop(client);
+    old.stop(Stop::Kill);
+    new.make_standby_of(old.port, "next");
+    new.add_settings("synchronous_standby_names = 'relay'");
+    new.start();
+    new.promote();
+    wait_timeline(&relay, 2);
+    wait_timeline(&far, 2);
+    new.wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
+    new.sql("insert into kept values (4)");
+    assert!(far.status()["upstream"]["lost"].is_null(), "what was set aside is told to be lost");
+    let fork = fork_of(&new, 2);
+    for slot in relay.status()["slots"].as_array().unwrap() {
+        assert!(slot["slot_name"] != "archive" || slot["restart_lsn"] == lsn_text(fork), "{slot}");
+    }
+}
+
+#[test]
+fn a_fork_before_all_that_is_held_is_told_and_leaves_no_slot_behind() {
+    let Some(installation) = Installation::in_turn(2) else { return };
+    let old = primary(&installation);
+    let mut new = old.standby("next", old.port, "");
+    new.stop(Stop::Fast);
+    write_wal(&old, 4 * MB);
+    // The slot keeps WAL from here on.
+    old.checkpoint();
+    let mut relay = relay_of(&[&old]);
+    relay.start();
+    write_wal(&old, 2 * MB);
+    relay.wait_flushed(old.flushed());
+    relay.terminate();
+    let mut old = old;
+    old.stop(Stop::Kill);
+    new.make_standby_of(old.port, "next");
+    new.start();
+    new.promote();
+    relay.set("upstream.conninfo", &conninfo(&[&new]));
+    relay.launch();
+    relay.wait_needs_attention();
+    relay.wait_logged("the beginning of what this relay holds");
+    assert_eq!(new.sql("select count(*) from pg_replication_slots"), "0");
+}
+
+/// The report names what exists only on the dead branch.
+fn check_report(relay: &Relay, fork: u64, end: u64, commits: u64, transactions: &[&String]) {
+    let branches = dead_branches(relay);
+    assert_eq!(branches.len(), 1, "{branches:?}");
+    let branch = &branches[0];
+    assert_eq!((branch["timeline"].as_u64(), branch["next"].as_u64()), (Some(1), Some(2)));
+    assert_eq!(branch["fork"], lsn_text(fork));
+    let told_end = lsn(branch["end"].as_str().unwrap());
+    assert!(told_end >= end, "{branch}");
+    assert_eq!(branch["bytes"].as_u64(), Some(told_end - fork));
+    assert_eq!(branch["commits"].as_u64(), Some(commits), "{branch}");
+    let told: Vec<_> = branch["transactions"].as_array().unwrap().iter().map(Value::to_string).collect();
+    assert!(transactions.iter().all(|xid| told.contains(xid)), "{branch}");
+    assert_eq!(told.len() as u64, commits);
+    assert!(branch["first_commit"].as_str() < branch["last_commit"].as_str(), "{branch}");
+    assert!(relay.data_dir().join(branch["report"].as_str().unwrap()).exists());
+    assert!(relay.log().contains("what lies beyond has been set aside"));
+    let aside = std::fs::read_dir(relay.wal_dir()).unwrap().map(|entry| entry.unwrap().file_name());
+    let bytes = aside.filter(|name| name.to_str().unwrap().ends_with(".diverged")).count() as u64 * MB;
+    assert!(bytes >= told_end - fork, "{bytes} bytes set aside of {}", told_end - fork);
+}
+
+/// The old primary is rewound and streams from the relay.
+fn rewind(old: &mut Postgres, new: &mut Postgres, relay: &Relay) {
+    // pg_rewind wants a server that was shut down, and goes by the source's last checkpoint.
+    new.checkpoint();
+    old.start();
+    old.stop(Stop::Fast);
+    crate::support::process::Program::new(old.installation.program("pg_rewind"))
+        .args(["-D", old.data().to_str().unwrap(), "--source-server", &new.conninfo()])
+        .for_server_user()
+        .run();
+    old.add_settings(&format!(
+        "port = {}\nunix_socket_directories = '{}'",
+        old.port,
+        old.socket_folder().display()
+    ));
+    old.make_standby_of(relay.port, "rewound");
+    old.start();
+    write_wal(new, MB);
+    assert_equal_clusters(new, old);
+    assert_eq!(old.sql("select count(*) from kept"), "1");
+}
+
+#[test]
+fn a_relay_that_is_to_stop_at_a_divergence_stops_and_keeps_what_it_has() {
+    let Some(installation) = Installation::any() else { return };
+    let settings = [("upstream.on_divergence", "\"stop\"")];
+    let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &settings);
+    let end = old.flushed();
+    old.stop(Stop::Kill);
+    new.make_standby_of(old.port, "next");
+    new.start();
+    new.promote();
+    relay.wait_needs_attention();
+    relay.wait_logged(&format!(
+        "new timeline 2 forked off timeline 1 at {}, before",
+        lsn_text(fork_of(&new, 2))
+    ));
+    assert!(dead_branches(&relay).is_empty());
+    assert!(relay.flushed() >= end);
+    assert!(
+        !relay.wal_dir().join("00000002.history").exists(),
+        "a history that is not followed is not served"
+    );
+    // A person has decided.
+    relay.terminate();
+    relay.set("upstream.on_divergence", "\"follow\"");
+    relay.start();
+    wait_timeline(&relay, 2);
+    assert_eq!(dead_branches(&relay).len(), 1);
+}
