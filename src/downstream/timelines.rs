@@ -36,9 +36,10 @@ pub(super) fn timeline_state(
     if timeline == current {
         return Ok(TimelineState::Current);
     }
-    if let Some(lineage) = store.lineage().filter(|lineage| lineage.timeline() == current) {
-        let left = lineage.left(timeline).ok_or(TimelineError::NotInHistory(timeline))?;
-        return Ok(TimelineState::Historic { end: left.0, next: left.1 });
+    // What was followed is known; a file may tell of more.
+    let lineage = store.lineage().filter(|lineage| lineage.timeline() == current);
+    if let Some((end, next)) = lineage.and_then(|lineage| lineage.left(timeline)) {
+        return Ok(TimelineState::Historic { end, next });
     }
     let history = history_of(store, current)?;
     let switch_lsn = history.switch_lsn(timeline).ok_or(TimelineError::NotInHistory(timeline))?;
