@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::{task::block_in_place, time::timeout};
+use tokio::time::timeout;
 
 use crate::conninfo::{Conninfo, Host, ProcessSurroundings, TargetSessionAttrs};
 use crate::net::Socket;
@@ -17,6 +17,7 @@ use crate::protocol::{
 use crate::session::timelines::{Refusal, Route, route};
 use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
+use crate::upstream::blocking::block_in_place;
 use crate::upstream::patroni;
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{

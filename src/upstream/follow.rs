@@ -3,7 +3,7 @@
 //! Owns the walk from the timeline that is held to that of a server which may be followed: one promotion after the other,
 //! each only after all that came before it is held. What is set aside on the way is told here. Asks the server nothing.
 
-use tokio::task::block_in_place;
+use crate::upstream::blocking::block_in_place;
 
 use crate::session::timelines::{Fork, Route, route};
 use crate::store::DeadBranch;

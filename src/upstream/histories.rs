@@ -3,8 +3,8 @@
 //! Owns fetching them, and the check that those held are those of this upstream. Every file is stored before WAL of a later
 //! timeline is, and none stays that came from another server than the one that is streamed from.
 
+use crate::upstream::blocking::block_in_place;
 use bytes::Bytes;
-use tokio::task::block_in_place;
 
 use crate::protocol::Command;
 use crate::protocol::SqlState;

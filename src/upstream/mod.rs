@@ -6,6 +6,7 @@
 mod acknowledging;
 mod authenticate;
 mod backoff;
+mod blocking;
 mod connect;
 mod course;
 mod dial;

@@ -269,7 +269,7 @@ async fn a_server_with_another_page_size_is_refused_before_anything_is_stored() 
         let folder = tempfile::tempdir().unwrap();
         Stall { at, then: Then::Silence, page_bytes }.listen(folder.path());
         let Upstream { store, writer, .. } = upstream(folder.path());
-        let outcome = connect::connect(&settings(folder.path(), ""), &store, &writer, 0).await;
+        let outcome = connect::connect(&settings(folder.path(), ""), &store, &writer, None, 0).await;
         let Err(error) = outcome else {
             assert!(!is_refused, "{page_bytes} is taken");
             continue;

@@ -128,6 +128,9 @@ fn a_promotion_is_followed_on_the_live_connection() {
     relay.wait_flushed(middle.flushed());
     assert_eq!(walsender(), before, "the relay has connected again");
     assert_equal_clusters(&middle, &standby);
+    // What clients are told of the server is what it said when we came.
+    let version = |port| RawClient::replication(port).unwrap().parameters["server_version"].clone();
+    assert_eq!(version(relay.port), version(middle.port));
     assert_eq!(
         standby.sql("select pid from pg_stat_wal_receiver"),
         receiver,
