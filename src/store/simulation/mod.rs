@@ -4,6 +4,7 @@
 //! and with faults that follow from one seed. The checks know only what is promised. To see one run again:
 //! `WALRELAY_SEED=<seed> cargo test --lib store::simulation`; for more of them: `WALRELAY_SEEDS=<count>`.
 
+mod budget;
 mod calls;
 mod content;
 mod disk;
