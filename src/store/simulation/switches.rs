@@ -330,6 +330,39 @@ fn a_crash_at_any_change_of_a_switch_loses_neither_timeline() {
 }
 
 #[test]
+fn a_timeline_is_not_served_from_before_its_first_segment_though_it_is_in_memory() {
+    let shape = Shape { fork: ForkAt::SegmentStart, beyond: Beyond::Nothing };
+    let (_disk, histories, mut live) = received(shape, 1, true);
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    live.receive(&histories.new, histories.fork.advance(100_000), true).unwrap();
+    let before = LsnRange::new(Lsn::new(histories.fork.get() - 64).unwrap(), histories.fork).unwrap();
+    let located = live.shared.tail.lock().locate(NEXT, before);
+    assert!(located.in_files.is_none(), "it is in memory");
+    let read = live.read(NEXT, before);
+    assert!(matches!(read, Err(ReadError::Removed(_))), "{read:?}");
+    assert_eq!(
+        live.read(TimelineId::FIRST, before).unwrap(),
+        histories.old.slice(before.start(), before.end())
+    );
+}
+
+#[test]
+fn slots_go_back_with_the_positions() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(2_200_000) };
+    let (disk, histories, mut live) = received(shape, 1, true);
+    let restart = |live: &Live, name: &str| live.shared.slots.get(name).unwrap().restart_lsn;
+    live.shared.slots.create("ahead", SlotKind::Permanent, Some(histories.held)).unwrap();
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    assert_eq!(restart(&live, "ahead"), Some(histories.fork));
+    assert_eq!(restart(&live, "all"), Some(histories.old.start()));
+    live.work(true);
+    drop(live);
+    disk.restart(Crash::PowerCut);
+    let live = Live::start(&disk, &histories).unwrap();
+    assert_eq!(restart(&live, "ahead"), Some(histories.fork));
+}
+
+#[test]
 fn a_switch_that_finds_no_space_can_be_tried_again() {
     for shape in SHAPES {
         let (disk, histories, mut live) = received(shape, 1, true);
