@@ -71,7 +71,9 @@ fn the_oldest_query_of_all_standbys_counts_and_the_last_to_go_clears_it() {
         assert!(old_xmin.parse::<u32>().unwrap() < new_xmin.parse().unwrap());
         write_transactions(&primary);
         wait_held_back(&primary, &old_xmin);
-        assert_eq!(relay.downstream("near")[0]["backend_xmin"].to_string(), new_xmin);
+        wait_until("the near standby's own to be known", || {
+            relay.downstream("near")[0]["backend_xmin"].to_string() == new_xmin
+        });
         // Vacuum keeps for the far reader what it still sees, and removes it when that has gone.
         primary.sql("delete from t");
         primary.sql("vacuum t");
