@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
+use walrelay::store::disk::OpenMode;
 use walrelay::store::{
     AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
     RetentionLimits, ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter, WhenInvalid,
@@ -70,6 +71,7 @@ fn settings(dir: &Path) -> StoreSettings {
         spare_segments: 2,
         reserve_segments: 1,
         max_replication_slots: 4,
+        scrub_interval: None,
         limits: RetentionLimits::default(),
     }
 }
@@ -469,4 +471,24 @@ fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     opened.store.create_slot("late", SlotKind::Permanent, true).unwrap();
     let promised = opened.store.slots().get("late").unwrap().restart_lsn;
     assert_eq!((promised, opened.store.oldest()), (oldest, oldest), "the slot points at WAL that is gone");
+}
+
+#[test]
+fn what_is_read_from_the_disk_is_not_what_the_system_remembers() {
+    const BYTES: usize = 1 << 20;
+    // Where files are memory there is nothing else to read.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("file");
+    let file = RealDisk.open(&path, OpenMode::CreateNew).unwrap();
+    let content = vec![7; BYTES];
+    file.write_at(&[std::io::IoSlice::new(&content)], 0).unwrap();
+    file.sync().unwrap();
+    let mapping = RealDisk.map(&path, BYTES as u64).unwrap();
+    let whole = 0..BYTES;
+    assert!(mapping.is_resident(whole.clone()), "it was just written");
+    let again = RealDisk.open(&path, OpenMode::ReadFromDisk).unwrap();
+    assert!(!mapping.is_resident(whole), "it is read again");
+    let mut read = vec![0; BYTES];
+    assert_eq!(again.read_at(&mut read, 0).unwrap(), read.len());
+    assert_eq!(read, content);
 }

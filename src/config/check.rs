@@ -225,6 +225,7 @@ fn store(raw: &RawStore) -> Result<Store, Problem> {
         retain_without_slot: timeout("store.retain_without_slot", &raw.retain_without_slot)?,
         disk_budget: Some(size("store.disk_budget", &raw.disk_budget, DISK_BYTES)?)
             .filter(|bytes| *bytes > 0),
+        scrub_interval: timeout("store.scrub_interval", &raw.scrub_interval)?,
         tail_size,
         unwritten_size,
         spare_segments: number("store.spare_segments", raw.spare_segments, 1..=64)?,

@@ -167,6 +167,8 @@ pub struct Store {
     pub retain_without_slot: Option<Duration>,
     /// Bytes of segment files that there may be; `None`: as many as the disk takes.
     pub disk_budget: Option<u64>,
+    /// Time within which every complete segment is read again and compared with its checksum; `None`: never.
+    pub scrub_interval: Option<Duration>,
     /// Bytes of the newest WAL to keep in memory.
     pub tail_size: u64,
     /// Most bytes that are received but not yet written; not more than `tail_size`.

@@ -94,6 +94,10 @@ pub struct StoreMetrics {
     pub damaged_segments: Gauge,
     /// Damaged segments that were fetched again.
     pub repaired_segments: Counter,
+    /// Segments that were read again, and were what was written.
+    pub scrubbed_segments: Counter,
+    /// Times that all complete segments were read again.
+    pub scrub_rounds: Counter,
     /// Reads that the disk answered with an error.
     pub read_errors: Counter,
     /// 1 while no space can be had for new WAL.
@@ -142,6 +146,14 @@ impl StoreMetrics {
             ),
             repaired_segments: metrics
                 .counter("walrelay_store_repaired_segments_total", "Damaged segments fetched again"),
+            scrubbed_segments: metrics.counter(
+                "walrelay_store_scrubbed_segments_total",
+                "Segments read from the disk again and found to be what was written",
+            ),
+            scrub_rounds: metrics.counter(
+                "walrelay_store_scrub_rounds_total",
+                "Rounds in which each complete segment was read",
+            ),
             read_errors: metrics
                 .counter("walrelay_store_read_errors_total", "Reads of WAL that failed on the disk"),
             no_space: metrics.gauge("walrelay_store_no_space", None, "1 while no space can be had for WAL"),

@@ -81,17 +81,21 @@ impl Feedback {
 const RECENT_XIDS: u64 = 1 << 31;
 
 #[cfg(test)]
+impl Feedback {
+    /// From raw ids; 0 is none.
+    pub(crate) fn from_raw(xmin: u64, catalog_xmin: u64) -> Self {
+        let id = |raw: u64| (raw > 0).then_some(FullXid(raw));
+        Self { xmin: id(xmin), catalog_xmin: id(catalog_xmin) }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
-    fn feedback(xmin: u64, catalog_xmin: u64) -> Feedback {
-        let id = |raw: u64| (raw > 0).then_some(FullXid(raw));
-        Feedback { xmin: id(xmin), catalog_xmin: id(catalog_xmin) }
-    }
-
     #[test]
     fn it_goes_over_the_wire_in_halves_and_below_the_first_id_is_nothing() {
-        let said = feedback(0x7_0000_0123, 0);
+        let said = Feedback::from_raw(0x7_0000_0123, 0);
         let message = said.message(PgTimestamp(1));
         assert_eq!((message.xmin, message.xmin_epoch, message.catalog_xmin), (0x123, 7, 0));
         assert_eq!(Feedback::of(&message), said);
@@ -101,24 +105,28 @@ mod tests {
 
     #[test]
     fn the_smallest_is_found_over_the_end_of_an_epoch() {
-        let before = feedback(0x1_FFFF_FFF0, 0);
-        let after = feedback(0x2_0000_0010, 0x2_0000_0020);
-        assert_eq!(before.and(after), feedback(0x1_FFFF_FFF0, 0x2_0000_0020));
+        let before = Feedback::from_raw(0x1_FFFF_FFF0, 0);
+        let after = Feedback::from_raw(0x2_0000_0010, 0x2_0000_0020);
+        assert_eq!(before.and(after), Feedback::from_raw(0x1_FFFF_FFF0, 0x2_0000_0020));
         assert_eq!(after.and(Feedback::default()), after);
     }
 
     #[test]
     fn what_the_primary_would_ignore_is_not_taken() {
         let next = Some(FullXid(0x2_0000_0100));
-        for good in [feedback(0x2_0000_0100, 0), feedback(0x1_FFFF_0000, 0x2_0000_0001), feedback(0, 0)] {
+        for good in [
+            Feedback::from_raw(0x2_0000_0100, 0),
+            Feedback::from_raw(0x1_FFFF_0000, 0x2_0000_0001),
+            Feedback::from_raw(0, 0),
+        ] {
             assert!(good.is_plausible(next), "{good:?}");
             assert!(good.is_plausible(None));
         }
         for bad in [
-            feedback(0x2_0000_0101, 0),
-            feedback(0x3_0000_0001, 0),
-            feedback(0x0_0000_0001 + 3, 0),
-            feedback(0x2_0000_0001, 0x9_0000_0001),
+            Feedback::from_raw(0x2_0000_0101, 0),
+            Feedback::from_raw(0x3_0000_0001, 0),
+            Feedback::from_raw(0x0_0000_0001 + 3, 0),
+            Feedback::from_raw(0x2_0000_0001, 0x9_0000_0001),
         ] {
             assert!(!bad.is_plausible(next), "{bad:?}");
         }
@@ -126,9 +134,9 @@ mod tests {
 
     #[test]
     fn a_slot_only_advances_until_it_is_withdrawn() {
-        let kept = feedback(100, 50);
-        assert_eq!(kept.advanced_to(feedback(90, 60)), feedback(100, 60));
-        assert_eq!(kept.advanced_to(feedback(0, 60)), feedback(0, 60));
-        assert_eq!(feedback(0, 0).advanced_to(feedback(7, 0)), feedback(7, 0));
+        let kept = Feedback::from_raw(100, 50);
+        assert_eq!(kept.advanced_to(Feedback::from_raw(90, 60)), Feedback::from_raw(100, 60));
+        assert_eq!(kept.advanced_to(Feedback::from_raw(0, 60)), Feedback::from_raw(0, 60));
+        assert_eq!(Feedback::from_raw(0, 0).advanced_to(Feedback::from_raw(7, 0)), Feedback::from_raw(7, 0));
     }
 }

@@ -287,6 +287,7 @@ fn store_settings(config: &Config) -> StoreSettings {
         spare_segments: store.spare_segments,
         reserve_segments: store.reserve_segments,
         max_replication_slots: store.max_replication_slots,
+        scrub_interval: store.scrub_interval,
         limits: RetentionLimits {
             max_slot_wal_keep_size: store.max_slot_wal_keep_size,
             max_wal_size: store.max_wal_size,

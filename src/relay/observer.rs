@@ -106,6 +106,14 @@ impl Observer for StoreObserver {
         self.damage.send_replace(());
     }
 
+    fn scrubbed(&self) {
+        self.metrics.scrubbed_segments.increment(1);
+    }
+
+    fn scrub_round_ended(&self) {
+        self.metrics.scrub_rounds.increment(1);
+    }
+
     fn unreadable(&self, name: SegmentName, error: &std::io::Error) {
         self.metrics.read_errors.increment(1);
         if self.told.lock().is_news(Instant::now(), name, &error.to_string()) {

@@ -53,12 +53,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::wal::FullXid;
-
-    fn feedback(xmin: u64, catalog_xmin: u64) -> Feedback {
-        let id = |raw: u64| (raw > 0).then_some(FullXid(raw));
-        Feedback { xmin: id(xmin), catalog_xmin: id(catalog_xmin) }
-    }
 
     #[test]
     fn a_session_begins_with_it_and_off_is_said_once() {
@@ -73,13 +67,16 @@ mod tests {
             assert_eq!(sender.poll(start + Duration::from_secs(seconds), Feedback::default()), None);
         }
         assert_eq!(sender.due(Feedback::default()), None);
-        let wanted = feedback(700, 0);
+        let wanted = Feedback::from_raw(700, 0);
         let now = start + Duration::from_secs(200);
         assert_eq!(sender.poll(now, wanted), Some(wanted));
         assert_eq!(sender.due(wanted), Some(now + REPEAT_INTERVAL));
-        assert_eq!(sender.poll(now, feedback(701, 0)), None, "not so soon");
-        assert_eq!(sender.due(feedback(701, 0)), Some(now + CHANGE_INTERVAL_MIN));
-        assert_eq!(sender.poll(now + CHANGE_INTERVAL_MIN, feedback(701, 0)), Some(feedback(701, 0)));
+        assert_eq!(sender.poll(now, Feedback::from_raw(701, 0)), None, "not so soon");
+        assert_eq!(sender.due(Feedback::from_raw(701, 0)), Some(now + CHANGE_INTERVAL_MIN));
+        assert_eq!(
+            sender.poll(now + CHANGE_INTERVAL_MIN, Feedback::from_raw(701, 0)),
+            Some(Feedback::from_raw(701, 0))
+        );
         let later = now + Duration::from_secs(5);
         assert_eq!(sender.poll(later, Feedback::default()), Some(Feedback::default()), "nobody is left");
         assert_eq!(sender.poll(later + Duration::from_secs(50), Feedback::default()), None);
@@ -100,7 +97,7 @@ mod tests {
             let mut wanted = Feedback::default();
             for (milliseconds, xmin, catalog_xmin) in steps {
                 now += Duration::from_millis(milliseconds);
-                let next = feedback(xmin * 5, catalog_xmin * 7);
+                let next = Feedback::from_raw(xmin * 5, catalog_xmin * 7);
                 if next != wanted {
                     (wanted, changed_at) = (next, now);
                 }

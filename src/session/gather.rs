@@ -19,6 +19,15 @@ pub enum HandOver {
     Now,
 }
 
+/// Whether anybody may wait for the newest byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pace {
+    /// Each byte may be a commit that somebody waits for.
+    Streaming,
+    /// The upstream is far ahead.
+    CatchingUp,
+}
+
 /// Decides when to hand over.
 #[derive(Debug)]
 pub struct Gathering {
@@ -30,12 +39,13 @@ pub struct Gathering {
     bytes: u64,
     /// The upstream has asked how far we are.
     is_asked: bool,
+    pace: Pace,
 }
 
 impl Gathering {
     /// Nothing was received.
     pub fn new() -> Self {
-        Self { upstream_end: Lsn::MIN, since: None, bytes: 0, is_asked: false }
+        Self { upstream_end: Lsn::MIN, since: None, bytes: 0, is_asked: false, pace: Pace::Streaming }
     }
 
     /// The upstream has WAL up to `end`.
@@ -56,6 +66,7 @@ impl Gathering {
     /// What to do now, with `received` the end of WAL that arrived. To be called after each arrival and at the deadline.
     pub fn decide(&mut self, now: Instant, received: Lsn) -> HandOver {
         let is_far_behind = self.upstream_end.bytes_since(received) >= FAR_BEHIND_BYTES;
+        self.pace = if is_far_behind { Pace::CatchingUp } else { Pace::Streaming };
         let since = *self.since.get_or_insert(now);
         if !is_far_behind || self.is_asked || now.saturating_duration_since(since) >= GATHER_TIME_MAX {
             (self.since, self.bytes, self.is_asked) = (None, 0, false);
@@ -66,6 +77,11 @@ impl Gathering {
             return HandOver::MoreFollows;
         }
         HandOver::Wait
+    }
+
+    /// As of the last decision.
+    pub fn pace(&self) -> Pace {
+        self.pace
     }
 
     /// When `decide` is to be called again, whatever arrives.

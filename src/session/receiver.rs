@@ -12,6 +12,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::session::gather::Pace;
 use crate::wal::Lsn;
 
 /// Settings of a [`Receiver`].
@@ -87,6 +88,7 @@ pub struct Receiver {
     progress: Progress,
     stage: Stage,
     reading: Reading,
+    pace: Pace,
     sync_ability: SyncAbility,
     heard_at: Instant,
     ping_sent: bool,
@@ -127,6 +129,7 @@ impl Receiver {
             progress,
             stage: Stage::Comparing,
             reading: Reading::Open,
+            pace: Pace::Streaming,
             sync_ability: SyncAbility::Able,
             heard_at: now,
             ping_sent: false,
@@ -208,6 +211,11 @@ impl Receiver {
         self.sync_ability = ability;
     }
 
+    /// The upstream is far ahead, or is not any more.
+    pub fn handle_pace(&mut self, pace: Pace) {
+        self.pace = pace;
+    }
+
     /// Reading was paused or goes on.
     pub fn handle_reading(&mut self, now: Instant, reading: Reading) {
         if self.reading != reading {
@@ -281,14 +289,18 @@ impl Receiver {
         self.last_sent.is_none_or(|(_, last)| positions(last) != positions(report))
     }
 
-    /// When moved positions go out; `None` when they are those that were sent. What was flushed or applied is told at once,
-    /// for commits wait for it; what was only written a little later, because the next flush most often tells that too.
+    /// When moved positions go out; `None` when they are those that were sent. At once, for a commit may wait for any of
+    /// them; but nobody waits for what is only written while the upstream is far ahead, and the next flush tells that too.
     fn moved_due_at(&self, report: Report) -> Option<Instant> {
         let Some((sent_at, last)) = self.last_sent else { return Some(self.heard_at) };
         if (last.flush, last.apply) != (report.flush, report.apply) {
             return Some(sent_at);
         }
-        (last.write != report.write).then(|| sent_at + WRITE_REPORT_INTERVAL)
+        let due = match self.pace {
+            Pace::Streaming => sent_at,
+            Pace::CatchingUp => sent_at + WRITE_REPORT_INTERVAL,
+        };
+        (last.write != report.write).then_some(due)
     }
 
     /// When an owed answer goes out; `None` at once. An unchanged answer waits, so that two eager ends do not spin.
@@ -319,7 +331,7 @@ impl Receiver {
 /// Unchanged answers to an upstream that asks again and again are at least this far apart.
 pub const UNCHANGED_REPLY_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Reports that tell of a new write position and nothing else are at least this far apart.
+/// While the upstream is far ahead, reports that tell of a new write position and nothing else are at least this far apart.
 pub const WRITE_REPORT_INTERVAL: Duration = Duration::from_millis(2);
 
 /// An upstream that has asked beyond our flush for this long is stopping.
@@ -386,7 +398,6 @@ mod tests {
         receiver.handle_overlap_proven();
         assert_eq!(receiver.poll_output(now), sent(0, 0));
         receiver.handle_progress(progress(130, 120, 100));
-        let now = now + WRITE_REPORT_INTERVAL;
         assert_eq!(receiver.poll_output(now), sent(120, 0));
         receiver.handle_progress(progress(130, 120, 120));
         assert_eq!(receiver.poll_output(now), sent(120, 120));
@@ -406,6 +417,9 @@ mod tests {
     fn write_and_flush_are_reported_as_they_move() {
         let now = Instant::now();
         let mut receiver = reporting(now);
+        receiver.handle_progress(progress(300, 150, 100));
+        assert_eq!(receiver.poll_output(now), sent(150, 100), "a commit may wait for it");
+        receiver.handle_pace(Pace::CatchingUp);
         receiver.handle_progress(progress(300, 200, 100));
         assert_eq!(receiver.poll_output(now), None, "a report was sent just now");
         assert_eq!(receiver.poll_timeout(), Some(now + WRITE_REPORT_INTERVAL));

@@ -3,6 +3,7 @@
 //! Owns the list in memory; the files and the index are the truth on disk. Segments leave it before their files do.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use crate::wal::lineage::LineagePart;
 use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize};
@@ -78,6 +79,12 @@ impl Catalog {
 
     pub(super) fn get(&self, name: SegmentName) -> Option<&CompleteSegment> {
         self.complete.get(&name)
+    }
+
+    /// The segment that comes after `name`, or the first of all; by timeline and number.
+    pub(super) fn after(&self, name: Option<SegmentName>) -> Option<SegmentName> {
+        let after = name.map_or(Bound::Unbounded, Bound::Excluded);
+        self.complete.range((after, Bound::Unbounded)).next().map(|(name, _)| *name)
     }
 
     pub(super) fn mark_damaged(&mut self, name: SegmentName, kind: DamageKind, detail: &str) {

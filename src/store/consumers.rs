@@ -231,15 +231,7 @@ mod tests {
 
     use super::*;
     use crate::store::disk::RealDisk;
-    use crate::store::health::Observer;
-    use crate::store::{Condition, Positions};
-
-    struct Deaf;
-
-    impl Observer for Deaf {
-        fn positions_changed(&self, _: Positions) {}
-        fn condition_changed(&self, _: Condition) {}
-    }
+    use crate::store::small::Deaf;
 
     const MINUTE: Duration = Duration::from_secs(60);
 

@@ -77,6 +77,8 @@ pub trait Mapping: Send + Sync {
 pub enum OpenMode {
     /// An existing file, to read.
     Read,
+    /// An existing file, to read what the disk has: the system's copy in memory goes first, as far as nobody uses it.
+    ReadFromDisk,
     /// An existing file, to read and write.
     Write,
     /// A new file (mode 0600), to read and write; an existing one is an error.
@@ -110,7 +112,7 @@ impl Disk for RealDisk {
         let mut options = OpenOptions::new();
         options.read(true);
         match mode {
-            OpenMode::Read => {}
+            OpenMode::Read | OpenMode::ReadFromDisk => {}
             OpenMode::Write => {
                 options.write(true);
             }
@@ -118,7 +120,11 @@ impl Disk for RealDisk {
                 options.write(true).create_new(true).mode(0o600);
             }
         }
-        Ok(Arc::new(RealFile(options.open(path)?)))
+        let file = options.open(path)?;
+        if mode == OpenMode::ReadFromDisk {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+        Ok(Arc::new(RealFile(file)))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -163,7 +169,7 @@ impl Disk for RealDisk {
     fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
         let file = File::open(path)?;
         if file.metadata()?.len() < bytes {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "file is shorter than a segment"));
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, FILE_IS_SHORT));
         }
         let len = usize::try_from(bytes).map_err(|_| io::ErrorKind::OutOfMemory)?;
         // SAFETY: The undefined behaviour to avoid is memory that changes under a `&[u8]`, and a fault on access.
@@ -256,6 +262,9 @@ impl DiskFile for RealFile {
         Ok(self.0.metadata()?.len())
     }
 }
+
+/// What is told of a segment that somebody cut.
+pub(super) const FILE_IS_SHORT: &str = "file is shorter than a segment";
 
 /// Page sizes of the machines PostgreSQL runs on.
 const PAGE_SIZE_MIN: usize = 4 << 10;

@@ -107,27 +107,10 @@ const FENCE_FILE: StateFile = StateFile { name: "walrelay.fence", magic: *b"WRFE
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::{Condition, Observer, Positions, RealDisk, StoreSettings};
-
-    struct Deaf;
-
-    impl Observer for Deaf {
-        fn positions_changed(&self, _: Positions) {}
-        fn condition_changed(&self, _: Condition) {}
-    }
+    use crate::store::{RealDisk, small};
 
     fn open_in(data_dir: &Path) -> Store {
-        let settings = StoreSettings {
-            data_dir: data_dir.to_owned(),
-            wal_keep_size: 0,
-            tail_bytes_max: 1 << 20,
-            unwritten_bytes_max: 1 << 20,
-            spare_segments: 1,
-            reserve_segments: 0,
-            max_replication_slots: 1,
-            limits: crate::store::RetentionLimits::default(),
-        };
-        crate::store::open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap().0
+        small::open_in(data_dir).0
     }
 
     const FENCE: Fence = Fence { since: PgTimestamp(1) };

@@ -32,6 +32,10 @@ pub trait Observer: Send + Sync {
     fn repaired(&self, _name: SegmentName) {}
     /// The disk could not give back a piece of a segment. It may the next time: the segment is still served.
     fn unreadable(&self, _name: SegmentName, _error: &io::Error) {}
+    /// A segment was read from the disk, and is what was written.
+    fn scrubbed(&self) {}
+    /// Every complete segment has been read since the last call, or the start.
+    fn scrub_round_ended(&self) {}
     /// Work that can wait failed and will be tried again: removing old segments, preparing new ones, saving slots.
     fn housekeeping_failed(&self, _error: &StoreError) {}
     /// A slot keeps no WAL any more, or its session was told to let go of it.

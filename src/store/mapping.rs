@@ -17,7 +17,7 @@ use crc32fast::Hasher;
 use parking_lot::Mutex;
 
 use crate::store::catalog::DamageKind;
-use crate::store::disk::{Mapping, is_read_shortage};
+use crate::store::disk::{FILE_IS_SHORT, Mapping, is_read_shortage};
 use crate::store::error::ReadError;
 use crate::store::shared::Shared;
 use crate::wal::{SegmentName, SegmentSize};
@@ -170,24 +170,28 @@ impl MappedSegment {
         }
         let found = hasher.finalize();
         if let Some(expected) = segment.crc.filter(|expected| *expected != found) {
-            let detail = format!("its checksum is {found:08x}, expected {expected:08x}");
-            return Err(self.tell(shared, Fault::Wrong(detail)));
+            return Err(self.tell(shared, Fault::checksum(found, expected)));
         }
         self.is_verified.store(true, Ordering::Release);
         if segment.damage.is_some() {
-            shared.mappings.if_current(self, || shared.catalog.lock().mark_sound(name));
+            self.note_sound(shared);
         }
         Ok(())
     }
 
-    fn tell(&self, shared: &Shared, fault: Fault) -> ReadError {
+    /// The file was read, and is what was written.
+    pub(super) fn note_sound(&self, shared: &Shared) {
+        shared.mappings.if_current(self, || shared.catalog.lock().mark_sound(self.name));
+    }
+
+    pub(super) fn tell(&self, shared: &Shared, fault: Fault) -> ReadError {
         shared.mappings.if_current(self, || fault.mark(shared, self.name));
         fault.error(self.name)
     }
 }
 
 /// What keeps a segment from being read.
-enum Fault {
+pub(super) enum Fault {
     /// Memory or descriptors are short: that says nothing about the segment.
     Shortage(io::Error),
     /// The disk does not give it back.
@@ -197,7 +201,7 @@ enum Fault {
 }
 
 impl Fault {
-    fn of(error: io::Error) -> Self {
+    pub(super) fn of(error: io::Error) -> Self {
         match error.kind() {
             // Held according to the catalog: somebody took it away, or cut it off.
             io::ErrorKind::NotFound => Self::Wrong(FILE_IS_MISSING.to_owned()),
@@ -205,6 +209,14 @@ impl Fault {
             _ if is_read_shortage(&error) => Self::Shortage(error),
             _ => Self::Unreadable(error),
         }
+    }
+
+    pub(super) fn checksum(found: u32, expected: u32) -> Self {
+        Self::Wrong(format!("its checksum is {found:08x}, expected {expected:08x}"))
+    }
+
+    pub(super) fn too_short() -> Self {
+        Self::of(io::Error::new(io::ErrorKind::UnexpectedEof, FILE_IS_SHORT))
     }
 
     /// Marks the segment and tells the observer.

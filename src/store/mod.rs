@@ -124,6 +124,7 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 mod budget;
 mod catalog;
@@ -155,11 +156,14 @@ mod recovery;
 mod repair;
 mod retention;
 mod rewrite;
+mod scrub;
 mod shared;
 #[cfg(test)]
 mod simulation;
 mod slot_limits;
 mod slots;
+#[cfg(test)]
+pub(crate) mod small;
 mod state;
 mod switch;
 mod tail;
@@ -210,6 +214,8 @@ pub struct StoreSettings {
     pub reserve_segments: u32,
     /// Most slots, permanent and temporary.
     pub max_replication_slots: usize,
+    /// Time within which every complete segment is read again and compared; `None`: only when somebody wants it.
+    pub scrub_interval: Option<Duration>,
     /// What may be kept for consumers, and for how long.
     pub limits: RetentionLimits,
 }

@@ -58,10 +58,7 @@ pub(super) fn open(
     observer: Arc<dyn Observer>,
     variant: Variant,
 ) -> Result<Opened, StoreError> {
-    let layout = Layout::new(&settings.data_dir);
-    for dir in [&layout.data_dir, &layout.wal_dir] {
-        disk.create_dir(dir).map_err(StoreError::io("use directory", dir))?;
-    }
+    let layout = directories(&*disk, &settings)?;
     let lock = lock(&*disk, &layout)?;
     let control = take_over(&*disk, &layout)?;
     remove_temporaries(&*disk, &layout)?;
@@ -122,6 +119,7 @@ pub(super) fn open(
         retention: Mutex::default(),
         keeping: Mutex::default(),
         keeper: Signal::default(),
+        scrubber: Signal::default(),
         is_repairing: AtomicBool::new(false),
         #[cfg(test)]
         mutant: variant,
@@ -129,6 +127,14 @@ pub(super) fn open(
     #[cfg(not(test))]
     let Variant::Right = variant;
     Ok(assemble(shared, recovered, lock))
+}
+
+fn directories(disk: &dyn Disk, settings: &StoreSettings) -> Result<Layout, StoreError> {
+    let layout = Layout::new(&settings.data_dir);
+    for dir in [&layout.data_dir, &layout.wal_dir] {
+        disk.create_dir(dir).map_err(StoreError::io("use directory", dir))?;
+    }
+    Ok(layout)
 }
 
 fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Send + Sync>) -> Opened {

@@ -62,6 +62,7 @@ pub(super) struct Shared {
     /// Held while the keeper works, or somebody changes what it works with.
     pub keeping: Mutex<()>,
     pub keeper: Signal,
+    pub scrubber: Signal,
     /// Whether a segment is being repaired; one at a time.
     pub is_repairing: AtomicBool,
     #[cfg(test)]

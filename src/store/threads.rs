@@ -1,4 +1,4 @@
-//! The threads of the store: three loops over plain steps.
+//! The threads of the store: loops over plain steps.
 //!
 //! Owns when a step runs, nothing of what it does. They stop in order: what was handed over is written, then synced,
 //! then the keeper saves what waits. A step that panics has found a bug: the store has failed.
@@ -16,6 +16,7 @@ use crate::store::consumers::Consumers;
 use crate::store::error::{NO_SPACE_RETRY_INTERVAL, StoreError};
 use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::keeper::Keeper;
+use crate::store::scrub::Scrubber;
 use crate::store::shared::Shared;
 
 /// Longest pause of the keeper.
@@ -23,7 +24,7 @@ const KEEPER_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(super) struct Threads {
     shared: Arc<Shared>,
-    stopping: Arc<[AtomicBool; 3]>,
+    stopping: Arc<[AtomicBool; 4]>,
     handles: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -31,10 +32,11 @@ pub(super) struct Threads {
 const WRITER: usize = 0;
 const SYNCER: usize = 1;
 const KEEPER: usize = 2;
+const SCRUBBER: usize = 3;
 
 impl Threads {
     pub(super) fn start(shared: &Arc<Shared>, has_reserve: bool) -> Result<Self, StoreError> {
-        let stopping = Arc::<[AtomicBool; 3]>::default();
+        let stopping = Arc::<[AtomicBool; 4]>::default();
         let handles = Mutex::default();
         let threads = Self { shared: shared.clone(), stopping, handles };
         let writer = Writer::new(shared.clone());
@@ -44,6 +46,12 @@ impl Threads {
         let keeper = Keeper::new(shared.clone(), has_reserve);
         threads
             .spawn("segment keeper", KEEPER, move |shared, stopping| keep_loop(keeper, shared, stopping))?;
+        if let Some(interval) = shared.settings.scrub_interval {
+            let scrubber = Scrubber::new(shared.clone(), interval, Instant::now());
+            threads.spawn("scrubber", SCRUBBER, move |shared, stopping| {
+                scrub_loop(scrubber, shared, stopping);
+            })?;
+        }
         Ok(threads)
     }
 
@@ -72,7 +80,12 @@ impl Threads {
     /// Finishes what was handed over, and stops.
     pub(super) fn stop(&self) {
         let handles: Vec<_> = self.handles.lock().drain(..).collect();
-        let signals = [&self.shared.queue.signal, &self.shared.unsynced.signal, &self.shared.keeper];
+        let signals = [
+            &self.shared.queue.signal,
+            &self.shared.unsynced.signal,
+            &self.shared.keeper,
+            &self.shared.scrubber,
+        ];
         for ((handle, stopping), signal) in handles.into_iter().zip(&*self.stopping).zip(signals) {
             // What was written last may have waited for more, and nothing more is written.
             self.shared.unsynced.gather_no_more();
@@ -110,6 +123,15 @@ fn sync_loop(syncer: &Syncer, shared: &Shared, stopping: &AtomicBool) {
             }
             None if is_stopping || shared.health.has_failed() => break,
             None => shared.unsynced.signal.wait(),
+        }
+    }
+}
+
+fn scrub_loop(mut scrubber: Scrubber, shared: &Shared, stopping: &AtomicBool) {
+    while !stopping.load(Ordering::Acquire) && !shared.health.has_failed() {
+        let pause = scrubber.step(Instant::now());
+        if !pause.is_zero() {
+            shared.scrubber.wait_for(pause);
         }
     }
 }

@@ -126,31 +126,13 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::Arc;
 
     use super::*;
-    use crate::store::{Condition, Observer, Positions, RealDisk, RetentionLimits, StoreSettings};
+    use crate::store::small;
     use crate::wal::Lsn;
 
-    struct Deaf;
-
-    impl Observer for Deaf {
-        fn positions_changed(&self, _: Positions) {}
-        fn condition_changed(&self, _: Condition) {}
-    }
-
     fn open_in(data_dir: &Path) -> Store {
-        let settings = StoreSettings {
-            data_dir: data_dir.to_owned(),
-            wal_keep_size: 0,
-            tail_bytes_max: 1 << 20,
-            unwritten_bytes_max: 1 << 20,
-            spare_segments: 1,
-            reserve_segments: 0,
-            max_replication_slots: 1,
-            limits: RetentionLimits::default(),
-        };
-        crate::store::open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap().0
+        small::open_in(data_dir).0
     }
 
     fn window(from: u64, to: u64, is_open: bool) -> LocalWindow {

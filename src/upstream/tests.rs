@@ -20,7 +20,7 @@ use crate::protocol::backend::{
 };
 use crate::protocol::{ServerError, SqlState};
 use crate::session::acknowledge::{Acknowledger, Standby, Standbys};
-use crate::store::{self, Observer, RealDisk, RetentionLimits, StoreSettings};
+use crate::store::small;
 use crate::wal::TimelineId;
 
 /// Where a server stops to answer.
@@ -201,26 +201,9 @@ impl Standbys for Nobody {
     fn show(&self, _: TimelineId, _: &mut dyn FnMut(&[Standby<'_>])) {}
 }
 
-struct Deaf;
-
-impl Observer for Deaf {
-    fn positions_changed(&self, _: Positions) {}
-    fn condition_changed(&self, _: Condition) {}
-}
-
 /// A relay that holds nothing yet.
 fn upstream(folder: &Path) -> Upstream {
-    let store_settings = StoreSettings {
-        data_dir: folder.join("data"),
-        wal_keep_size: 0,
-        tail_bytes_max: 1 << 20,
-        unwritten_bytes_max: 1 << 20,
-        spare_segments: 1,
-        reserve_segments: 0,
-        max_replication_slots: 1,
-        limits: RetentionLimits::default(),
-    };
-    let (store, writer) = store::open(store_settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap();
+    let (store, writer) = small::open_in(&folder.join("data"));
     let (status, metrics) = (watch::Sender::default(), AllMetrics::default().upstream);
     let acknowledger = Acknowledger::new(AcknowledgePolicy::Local, None);
     let standbys_moved = watch::Sender::new(()).subscribe();

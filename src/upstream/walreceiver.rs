@@ -276,6 +276,7 @@ impl<'a> WalReceiver<'a> {
             HandOver::Wait | HandOver::MoreFollows => writer.submit_before_more(),
             HandOver::Now => writer.submit(),
         }
+        self.session.handle_pace(self.gathering.pace());
     }
 
     fn take_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {

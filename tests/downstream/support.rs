@@ -132,6 +132,7 @@ impl Relay {
             spare_segments: 1,
             reserve_segments: 1,
             max_replication_slots: 4,
+            scrub_interval: None,
             limits: RetentionLimits::default(),
         };
         let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));

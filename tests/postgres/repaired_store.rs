@@ -108,6 +108,40 @@ fn a_segment_that_an_operator_cut_short_is_fetched_again() {
 }
 
 #[test]
+fn what_nobody_asks_for_is_found_and_fetched_again() {
+    let faults = Faults::new();
+    let Some((primary, _proxy, mut relay)) = filled_with(&faults) else { return };
+    relay.terminate();
+    relay.set("store.scrub_interval", "\"1s\"");
+    relay.start();
+    let metric = |name: &str| relay.metric(name).unwrap_or(0.0);
+    let segments = complete_segments(&relay);
+    let held = f64::from(u32::try_from(segments.len()).unwrap());
+    wait_until("a round", || metric("walrelay_store_scrub_rounds_total") >= 1.0);
+    assert!(metric("walrelay_store_scrubbed_segments_total") >= held, "each of the {held} was read");
+    assert_eq!(metric("walrelay_store_suspect_segments_total"), 0.0);
+    let damages: [fn(&Path); 3] = [
+        |path| flip(path, 777_777),
+        |path| std::fs::remove_file(path).unwrap(),
+        |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(300_000).unwrap(),
+    ];
+    for (number, damage) in damages.into_iter().enumerate() {
+        let path = &segments[2 * number + 1];
+        damage(path);
+        let mended = number + 1;
+        wait_until("it to be found and mended", || repaired(&relay) as usize == mended);
+        wait_repaired(&relay, &primary, path);
+    }
+    faults.set("read_fails", 0);
+    wait_until("an error of the disk to be found", || metric("walrelay_store_read_errors_total") >= 1.0);
+    faults.clear("read_fails");
+    wait_until("all to be whole again", || damaged(&relay).is_empty());
+    let rounds = metric("walrelay_store_scrub_rounds_total");
+    wait_until("another round", || metric("walrelay_store_scrub_rounds_total") >= rounds + 2.0);
+    relay.terminate();
+}
+
+#[test]
 fn segments_that_an_operator_removed_while_the_relay_was_down_are_fetched_again() {
     let Some((primary, proxy, mut relay)) = filled() else { return };
     let (oldest, upto) = (relay.oldest(), relay.flushed());

@@ -162,10 +162,11 @@ impl Program {
         let complaint = String::from_utf8_lossy(&output.stderr);
         assert!(
             output.status.success(),
-            "{:?} {:?}: {}\n{complaint}",
+            "{:?} {:?}: {}\n{complaint}{}",
             self.path,
             self.arguments,
-            output.status
+            output.status,
+            String::from_utf8_lossy(&output.stdout)
         );
         String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
     }

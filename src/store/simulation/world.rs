@@ -95,6 +95,7 @@ pub(super) fn settings() -> StoreSettings {
         spare_segments: 2,
         reserve_segments: 1,
         max_replication_slots: 3,
+        scrub_interval: None,
         limits: RetentionLimits::default(),
     }
 }

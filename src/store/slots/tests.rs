@@ -5,16 +5,8 @@ use std::path::Path;
 use super::*;
 use crate::protocol::feedback::Feedback;
 use crate::store::disk::RealDisk;
-use crate::store::health::Observer;
-use crate::store::{Condition, Positions};
+use crate::store::small::Deaf;
 use crate::wal::FullXid;
-
-struct Deaf;
-
-impl Observer for Deaf {
-    fn positions_changed(&self, _: Positions) {}
-    fn condition_changed(&self, _: Condition) {}
-}
 
 fn table(dir: &Path) -> SlotTable {
     let health = Arc::new(Health::new(Arc::new(Deaf)));
