@@ -8,7 +8,7 @@ use secrecy::SecretString;
 
 use crate::config::{
     Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence,
-    PatroniUrl, Relay, SendPolicy, Store, Upstream, Users,
+    PatroniUrl, Relay, SendPolicies, SendPolicy, Store, Upstream, Users,
     error::Problem,
     listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
@@ -143,13 +143,6 @@ fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, P
         return Err(Problem::AddressTwice { key: LISTEN, address: address.to_string() });
     }
     let authentication = authentication(raw, users, &listen)?;
-    let send = match raw.send.as_str() {
-        "received" => SendPolicy::Received,
-        "flushed" => SendPolicy::Flushed,
-        other => {
-            return Err(Problem::invalid("downstream.send", other, "expected \"received\" or \"flushed\""));
-        }
-    };
     const ALL: &str = "downstream.unauthenticated_connections_max";
     const PER_ADDRESS: &str = "downstream.unauthenticated_connections_per_address_max";
     let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 1..=100_000)?;
@@ -167,7 +160,7 @@ fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, P
     Ok(Downstream {
         listen,
         authentication,
-        send,
+        send: send_policies(raw)?,
         create_slots: raw.create_slots,
         wal_sender_timeout: timeout("downstream.wal_sender_timeout", &raw.wal_sender_timeout)?,
         max_wal_senders: number("downstream.max_wal_senders", raw.max_wal_senders, 1..=262_143)?,
@@ -178,6 +171,21 @@ fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, P
         )?,
         unauthenticated_connections_max,
         unauthenticated_connections_per_address_max,
+    })
+}
+
+fn send_policies(raw: &RawDownstream) -> Result<SendPolicies, Problem> {
+    let policy = |key, text: &str| match text {
+        "received" => Ok(SendPolicy::Received),
+        "flushed" => Ok(SendPolicy::Flushed),
+        other => Err(Problem::invalid(key, other, "expected \"received\" or \"flushed\"")),
+    };
+    let named = |(name, text): (&String, &String)| {
+        Ok((name.to_ascii_lowercase(), policy("downstream.send_to", text)?))
+    };
+    Ok(SendPolicies {
+        default: policy("downstream.send", &raw.send)?,
+        by_name: raw.send_to.iter().map(named).collect::<Result<_, _>>()?,
     })
 }
 

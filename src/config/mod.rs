@@ -119,7 +119,7 @@ pub struct Downstream {
     /// How clients prove who they are.
     pub authentication: Authentication,
     /// When WAL may be sent.
-    pub send: SendPolicy,
+    pub send: SendPolicies,
     /// Whether a slot that a client wants to use is created when it is absent.
     pub create_slots: bool,
     /// Silence after which a client is given up; `None`: never.
@@ -141,6 +141,27 @@ pub enum Authentication {
     TrustLocal,
     /// By SCRAM-SHA-256, from wherever they connect.
     Scram(Users),
+}
+
+/// When WAL may be sent to whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SendPolicies {
+    /// To those that are not named.
+    pub default: SendPolicy,
+    /// By `application_name`, in lower case.
+    pub by_name: BTreeMap<String, SendPolicy>,
+}
+
+impl SendPolicies {
+    /// The same for everybody.
+    pub fn for_all(policy: SendPolicy) -> Self {
+        Self { default: policy, by_name: BTreeMap::new() }
+    }
+
+    /// What holds for an `application_name`; as in `synchronous_standby_names`, case does not matter.
+    pub fn of(&self, application_name: &str) -> SendPolicy {
+        self.by_name.get(&application_name.to_ascii_lowercase()).copied().unwrap_or(self.default)
+    }
 }
 
 /// When WAL may be sent.

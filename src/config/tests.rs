@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use secrecy::ExposeSecret as _;
 
 use crate::config::{
-    Authentication, Config, ListenAddress, LogFormat, LogLevel, SendPolicy,
+    Authentication, Config, ListenAddress, LogFormat, LogLevel, SendPolicies, SendPolicy,
     document::{Document, known_keys},
     raw::Raw,
 };
@@ -59,7 +59,7 @@ fn the_least_file_gives_the_defaults() {
     assert_eq!(config.upstream.conninfo.application_name.as_deref(), Some("r"));
     assert_eq!(config.downstream.listen, [ListenAddress::Tcp("127.0.0.1:5433".parse().unwrap())]);
     assert!(matches!(config.downstream.authentication, Authentication::TrustLocal));
-    assert_eq!(config.downstream.send, SendPolicy::Received);
+    assert_eq!(config.downstream.send, SendPolicies::for_all(SendPolicy::Received));
     assert_eq!(config.downstream.max_wal_senders, 64);
     assert_eq!(config.store.wal_keep_size, 1 << 30);
     assert_eq!(config.store.tail_size, 64 << 20);
@@ -247,10 +247,6 @@ fn wrong_values_are_named_with_the_right_ones() {
              \"downstream.unauthenticated_connections_max\" (8)",
         ),
         (
-            "[downstream]\nsend = \"written\"",
-            "line 2: invalid value for parameter \"downstream.send\": \"written\" (expected \"received\" or \"flushed\")",
-        ),
-        (
             "[log]\nlevel = \"loud\"",
             "line 2: invalid value for parameter \"log.level\": \"loud\" \
              (expected \"error\", \"warn\", \"info\", \"debug\", or \"trace\")",
@@ -272,6 +268,17 @@ fn wrong_values_are_named_with_the_right_ones() {
     ];
     for (lines, expected) in cases {
         assert_eq!(complaint(lines), expected);
+    }
+}
+
+#[test]
+fn who_is_sent_what_is_one_of_two() {
+    for (key, line) in [("send", "send = \"written\""), ("send_to", "send_to = { archiver = \"written\" }")] {
+        let advice = "(expected \"received\" or \"flushed\")";
+        assert_eq!(
+            complaint(&format!("[downstream]\n{line}")),
+            format!("line 2: invalid value for parameter \"downstream.{key}\": \"written\" {advice}")
+        );
     }
 }
 

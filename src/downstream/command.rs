@@ -24,6 +24,8 @@ use crate::protocol::{
     frontend::Message,
 };
 use crate::session::sender::STOPPING_TIME_MAX;
+use crate::store::Positions;
+use crate::wal::Lsn;
 
 /// A session.
 pub(super) struct Session<'a, S> {
@@ -79,6 +81,11 @@ impl<'a, S: Stream> Session<'a, S> {
             shown_writable,
             is_skipping,
         }
+    }
+
+    /// End of what this client may be sent now.
+    pub(super) fn servable(&self, positions: &Positions) -> Lsn {
+        self.context.settings.servable(&self.registration.client().application_name, positions)
     }
 
     /// Serves the client until one of the two has enough.

@@ -54,7 +54,7 @@ use crate::wal::FullXid;
 
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
-pub use settings::{DownstreamSettings, SendPolicy};
+pub use settings::{DownstreamSettings, SendPolicies, SendPolicy};
 pub use users::{Authentication, InvalidUser, Users};
 
 /// What every connection shares.

@@ -7,7 +7,7 @@ use crate::net::TcpOptions;
 use crate::store::Positions;
 use crate::wal::Lsn;
 
-pub use crate::config::SendPolicy;
+pub use crate::config::{SendPolicies, SendPolicy};
 
 /// What clients are held to.
 #[derive(Clone, Debug)]
@@ -23,7 +23,7 @@ pub struct DownstreamSettings {
     /// Silence after which a client is dropped, unless it sets its own; `None` never drops one.
     pub wal_sender_timeout: Option<Duration>,
     /// When WAL may be sent.
-    pub send: SendPolicy,
+    pub send: SendPolicies,
     /// Whether a slot that a client wants to use is created when it is absent.
     pub create_slots: bool,
     /// WAL kept for consumers without a slot, in bytes; for `SHOW`.
@@ -44,7 +44,7 @@ impl DownstreamSettings {
             unauthenticated_per_address_max: downstream.unauthenticated_connections_per_address_max,
             authentication_timeout: downstream.authentication_timeout,
             wal_sender_timeout: downstream.wal_sender_timeout,
-            send: downstream.send,
+            send: downstream.send.clone(),
             create_slots: downstream.create_slots,
             wal_keep_size: store.wal_keep_size,
             max_replication_slots: store.max_replication_slots,
@@ -52,9 +52,9 @@ impl DownstreamSettings {
         }
     }
 
-    /// End of what may be sent now.
-    pub(super) fn servable(&self, positions: &Positions) -> Lsn {
-        match self.send {
+    /// End of what may be sent now to a client of this name.
+    pub(super) fn servable(&self, application_name: &str, positions: &Positions) -> Lsn {
+        match self.send.of(application_name) {
             SendPolicy::Received => positions.verified,
             SendPolicy::Flushed => positions.flushed,
         }
@@ -76,7 +76,7 @@ mod tests {
             flushed: at(100),
             sealed: None,
         };
-        let servable = |send| {
+        let servable = |send, application_name| {
             let tcp = TcpOptions::default();
             let settings = DownstreamSettings {
                 max_wal_senders: 1,
@@ -90,9 +90,13 @@ mod tests {
                 max_replication_slots: 0,
                 tcp,
             };
-            settings.servable(&positions)
+            settings.servable(application_name, &positions)
         };
-        assert_eq!(servable(SendPolicy::Received), at(300));
-        assert_eq!(servable(SendPolicy::Flushed), at(100));
+        assert_eq!(servable(SendPolicies::for_all(SendPolicy::Received), "a"), at(300));
+        assert_eq!(servable(SendPolicies::for_all(SendPolicy::Flushed), "a"), at(100));
+        let by_name = [("archiver".to_owned(), SendPolicy::Flushed)].into();
+        let send = SendPolicies { default: SendPolicy::Received, by_name };
+        assert_eq!(servable(send.clone(), "Archiver"), at(100));
+        assert_eq!(servable(send, "standby"), at(300));
     }
 }

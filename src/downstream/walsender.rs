@@ -375,7 +375,8 @@ impl<S: Stream> WalSender<'_, S> {
     fn follow_positions(&mut self, run: &mut Run) {
         let Some(positions) = *self.positions.borrow_and_update() else { return };
         if positions.timeline == self.timeline {
-            self.sender.handle_servable(self.context.settings.servable(&positions), now());
+            let name = &self.registration.client().application_name;
+            self.sender.handle_servable(self.context.settings.servable(name, &positions), now());
         } else if self.sender.timeline() == TimelineState::Current {
             run.switch_due = Some(positions.timeline);
         }

@@ -87,7 +87,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::downstream::SendPolicy;
+    use crate::downstream::{SendPolicies, SendPolicy};
     use crate::net::TcpOptions;
 
     fn settings() -> DownstreamSettings {
@@ -97,7 +97,7 @@ mod tests {
             unauthenticated_per_address_max: 16,
             authentication_timeout: Duration::from_secs(1),
             wal_sender_timeout: None,
-            send: SendPolicy::Received,
+            send: SendPolicies::for_all(SendPolicy::Received),
             create_slots: false,
             wal_keep_size: 0,
             max_replication_slots: 0,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
-use walrelay::downstream::{DownstreamSettings, SendPolicy};
+use walrelay::downstream::{DownstreamSettings, SendPolicies, SendPolicy};
 use walrelay::protocol::replication::PrimaryMessage;
 
 use crate::disk::{HookedDisk, Hooks};
@@ -44,7 +44,9 @@ impl Drop for Closed {
 #[tokio::test]
 async fn what_is_not_durable_is_neither_sent_nor_told_of() {
     let gate = Arc::new(Gate::default());
-    let settings = DownstreamSettings { send: SendPolicy::Flushed, ..settings() };
+    let by_name = [("hasty".to_owned(), SendPolicy::Received)].into();
+    let send = SendPolicies { default: SendPolicy::Flushed, by_name };
+    let settings = DownstreamSettings { send, ..settings() };
     let disk = Arc::new(HookedDisk(gate.clone()));
     let mut relay = Relay::start_with(Options { settings, disk, ..Options::default() }).await;
     let (start, durable) = (relay.start_lsn(), relay.grow(50_000));
@@ -70,6 +72,12 @@ async fn what_is_not_durable_is_neither_sent_nor_told_of() {
             PrimaryMessage::WalData(header, _) => panic!("WAL that is not durable: {header:?}"),
         }
     }
+    let mut hasty = relay.client_named("hasty").await;
+    let answer = hasty.query("IDENTIFY_SYSTEM").await;
+    assert_eq!(answer.value(2), Some(verified.to_string().as_str()));
+    hasty.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
+    let (wal_of_hasty, _) = hasty.receive_wal(start, verified).await;
+    assert!(wal_of_hasty == relay.wal.slice(start, verified));
     assert_eq!(flushed(), durable, "the gate does not hold");
 
     drop(closed);

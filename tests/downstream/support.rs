@@ -21,7 +21,8 @@ use tokio_util::sync::CancellationToken;
 use walrelay::{
     config::ListenAddress,
     downstream::{
-        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Registry, SendPolicy, serve,
+        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Registry, SendPolicies, SendPolicy,
+        serve,
     },
     metrics::AllMetrics,
     net::{Listener, TcpOptions},
@@ -82,7 +83,7 @@ pub(crate) fn settings() -> DownstreamSettings {
         unauthenticated_per_address_max: 10,
         authentication_timeout: PATIENCE,
         wal_sender_timeout: Some(Duration::from_secs(60)),
-        send: SendPolicy::Received,
+        send: SendPolicies::for_all(SendPolicy::Received),
         create_slots: false,
         wal_keep_size: 1 << 30,
         max_replication_slots: 4,
@@ -215,8 +216,12 @@ impl Relay {
 
     /// A client for physical replication that is ready for commands.
     pub(crate) async fn client(&self) -> Client {
+        self.client_named("dc2_a").await
+    }
+
+    pub(crate) async fn client_named(&self, application_name: &str) -> Client {
         let mut client = self.stranger().await;
-        client.log_in(&startup()).await;
+        client.log_in(&startup_as(application_name)).await;
         client
     }
 
@@ -226,11 +231,15 @@ impl Relay {
 }
 
 pub(crate) fn startup() -> Startup {
+    startup_as("dc2_a")
+}
+
+fn startup_as(application_name: &str) -> Startup {
     Startup::new([
         ("user", "replicator"),
         ("database", "replication"),
         ("replication", "true"),
-        ("application_name", "dc2_a"),
+        ("application_name", application_name),
     ])
 }
 

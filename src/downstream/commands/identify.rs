@@ -15,7 +15,7 @@ pub(super) fn identify_system<S: Stream>(session: &mut Session<'_, S>) -> Result
     let positions = session.context.store.positions().ok_or_else(|| {
         ServerError::error(SqlState::CANNOT_CONNECT_NOW, "the database system is starting up")
     })?;
-    let servable = session.context.settings.servable(&positions);
+    let servable = session.servable(&positions);
     let system_id = session.server.identity.system_id.to_string();
     let timeline = positions.timeline.to_string();
     let position = session.server.lsn_text(Some(servable));

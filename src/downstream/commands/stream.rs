@@ -83,7 +83,7 @@ async fn check<S: Stream>(
         run_blocking(move || timeline_state(&store, timeline, positions.timeline)).await??
     };
     let servable = match state {
-        TimelineState::Current => session.context.settings.servable(&positions),
+        TimelineState::Current => session.servable(&positions),
         TimelineState::Historic { end, .. } => end,
     };
     if let (TimelineState::Historic { end, .. }, Some(start)) = (state, start)
