@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use bytes::Bytes;
+
 use super::disk::{Crash, Faults};
 use super::world::{World, settings};
 use crate::store::error::{Condition, ReadError, StoreError};
 use crate::store::flush::Step;
 use crate::store::open::open;
-use crate::store::{Read, SlotKind, WalReader};
+use crate::store::{BlockId, Read, SlotKind, WalReader};
 use crate::wal::builder::WalBuilder;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SystemId, TimelineId, WalFormat};
 
@@ -119,6 +121,40 @@ fn garbage_behind_the_end_is_not_taken_for_wal() {
     assert_eq!(flushed(&mut world), before);
     let content = world.disk.content(&path).unwrap();
     assert!(content[end..].iter().all(|byte| *byte == 0), "recovery leaves zeros behind the end");
+}
+
+#[test]
+fn the_beginning_of_a_record_is_stored_and_counts_for_nothing() {
+    for crash in [Crash::Kill, Crash::PowerCut] {
+        let mut world = settled_within_a_segment();
+        let before = flushed(&mut world);
+        world.grow(300_000);
+        let wal = &world.truth.wal;
+        // Whatever is said of a position is said of a record's end: here is none.
+        let within = before.advance(32);
+        let next_end = *world.truth.ends.iter().find(|end| **end > before).unwrap();
+        assert!(within < next_end, "the record is longer");
+        let beginning = Bytes::from(wal.slice(before, within).to_vec());
+        let live = world.live();
+        live.wal_writer.begin(before).unwrap();
+        live.wal_writer.append(before, beginning.clone(), BlockId(1 << 40)).unwrap();
+        live.wal_writer.submit();
+        live.writer.step();
+        let job = live.syncer.take().unwrap();
+        live.syncer.run(&job);
+        let positions = live.shared.positions().unwrap();
+        assert_eq!((positions.verified, positions.written, positions.flushed), (before, before, before));
+        assert_eq!(live.wal_writer.received(), within);
+        let (number, size) = (current(&mut world), world.truth.wal.context().segment_size);
+        let (path, at) = (partial(&world, number), usize::try_from(size.offset_of(before)).unwrap());
+        assert_eq!(world.disk.content(&path).unwrap()[at..at + 32], beginning[..], "it is in the file");
+        world.crash(crash).unwrap();
+        assert_eq!(flushed(&mut world), before);
+        let content = world.disk.content(&path).unwrap();
+        assert!(content[at..].iter().all(|byte| *byte == 0), "it is not taken for WAL");
+        world.settle().unwrap();
+        assert!(flushed(&mut world) > within);
+    }
 }
 
 #[test]
