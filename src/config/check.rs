@@ -12,6 +12,7 @@ use crate::config::{
     error::Problem,
     listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
+    standbys,
     units::{Size, Span},
 };
 use crate::conninfo::{Conninfo, Surroundings};
@@ -34,6 +35,7 @@ impl TryFrom<Loaded<'_>> for Config {
         let Loaded { raw, users, token, directory, surroundings } = loaded;
         let relay = relay(&raw.relay, directory)?;
         let upstream = upstream(&raw.upstream, &relay.name, surroundings)?;
+        standbys::check(&upstream.acknowledge, &upstream.acknowledge_users, users.as_ref())?;
         let downstream = downstream(&raw.downstream, users)?;
         let store = store(&raw.store)?;
         let admin = admin(&raw.admin, token)?;

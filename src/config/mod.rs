@@ -12,6 +12,7 @@ mod error;
 mod listen;
 mod patroni;
 mod raw;
+mod standbys;
 #[cfg(test)]
 mod tests;
 mod units;

@@ -204,6 +204,47 @@ fn an_acknowledge_policy_is_explained_in_the_words_of_its_grammar() {
 }
 
 #[test]
+fn who_may_report_for_a_standby_must_be_somebody_and_where_users_are_known_nobody_else() {
+    let with_users = |lines: &str| {
+        let text = format!("{LEAST}{lines}\n[downstream]\nusers = \"users.toml\"\n");
+        let users = format!("relay_dc2 = \"{VERIFIER}\"\narchiver = \"{VERIFIER}\"");
+        load_in(&text, surroundings().with_file("/etc/walrelay/users.toml", 0o600, &users))
+    };
+    let policy = "acknowledge = \"ANY 1 (dc2_a, dc2_b)\"";
+    let bound = |users: &str| format!("{policy}\nacknowledge_users = {{ {users} }}");
+    let right = bound("dc2_a = \"relay_dc2\", DC2_B = \"relay_dc2\"");
+    assert_eq!(with_users(&right).unwrap().upstream.acknowledge_users.len(), 2);
+    for (lines, why) in [
+        (
+            policy.to_owned(),
+            "line 6: invalid value for parameter \"upstream.acknowledge\": \"dc2_a\" (no user is bound to it",
+        ),
+        (
+            bound("dc2_a = \"relay_dc2\""),
+            "line 6: invalid value for parameter \"upstream.acknowledge\": \"dc2_b\" (no user is bound",
+        ),
+        (
+            bound("dc2_a = \"relay_dc2\", dc2-b = \"relay_dc2\""),
+            "line 7: invalid value for parameter \"upstream.acknowledge_users\": \"dc2-b\" (there is no such name in",
+        ),
+        (bound("dc2_a = \"relay_dc2\", dc2_b = \"nobody\""), "\"dc2_b\" (user \"nobody\" is not in the file"),
+        (
+            bound("DC2_A = \"archiver\", dc2_a = \"relay_dc2\", dc2_b = \"relay_dc2\""),
+            "\"dc2_a\" (the name is there twice",
+        ),
+    ] {
+        let said = with_users(&lines).unwrap_err();
+        assert!(said.contains(why), "{said}");
+    }
+    // Whoever was let in; and where nobody proves who he is, names that are there are all that can be asked for.
+    assert!(with_users("acknowledge = \"ANY 1 (*)\"\nacknowledge_users = { a = \"archiver\" }").is_ok());
+    assert!(load(&format!("{LEAST}{policy}")).is_ok());
+    assert!(load(&format!("{LEAST}{}", bound("dc2_a = \"whoever\""))).is_ok());
+    assert!(complaint(&bound("dc2a = \"whoever\"")).contains("\"dc2a\" (there is no such name"));
+    assert!(with_users("acknowledge_users = { gone = \"nobody\" }").is_ok(), "nobody is waited for");
+}
+
+#[test]
 fn wrong_values_are_named_with_the_right_ones() {
     let cases = [
         (

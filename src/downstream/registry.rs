@@ -380,4 +380,49 @@ mod tests {
     fn futures_poll(future: &mut std::pin::Pin<Box<impl Future<Output = ()>>>) -> std::task::Poll<()> {
         future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
     }
+    /// What is shown of those who stream on `timeline`: name and flush.
+    fn shown(registry: &Registry, timeline: u32) -> Vec<(String, u64)> {
+        let mut shown = Vec::new();
+        registry.show(TimelineId::new(timeline).unwrap(), &mut |standbys| {
+            shown = standbys
+                .iter()
+                .map(|standby| (standby.name.to_owned(), standby.flush.map_or(0, Lsn::get)))
+                .collect();
+        });
+        shown
+    }
+
+    #[test]
+    fn only_those_count_that_stream_on_the_timeline_as_the_user_that_is_bound_to_the_name() {
+        let users = BTreeMap::from([("Bound".to_owned(), "u".to_owned())]);
+        let registry = Arc::new(Registry::new(&users));
+        let join = |name: &str, user: &str, state, timeline: u32, flush| {
+            let client = Client { user: user.to_owned(), ..client(name) };
+            let session = registry.register(client, key(1), 9).unwrap();
+            session.update(|live| {
+                (live.state, live.timeline) = (state, TimelineId::new(timeline));
+                live.progress.flush = Lsn::new(flush);
+            });
+            session
+        };
+        let streaming = WalSenderState::Streaming;
+        let sessions = [
+            join("old", "u", streaming, 1, 900),
+            join("new", "u", streaming, 2, 10),
+            join("stopping", "u", WalSenderState::Stopping, 2, 20),
+            join("catchup", "u", WalSenderState::Catchup, 2, 30),
+            join("startup", "u", WalSenderState::Startup, 2, 40),
+            join("BOUND", "u", streaming, 2, 50),
+            join("bound", "impostor", streaming, 2, 60),
+        ];
+        let told = |name: &str, flush| (name.to_owned(), flush);
+        assert_eq!(shown(&registry, 1), [told("old", 900)]);
+        assert_eq!(shown(&registry, 2), [told("new", 10), told("stopping", 20), told("BOUND", 50)]);
+        assert_eq!(shown(&registry, 3), []);
+        // It has come over.
+        sessions[0].update(|live| live.timeline = TimelineId::new(2));
+        assert_eq!(shown(&registry, 2)[0], told("old", 900));
+        drop(sessions);
+        assert_eq!(shown(&registry, 2), []);
+    }
 }

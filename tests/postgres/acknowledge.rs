@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use crate::support::lab::Installation;
-use crate::support::load::{Load, assert_has_confirmed, write_wal};
+use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::Proxy;
-use crate::support::raw::RawClient;
+use crate::support::raw::{RawClient, identify_system};
+use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::support::{MB, lsn};
+use crate::support::{MB, lsn, lsn_text};
+use crate::timelines::{Torn, torn, wait_timeline};
 
 /// A primary that waits for the relay, a proxy that sees what the relay says, and the relay with a policy.
 fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
@@ -43,11 +45,15 @@ fn a_commit_waits_for_a_quorum_of_standbys_and_for_no_other() {
     primary
         .wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
     primary.sql("create table confirmed (id int)");
+    let mut client = RawClient::sql(primary.port).unwrap();
     for _ in 0..20 {
-        primary.sql("insert into confirmed values (1)");
-        let committed = lsn(&primary.sql("select pg_current_wal_flush_lsn()"));
+        client.rows("begin").unwrap();
+        client.rows("insert into confirmed values (1)").unwrap();
+        // The record of the commit begins here, or later.
+        let commit = lsn(client.rows("select pg_current_wal_insert_lsn()").unwrap()[0][0].as_ref().unwrap());
+        client.rows("commit").unwrap();
         let on_far = lsn(&far.sql("select pg_last_wal_receive_lsn()"));
-        assert!(on_far + 8192 >= committed, "confirmed before it was there");
+        assert!(on_far > commit, "confirmed before it was there");
     }
     far.stop(Stop::Fast);
     let load = Load::start_waiting(&primary);
@@ -75,6 +81,64 @@ fn with_remote_apply_a_commit_is_seen_on_the_standby_behind_the_relay() {
     }
     let applied = acknowledge_of(&relay)["apply"].as_str().map(lsn);
     assert!(applied.is_some(), "{}", acknowledge_of(&relay));
+}
+
+/// Commits once, with remote_apply; another thread waits for it.
+fn applying_commit(primary: &Postgres) -> std::thread::JoinHandle<()> {
+    let port = primary.port;
+    std::thread::spawn(move || {
+        let mut client = RawClient::sql(port).unwrap();
+        client.rows("set synchronous_commit = remote_apply").unwrap();
+        client.rows("insert into seen values (1)").unwrap();
+    })
+}
+
+#[test]
+fn with_remote_apply_the_slowest_of_all_standbys_is_waited_for_or_those_that_the_policy_wants() {
+    let Some((primary, proxy, mut relay)) = chain(|relay| relay) else { return };
+    let [quick, slow] = ["quick", "slow"].map(|name| standby(&primary, name, &relay));
+    // It applies nothing, and is not waited for where others do.
+    let _receiver = PgReceivewal::start(&primary.installation, relay.port, &["--synchronous"]);
+    relay.wait_downstream("pg_receivewal", "streaming");
+    primary.sql("create table seen (id int)");
+    for (policy, waits) in [("local", true), ("ANY 2 (quick, slow)", true), ("ANY 1 (quick, slow)", false)] {
+        relay.terminate();
+        relay.set("upstream.acknowledge", &format!("\"{policy}\""));
+        relay.start();
+        for name in ["quick", "slow", "pg_receivewal"] {
+            relay.wait_downstream(name, "streaming");
+        }
+        // Both have reported, and nothing is on its way.
+        applying_commit(&primary).join().unwrap();
+        slow.wait_replayed(primary.flushed());
+        slow.sql("select pg_wal_replay_pause()");
+        let commit = applying_commit(&primary);
+        if waits {
+            hold("the commit waits for the slow one", Duration::from_secs(1), || !commit.is_finished());
+            quick.wait_replayed(primary.flushed());
+        } else {
+            wait_until("the commit not to wait for the slow one", || commit.is_finished());
+        }
+        slow.sql("select pg_wal_replay_resume()");
+        commit.join().unwrap();
+    }
+    proxy.assert_honest();
+}
+
+#[test]
+fn with_remote_apply_and_nobody_who_applies_a_commit_waits() {
+    let Some((primary, proxy, relay)) = chain(|relay| relay) else { return };
+    primary.sql("create table seen (id int)");
+    let _receiver = PgReceivewal::start(&primary.installation, relay.port, &["--synchronous"]);
+    relay.wait_downstream("pg_receivewal", "streaming");
+    let commit = applying_commit(&primary);
+    relay.wait_flushed(primary.flushed());
+    hold("the commit waits", Duration::from_secs(1), || !commit.is_finished());
+    assert!(acknowledge_of(&relay)["apply"].is_null());
+    let _heir = standby(&primary, "heir", &relay);
+    wait_until("the commit to be applied", || commit.is_finished());
+    commit.join().unwrap();
+    proxy.assert_honest();
 }
 
 #[test]
@@ -152,7 +216,7 @@ fn a_standby_that_is_dead_costs_the_primary_neither_wal_nor_its_shutdown() {
 
 #[test]
 fn what_reports_for_a_name_must_be_the_user_that_is_bound_to_it() {
-    let Some((primary, proxy, relay)) = chain(|relay| {
+    let Some((primary, proxy, mut relay)) = chain(|relay| {
         relay
             .with("upstream.acknowledge", "\"ANY 1 (far)\"")
             .with("upstream.acknowledge_users", "{ FAR = \"somebody_else\" }")
@@ -165,52 +229,56 @@ fn what_reports_for_a_name_must_be_the_user_that_is_bound_to_it() {
     write_wal(&primary, MB);
     far.wait_replayed(primary.flushed());
     hold("nothing is acknowledged", Duration::from_secs(1), || proxy.passed(|passed| passed.flush_max) == 0);
-}
-
-#[test]
-fn every_confirmed_commit_is_on_the_standby_that_is_promoted_after_the_primary_is_lost() {
-    let kills = std::env::var("WALRELAY_KILLS").map_or(5, |text| text.parse().unwrap());
-    for round in 0..kills {
-        let Some((mut primary, proxy, relay)) =
-            chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (heir)\""))
-        else {
-            return;
-        };
-        let heir = standby(&primary, "heir", &relay);
-        let load = Load::start(&primary, Duration::ZERO);
-        wait_until("some commits", || load.committed() > 50 + 37 * (round % 5));
-        primary.stop(Stop::Kill);
-        let confirmed = load.committed();
-        heir.wait_replayed(relay.flushed());
-        drop(load);
-        heir.promote();
-        assert_has_confirmed(&heir, confirmed);
-        proxy.assert_honest();
+    // The right one counts.
+    relay.terminate();
+    relay.set("upstream.acknowledge_users", "{ FAR = \"postgres\" }");
+    relay.start();
+    let upto = primary.flushed();
+    wait_until("it to be acknowledged", || proxy.passed(|passed| passed.flush_max) >= upto);
+    // A name that nobody waits for binds nobody: that is said, and nothing is run.
+    relay.terminate();
+    relay.set("upstream.acknowledge_users", "{ fra = \"postgres\" }");
+    let config = relay.write_config();
+    let check = ["config", "check", "--config", config.to_str().unwrap()];
+    for arguments in [&check[..], &["run", "--config", config.to_str().unwrap()]] {
+        let (status, _, complaint) = Relay::command(arguments);
+        assert_eq!(status.code(), Some(1), "{complaint}");
+        assert!(complaint.contains("\"fra\" (there is no such name in upstream.acknowledge"), "{complaint}");
     }
 }
 
 #[test]
-fn with_a_quorum_of_two_far_relays_one_of_them_and_the_near_one_can_be_lost_with_the_primary() {
-    let Some((mut primary, proxy, mut near)) =
-        chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (a, b)\""))
-    else {
-        return;
+fn what_is_flushed_on_a_dead_branch_confirms_no_commit_of_the_new_primary() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let Torn { mut old, mut new, relay, .. } =
+        torn(&installation, &[("upstream.acknowledge", "\"ANY 1 (far)\"")]);
+    // It is on the old timeline, has all of it, and stays when it is told that it ends.
+    let mut stranded = RawClient::login(
+        relay.port,
+        &[("user", "postgres"), ("replication", "true"), ("application_name", "far")],
+    )
+    .unwrap();
+    let (_, _, end) = identify_system(&mut stranded);
+    stranded.start_replication(None, end, 1).unwrap();
+    stranded.send_status(end, end, 0).unwrap();
+    let is_known = |relay: &Relay| {
+        relay
+            .downstream("far")
+            .iter()
+            .any(|far| far["flush_lsn"] == lsn_text(end) && far["state"] == "streaming")
     };
-    let mut a = Relay::streaming_from("a", near.port);
-    let b = Relay::streaming_from("b", near.port);
-    let heir = standby(&primary, "heir", &b);
-    let load = Load::start(&primary, Duration::ZERO);
-    wait_until("some commits", || load.committed() > 50);
-    a.kill();
-    let before = load.committed();
-    wait_until("commits to go on by the other one", || load.committed() > before + 50);
-    primary.stop(Stop::Kill);
-    let confirmed = load.committed();
-    near.kill();
-    std::fs::remove_dir_all(near.data_dir()).unwrap();
-    heir.wait_replayed(b.flushed());
-    drop(load);
-    heir.promote();
-    assert_has_confirmed(&heir, confirmed);
-    proxy.assert_honest();
+    wait_until("what it has to be known", || is_known(&relay));
+    old.stop(Stop::Kill);
+    new.make_standby_of(old.port, "next");
+    new.add_settings("synchronous_standby_names = 'relay'");
+    new.start();
+    new.promote();
+    wait_timeline(&relay, 2);
+    let load = Load::start_waiting(&new);
+    new.wait_for_sql("select count(*) from pg_stat_activity where wait_event = 'SyncRep'", "1");
+    relay.wait_flushed(new.flushed());
+    hold("no commit is confirmed", Duration::from_secs(2), || load.committed() == 0);
+    assert!(new.flushed() < end && is_known(&relay), "{}", relay.status());
+    let _far = Relay::streaming_from("far", relay.port);
+    wait_until("commits to go on", || load.committed() > 10);
 }

@@ -25,6 +25,7 @@ mod fence;
 mod harness;
 mod held;
 mod histories;
+mod killed_primary;
 mod killed_switch;
 mod logins;
 mod operations;

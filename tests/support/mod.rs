@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "each binary that includes this uses its own part")]
 
 pub(crate) mod compare;
+pub(crate) mod confirmed;
 pub(crate) mod faults;
 pub(crate) mod http;
 pub(crate) mod lab;

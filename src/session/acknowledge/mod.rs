@@ -232,8 +232,12 @@ mod tests {
         let policy: AcknowledgePolicy = "ANY 1 (*)".parse().unwrap();
         let found = positions(&policy, &[receiver, mute, standby("c", 5)]);
         assert_eq!(found, RemotePositions { flush: Some(lsn(9)), apply: Some(lsn(4)) });
-        let found = positions(&AcknowledgePolicy::Local, &[mute, standby("c", 5), standby("d", 7)]);
-        assert_eq!(found, RemotePositions { flush: None, apply: Some(lsn(6)) });
+        let found = positions(&AcknowledgePolicy::Local, &[mute, standby("d", 7), standby("c", 5)]);
+        assert_eq!(
+            found,
+            RemotePositions { flush: None, apply: Some(lsn(4)) },
+            "the slowest of those that apply"
+        );
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub struct RemotePositions {
     pub apply: Option<Lsn>,
 }
 
-/// What the standbys have by `policy`. `Local` asks for nobody's flush; what is applied is said by whoever has applied
-/// most, for a commit that waits for it wants to be seen on a standby.
+/// What the standbys have by `policy`. `Local` asks for nobody's flush. What is applied is then what all have applied that
+/// apply at all: whoever waits for it may read on any of them, and nobody can vouch for the others.
 pub fn positions(policy: &AcknowledgePolicy, standbys: &[Standby<'_>]) -> RemotePositions {
     let newest = |at: usize| {
         let name = standbys.get(at).map_or("", |standby| standby.name);
@@ -36,7 +36,7 @@ pub fn positions(policy: &AcknowledgePolicy, standbys: &[Standby<'_>]) -> Remote
         standbys.iter().enumerate().filter(|(at, _)| newest(*at)).map(|(_, standby)| *standby).collect();
     match policy {
         AcknowledgePolicy::Local => {
-            RemotePositions { flush: None, apply: standbys.iter().filter_map(|standby| standby.apply).max() }
+            RemotePositions { flush: None, apply: standbys.iter().filter_map(|standby| standby.apply).min() }
         }
         AcknowledgePolicy::Remote(remote) => chosen(remote, &standbys),
     }
