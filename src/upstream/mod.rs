@@ -51,7 +51,7 @@ use crate::session::feedback::Feedbacks;
 use crate::session::receiver::ReceiverSettings;
 use crate::status::{LostWal, RemovedWal, UpstreamStatus, WalReceiverState};
 use crate::store::{BlockId, Condition, Positions, ResumePlan, Store, WalWriter};
-use crate::upstream::connect::{Beginning, Connected, StreamPlan};
+use crate::upstream::connect::{Beginning, Connected, Order, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
@@ -258,10 +258,14 @@ impl Upstream {
 
     async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
         let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
-        let avoid = course.avoid.take();
+        let order = Order {
+            random: random(),
+            avoid: course.avoid.take(),
+            unnamed_leader: Some(&mut course.unnamed_leader),
+        };
         let (connected, newest) = match (resumed, course.host.clone()) {
             (Some(dialog), Some(host)) => connect::ask_again(dialog, &host, settings, store, writer).await?,
-            _ => connect::connect(settings, store, writer, avoid.as_deref(), random()).await?,
+            _ => connect::connect(settings, store, writer, order).await?,
         };
         let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, newest, course)).await;
         opening.map_err(|_| UpstreamError::OpeningTimeout)?

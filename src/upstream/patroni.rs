@@ -15,7 +15,8 @@ use hyper::header::{CONNECTION, HOST};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::PatroniUrl;
 use crate::conninfo::{Host, HostAddress};
@@ -54,43 +55,46 @@ enum PatroniError {
     Json(#[from] serde_json::Error),
     #[error("it answered with status {0}")]
     Status(u16),
-    #[error("it did not answer in time")]
-    Timeout,
     #[error("no member leads")]
     NoLeader,
 }
 
-/// Asks one member after the other; `None` when none knows a leader.
+/// Asks all members at once and believes the first that knows a leader; `None` when none does in time.
 pub(super) async fn leader(urls: &[PatroniUrl]) -> Option<Leader> {
+    let mut asked = JoinSet::new();
     for url in urls {
-        let asked = timeout(ANSWER_TIME_MAX, ask(url)).await.unwrap_or(Err(PatroniError::Timeout));
-        match asked {
-            Ok(leader) => return Some(leader),
-            Err(error) => {
-                tracing::debug!(%url, error = %crate::upstream::error::chain(&error), "Patroni did not tell who leads");
+        let url = url.clone();
+        asked.spawn(async move { (ask(&url).await, url) });
+    }
+    let first = async {
+        while let Some(answered) = asked.join_next().await {
+            match answered {
+                Ok((Ok(leader), _)) => return Some(leader),
+                Ok((Err(error), url)) => {
+                    tracing::debug!(%url, error = %crate::upstream::error::chain(&error), "Patroni did not tell who leads");
+                }
+                Err(error) => tracing::debug!(%error, "Patroni did not tell who leads"),
             }
         }
-    }
-    None
+        None
+    };
+    // One place that is cut off must not hold up the way to the others. Who has not answered is dropped with the set.
+    timeout(ANSWER_TIME_MAX, first).await.unwrap_or_default()
 }
 
 async fn ask(url: &PatroniUrl) -> Result<Leader, PatroniError> {
     let stream = TcpStream::connect((url.host(), url.port())).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let driver = tokio::spawn(connection);
+    // Ends with this question, however that ends.
+    let mut driver = JoinSet::new();
+    driver.spawn(connection);
     let request = Request::get("/cluster").header(HOST, url.to_string()).header(CONNECTION, "close");
-    let request = request.body(Empty::<Bytes>::new())?;
-    let answered = async {
-        let response = sender.send_request(request).await?;
-        if !response.status().is_success() {
-            return Err(PatroniError::Status(response.status().as_u16()));
-        }
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
-        Ok(body.map_err(PatroniError::Body)?.to_bytes())
-    };
-    let answer = answered.await;
-    driver.abort();
-    leader_in(&answer?)
+    let response = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
+    if !response.status().is_success() {
+        return Err(PatroniError::Status(response.status().as_u16()));
+    }
+    let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+    leader_in(&body.map_err(PatroniError::Body)?.to_bytes())
 }
 
 fn leader_in(answer: &[u8]) -> Result<Leader, PatroniError> {
@@ -101,22 +105,38 @@ fn leader_in(answer: &[u8]) -> Result<Leader, PatroniError> {
     Ok(Leader { host, port })
 }
 
+/// The leader that the connection string does not name, if so; that is told when it is found, and not at each attempt.
+#[derive(Debug, Default)]
+pub(super) struct UnnamedLeader(Option<Leader>);
+
+impl UnnamedLeader {
+    /// Takes note of who leads now, and whether one of the hosts is the leader's.
+    pub(super) fn note(&mut self, leader: &Leader, is_named: bool) {
+        let unnamed = Some(leader).filter(|_| !is_named);
+        if unnamed.is_some() && self.0.as_ref() != unnamed {
+            tracing::warn!(?leader, "the connection string does not name the server that leads by Patroni");
+        }
+        self.0 = unnamed.cloned();
+    }
+}
+
 /// Puts the hosts that are the leader's first. Whether there is one.
 pub(super) async fn put_first(hosts: &mut Vec<&Host>, leader: &Leader) -> bool {
+    let deadline = Instant::now() + ANSWER_TIME_MAX;
     let mut is_leader = Vec::with_capacity(hosts.len());
-    let addresses = resolve(&leader.host, leader.port).await;
+    let addresses = resolve(&leader.host, leader.port, deadline).await;
     for host in hosts.iter() {
-        is_leader.push(is_at(host, leader, &addresses).await);
+        is_leader.push(is_at(host, leader, &addresses, deadline).await);
     }
     let mut marks = is_leader.iter();
     let (first, rest): (Vec<_>, Vec<_>) =
         hosts.iter().partition(|_| marks.next().copied().unwrap_or_default());
-    let is_known = !first.is_empty();
+    let is_named = !first.is_empty();
     *hosts = first.into_iter().chain(rest).collect();
-    is_known
+    is_named
 }
 
-async fn is_at(host: &Host, leader: &Leader, addresses: &[IpAddr]) -> bool {
+async fn is_at(host: &Host, leader: &Leader, addresses: &[IpAddr], deadline: Instant) -> bool {
     if host.port != leader.port {
         return false;
     }
@@ -125,23 +145,23 @@ async fn is_at(host: &Host, leader: &Leader, addresses: &[IpAddr]) -> bool {
         HostAddress::Ip(ip) => addresses.contains(&ip.to_canonical()),
         HostAddress::Name(name) => {
             name.eq_ignore_ascii_case(&leader.host)
-                || resolve(name, host.port).await.iter().any(|address| addresses.contains(address))
+                || resolve(name, host.port, deadline).await.iter().any(|address| addresses.contains(address))
         }
     }
 }
 
-/// The addresses of a name, or the address that it is; none if that takes long.
-async fn resolve(name: &str, port: u16) -> Vec<IpAddr> {
-    match timeout(ANSWER_TIME_MAX, tokio::net::lookup_host((name, port))).await {
+/// The addresses of a name, or the address that it is; none if that is not known by then.
+async fn resolve(name: &str, port: u16, deadline: Instant) -> Vec<IpAddr> {
+    match timeout_at(deadline, tokio::net::lookup_host((name, port))).await {
         Ok(Ok(found)) => found.map(|address| address.ip().to_canonical()).collect(),
         _ => Vec::new(),
     }
 }
 
-/// `leader`, as it is called now and was up to Patroni 3, and the leader of a standby cluster.
-const LEADING_ROLES: [&str; 4] = ["leader", "master", "primary", "standby_leader"];
+/// `leader`, as it is called now and was up to Patroni 3, one whose promotion is under way, and the leader of a standby cluster.
+const LEADING_ROLES: [&str; 5] = ["leader", "master", "primary", "promoted", "standby_leader"];
 
-/// Longest wait for one member's answer, or for a name.
+/// Longest wait for the members' answers, and for the addresses of all names.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(3);
 
 /// Longest answer that is read.
@@ -171,7 +191,10 @@ mod tests {
             let mut request = [0; 1024];
             let read = client.read(&mut request).await.unwrap();
             assert!(request[..read].starts_with(b"GET /cluster HTTP/1.1\r\n"));
-            let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n", body.len());
+            // As Python's server: the answer ends where the connection does.
+            let head = format!(
+                "HTTP/1.0 {status}\r\nServer: BaseHTTP/0.6 Python/3.11.2\r\nContent-Type: application/json\r\n\r\n"
+            );
             client.write_all(head.as_bytes()).await.unwrap();
             // Who asks may have had enough.
             let _ = client.write_all(body.as_bytes()).await;
@@ -179,21 +202,75 @@ mod tests {
         format!("http://127.0.0.1:{port}").parse().unwrap()
     }
 
+    /// As servers do that keep connections open.
+    async fn modern_member(body: String) -> PatroniUrl {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+            client.write_all(answer.as_bytes()).await.unwrap();
+            assert!(client.read(&mut [0; 1024]).await.unwrap() > 0);
+            std::future::pending::<()>().await;
+        });
+        format!("http://127.0.0.1:{port}").parse().unwrap()
+    }
+
+    /// Takes connections, and says nothing.
+    async fn silent_member() -> (PatroniUrl, TcpListener) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (format!("http://127.0.0.1:{port}").parse().unwrap(), listener)
+    }
+
+    fn leader_at(port: u16) -> Option<Leader> {
+        Some(Leader { host: "127.0.0.1".to_owned(), port })
+    }
+
     #[tokio::test]
-    async fn the_first_member_that_knows_is_believed() {
-        let expected = Some(Leader { host: "127.0.0.1".to_owned(), port: 5434 });
+    async fn whoever_knows_is_believed_however_the_answer_ends() {
+        let expected = leader_at(5434);
         assert_eq!(leader(&[member("200 OK", CLUSTER.to_owned()).await]).await, expected);
+        assert_eq!(leader(&[modern_member(CLUSTER.to_owned()).await]).await, expected);
         let headless = CLUSTER.replace("\"leader\"", "\"replica\"");
         let urls = [
             "http://127.0.0.1:1".parse().unwrap(),
-            member("503 Service Unavailable", CLUSTER.to_owned()).await,
+            member("503 Service Unavailable", CLUSTER.replace("5434", "1")).await,
             member("200 OK", "{}".to_owned()).await,
+            member("200 OK", CLUSTER[..CLUSTER.len() - 1].to_owned()).await,
             member("200 OK", " ".repeat(ANSWER_BYTES_MAX + 1)).await,
             member("200 OK", headless).await,
             member("200 OK", CLUSTER.to_owned()).await,
         ];
         assert_eq!(leader(&urls).await, expected);
         assert_eq!(leader(&urls[..1]).await, None);
+        assert_eq!(leader(&[]).await, None);
+    }
+
+    #[tokio::test]
+    async fn a_leader_has_many_names() {
+        for role in ["leader", "master", "primary", "promoted", "standby_leader"] {
+            let cluster = CLUSTER.replace("\"leader\"", &format!("{role:?}"));
+            assert_eq!(leader_in(cluster.as_bytes()).ok(), leader_at(5434), "{role}");
+        }
+        for role in ["replica", "sync_standby", "quorum_standby", "demoted", "Leader"] {
+            let cluster = CLUSTER.replace("\"leader\"", &format!("{role:?}"));
+            assert!(matches!(leader_in(cluster.as_bytes()), Err(PatroniError::NoLeader)), "{role}");
+        }
+    }
+
+    #[tokio::test]
+    async fn members_that_say_nothing_hold_up_nobody_and_all_of_them_no_longer_than_one() {
+        let silent = [silent_member().await, silent_member().await, silent_member().await];
+        let mut urls: Vec<_> = silent.iter().map(|(url, _)| url.clone()).collect();
+        let started = Instant::now();
+        assert_eq!(leader(&urls).await, None);
+        let took = started.elapsed();
+        assert!((ANSWER_TIME_MAX..2 * ANSWER_TIME_MAX).contains(&took), "{took:?}");
+        urls.push(member("200 OK", CLUSTER.to_owned()).await);
+        let started = Instant::now();
+        assert_eq!(leader(&urls).await, leader_at(5434));
+        assert!(started.elapsed() < ANSWER_TIME_MAX, "{:?}", started.elapsed());
     }
 
     #[tokio::test]
@@ -204,8 +281,8 @@ mod tests {
         let order = async |host: &str, port| {
             let mut hosts = conninfo.hosts.iter().collect::<Vec<_>>();
             let leader = Leader { host: host.to_owned(), port };
-            let is_known = put_first(&mut hosts, &leader).await;
-            (is_known, hosts.iter().map(|host| (host.name.as_str(), host.port)).collect::<Vec<_>>())
+            let is_named = put_first(&mut hosts, &leader).await;
+            (is_named, hosts.iter().map(|host| (host.name.as_str(), host.port)).collect::<Vec<_>>())
         };
         let (first, second, third) = (("localhost", 5433), ("127.0.0.1", 5434), ("127.0.0.9", 5434));
         assert_eq!(order("127.0.0.1", 5434).await, (true, vec![second, first, third]));

@@ -55,8 +55,8 @@ impl Upstream {
 
     /// How much it kept, if it was dropped.
     async fn drop_costly_slot(&self, keep_max: u64) -> Result<Option<u64>, UpstreamError> {
-        let (mut connected, _) =
-            connect::connect(&self.settings, &self.store, &self.writer, None, random()).await?;
+        let order = connect::Order { random: random(), ..connect::Order::default() };
+        let (mut connected, _) = connect::connect(&self.settings, &self.store, &self.writer, order).await?;
         let kept_from: Option<Lsn> = slot::look_at_slot(&mut connected, &self.settings).await?;
         let retained = kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from));
         let Some(retained) = retained.filter(|retained| *retained > keep_max) else {

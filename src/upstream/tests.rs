@@ -160,7 +160,7 @@ async fn attempt(at: StallsAt, then: Then, more: &str) -> (String, u64) {
     Stall { at, then, page_bytes: "8192" }.listen(folder.path());
     let (really, began) = (Instant::now(), VirtualInstant::now());
     let Upstream { store, writer, .. } = upstream(folder.path());
-    let outcome = connect::connect(&settings(folder.path(), more), &store, &writer, None, 0).await;
+    let outcome = connect::connect(&settings(folder.path(), more), &store, &writer, Order::default()).await;
     assert!(really.elapsed() < Duration::from_secs(5), "the clock is not stopped");
     let Err(error) = outcome else { panic!("it stalls") };
     assert_eq!(error.advice(), Advice::Retry);
@@ -252,7 +252,7 @@ async fn a_server_with_another_page_size_is_refused_before_anything_is_stored() 
         let folder = tempfile::tempdir().unwrap();
         Stall { at, then: Then::Silence, page_bytes }.listen(folder.path());
         let Upstream { store, writer, .. } = upstream(folder.path());
-        let outcome = connect::connect(&settings(folder.path(), ""), &store, &writer, None, 0).await;
+        let outcome = connect::connect(&settings(folder.path(), ""), &store, &writer, Order::default()).await;
         let Err(error) = outcome else {
             assert!(!is_refused, "{page_bytes} is taken");
             continue;

@@ -10,6 +10,7 @@ pub(crate) mod faults;
 pub(crate) mod http;
 pub(crate) mod lab;
 pub(crate) mod load;
+pub(crate) mod patroni;
 pub(crate) mod postgres;
 pub(crate) mod powercut;
 pub(crate) mod process;

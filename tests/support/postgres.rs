@@ -104,6 +104,13 @@ impl Postgres {
         Settings::new().start(installation)
     }
 
+    /// A server that somebody else makes and runs, in this folder and at this port.
+    pub(crate) fn run_by_others(installation: &Installation) -> Self {
+        let folder = lab::scratch();
+        lab::give_to_server(folder.path());
+        Self { installation: installation.clone(), port: lab::free_port(), folder, postmaster: None }
+    }
+
     /// A standby made from this primary by a base backup, streaming from `upstream_port`; `settings` are extra lines.
     pub(crate) fn standby(&self, name: &str, upstream_port: u16, settings: &str) -> Self {
         let folder = lab::scratch();

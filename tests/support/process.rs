@@ -171,6 +171,11 @@ impl Program {
         String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
     }
 
+    /// Whether it runs here and ends well; what it prints is lost.
+    pub(crate) fn succeeds(&self) -> bool {
+        self.command().stdin(Stdio::null()).output().is_ok_and(|output| output.status.success())
+    }
+
     fn command(&self) -> Command {
         let mut command = Command::new("setpriv");
         command.arg(format!("--pdeathsig={}", self.signal_at_death));

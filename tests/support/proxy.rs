@@ -4,7 +4,7 @@
 
 use std::io::{Read, Result, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -55,6 +55,7 @@ pub(crate) struct Passed {
 
 #[derive(Default)]
 struct State {
+    target: AtomicU16,
     closed: AtomicBool,
     stalled: AtomicBool,
     delay_ms: AtomicU64,
@@ -74,7 +75,7 @@ impl Proxy {
     pub(crate) fn to(target_port: u16) -> Self {
         let port = free_port();
         let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
-        let state = Arc::new(State::default());
+        let state = Arc::new(State { target: AtomicU16::new(target_port), ..State::default() });
         let shared = Arc::clone(&state);
         std::thread::spawn(move || {
             for client in listener.incoming() {
@@ -82,7 +83,7 @@ impl Proxy {
                     return;
                 }
                 if let Ok(client) = client {
-                    accept(&shared, client, target_port);
+                    accept(&shared, client);
                 }
             }
         });
@@ -104,6 +105,12 @@ impl Proxy {
         for stream in self.state.streams.lock().unwrap().drain(..) {
             drop(stream.shutdown(Shutdown::Both));
         }
+    }
+
+    /// Leads to another server from now on, as an address that has moved: what was open ends.
+    pub(crate) fn lead_to(&self, target_port: u16) {
+        self.state.target.store(target_port, Ordering::SeqCst);
+        self.cut();
     }
 
     /// Holds everything back, in both directions, without ending a connection.
@@ -214,9 +221,9 @@ fn wal_message(start: u64, rest_of_header: &[u8], wal: &[u8]) -> Vec<u8> {
     message
 }
 
-fn accept(state: &Arc<State>, client: TcpStream, target_port: u16) {
+fn accept(state: &Arc<State>, client: TcpStream) {
     let is_closed = state.closed.load(Ordering::SeqCst);
-    let server = TcpStream::connect(("127.0.0.1", target_port));
+    let server = TcpStream::connect(("127.0.0.1", state.target.load(Ordering::SeqCst)));
     let Some(server) = server.ok().filter(|_| !is_closed) else {
         state.connections.fetch_add(1, Ordering::Relaxed);
         return;
