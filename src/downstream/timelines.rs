@@ -3,7 +3,7 @@
 use crate::protocol::{ServerError, SqlState};
 use crate::session::sender::TimelineState;
 use crate::store::{Store, StoreError};
-use crate::wal::{Lsn, TimelineHistory, TimelineId, timeline::HistoryError};
+use crate::wal::{Lineage, Lsn, TimelineHistory, TimelineId, timeline::HistoryError};
 
 /// A timeline's place in the history could not be found.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,12 @@ pub(super) fn timeline_of(
     position: Lsn,
     current: TimelineId,
 ) -> Result<TimelineId, TimelineError> {
+    // What was followed is known; what came before the first timeline that was is in its file, if at all.
+    let lineage = store.lineage().filter(|lineage| lineage.timeline() == current);
+    let first = |lineage: &Lineage| lineage.ancestors().first().map_or(current, |first| first.timeline);
+    if let Some(lineage) = lineage.filter(|lineage| first(lineage) == TimelineId::FIRST) {
+        return Ok(lineage.timeline_at(position));
+    }
     let history = history_of(store, current)?;
     let holding = history.ancestors().iter().find(|ancestor| position < ancestor.switch_lsn);
     Ok(holding.map_or(current, |ancestor| ancestor.timeline))

@@ -13,6 +13,7 @@ use crate::store::StoreError;
 use crate::upstream::UpstreamError;
 use crate::upstream::connect::Connected;
 use crate::upstream::dialog::Dialog;
+use crate::wal::timeline::history_of_ancestor;
 use crate::wal::{Lsn, TimelineHistory, TimelineId};
 
 /// The history of the timeline that the upstream is on now.
@@ -28,6 +29,12 @@ impl NewestHistory {
     /// Where the timeline began; the lowest position for the first.
     pub(crate) fn begin(&self) -> Lsn {
         self.history.ancestors().last().map_or(Lsn::MIN, |parent| parent.switch_lsn)
+    }
+
+    /// The history file of an ancestor of which there is more than its number; `None` for other timelines.
+    fn history_of(&self, timeline: TimelineId) -> Option<Bytes> {
+        let content = self.content.as_ref()?;
+        history_of_ancestor(content, timeline).map(|head| content.slice_ref(head))
     }
 }
 
@@ -70,8 +77,9 @@ fn is_ahead(store: &Store, timeline: TimelineId) -> bool {
 }
 
 /// Stores every history file up to the upstream's timeline that is not held, also of timelines that are no ancestors:
-/// standbys ask for each number in turn. A missing one that is not an ancestor's is passed over. What is held of timelines
-/// that were not followed yet is compared, and in a directory that belongs to no cluster yet everything is fetched anew.
+/// standbys ask for each number in turn. A missing one is written from its descendant's if it is an ancestor's, as after a
+/// base backup, and else passed over. What is held of timelines that were not followed yet is compared, and in a directory that
+/// belongs to no cluster yet everything is fetched anew.
 pub(crate) async fn store_missing(
     connected: &mut Connected,
     store: &Store,
@@ -84,7 +92,11 @@ pub(crate) async fn store_missing(
         }
         let content = match fetch(&mut connected.dialog, timeline).await {
             Ok(content) => content,
-            Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_FILE) => continue,
+            Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_FILE) => {
+                let Some(content) = newest.history_of(timeline) else { continue };
+                tracing::info!(%timeline, "the upstream has no history file of an ancestor; it is written from its descendant's");
+                content
+            }
             Err(error) => return Err(error),
         };
         keep(store, timeline, &content)?;

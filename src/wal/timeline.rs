@@ -132,6 +132,24 @@ impl TimelineHistory {
     }
 }
 
+/// The content of `ancestor`'s history file, by a descendant's: a server copies the file of its parent, and adds a blank line
+/// and its own (`writeTimeLineHistory`). `None` where the descendant's does not name it, or nothing before it.
+pub fn history_of_ancestor(descendant: &[u8], ancestor: TimelineId) -> Option<&[u8]> {
+    let (mut before, mut has_ancestors) = (0, false);
+    for line in descendant.split_inclusive(|byte| *byte == b'\n') {
+        let text = String::from_utf8_lossy(line);
+        let named = Some(text.trim()).filter(|text| !text.starts_with('#')).and_then(parse_line);
+        if named.is_some_and(|named| named.timeline == ancestor) {
+            let head = descendant.get(..before).filter(|_| has_ancestors)?;
+            let without_blank = head.strip_suffix(b"\n").filter(|rest| rest.ends_with(b"\n"));
+            return Some(without_blank.unwrap_or(head));
+        }
+        has_ancestors |= named.is_some();
+        before += line.len();
+    }
+    None
+}
+
 fn parse_line(line: &str) -> Option<Ancestor> {
     let mut fields = line.split_whitespace();
     let timeline = fields.next()?.parse().ok().and_then(TimelineId::new)?;
@@ -166,6 +184,27 @@ mod tests {
         assert!(matches!(parse(b"1\n"), Err(HistoryError::Syntax(_))));
         assert!(matches!(parse(b"2\t0/1\t\n1\t0/2\t\n"), Err(HistoryError::NotIncreasing(_))));
         assert!(matches!(parse(b"3\t0/1\t\n"), Err(HistoryError::NotBelowChild(_))));
+    }
+
+    /// As PostgreSQL 15 wrote them, one promotion after the other.
+    const WRITTEN: [&[u8]; 3] = [
+        b"1\t0/5000158\tno recovery target specified\n",
+        b"1\t0/5000158\tno recovery target specified\n\n2\t0/60000A0\tno recovery target specified\n",
+        b"1\t0/5000158\tno recovery target specified\n\n2\t0/60000A0\tno recovery target specified\n\n4\t0/7000000\tbefore 2026-11-20 10:00:00+00\n",
+    ];
+
+    #[test]
+    fn an_ancestors_history_is_the_head_of_its_descendants() {
+        let [second, fourth, newest] = WRITTEN;
+        assert_eq!(history_of_ancestor(newest, timeline(4)), Some(fourth));
+        assert_eq!(history_of_ancestor(newest, timeline(2)), Some(second));
+        assert_eq!(history_of_ancestor(fourth, timeline(2)), Some(second));
+        // No ancestor, and one of whose ancestors nothing is known.
+        for (descendant, none) in [(newest, 3), (newest, 1), (second, 2), (b"", 2)] {
+            assert_eq!(history_of_ancestor(descendant, timeline(none)), None, "{none}");
+        }
+        let by_hand = b"# restored\r\n1\t0/5000158\t\n# 2\t0/1\n2\t0/60000A0\t";
+        assert_eq!(history_of_ancestor(by_hand, timeline(2)), Some(&by_hand[..33]));
     }
 
     #[test]

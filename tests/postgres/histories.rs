@@ -1,14 +1,16 @@
 //! History files come from the upstream that is streamed from, and from no other.
 
 use crate::support::MB;
+use crate::support::compare::assert_equal_clusters;
 use crate::support::faults::Faults;
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::{Proxy, Verdict};
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
+use crate::timelines::{primary, relay_of, wait_timeline};
 
 /// A cluster on timeline 2, which left timeline 1 after so much WAL. All of them share a system identifier.
 fn promoted_after(installation: &Installation, bytes: u64, settings: &str) -> Postgres {
@@ -76,6 +78,85 @@ fn a_server_whose_timeline_has_another_history_is_refused() {
     relay.wait_needs_attention();
     assert_eq!(history(relay.port), held);
     assert_eq!(wrong.sql("select count(*) from pg_replication_slots"), "0", "it left something there");
+}
+
+/// What a server says to `TIMELINE_HISTORY 2`: the file, or the code of its error.
+fn second_history(port: u16) -> Result<String, String> {
+    let answer = RawClient::replication(port).unwrap().rows("TIMELINE_HISTORY 2");
+    answer.map(|rows| rows[0][1].clone().unwrap()).map_err(|error| error.code)
+}
+
+#[test]
+fn an_ancestors_history_that_the_upstream_lacks_is_written_from_its_descendants() {
+    let Some(installation) = Installation::since(15) else { return };
+    let mut old = primary(&installation);
+    let mut new = old.standby("next", old.port, "");
+    let mut relay = relay_of(&[&old, &new]);
+    relay.start();
+    let standby = old.standby("standby", relay.port, "");
+    write_wal(&old, MB);
+    relay.wait_flushed(old.flushed());
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.query("CREATE_REPLICATION_SLOT early PHYSICAL RESERVE_WAL").unwrap();
+    relay.terminate();
+    old.stop(Stop::Fast);
+    new.promote();
+    write_wal(&new, MB);
+    new.stop(Stop::Fast);
+    new.make_standby_of(old.port, "next");
+    new.start();
+    new.promote();
+    // As on a server that was cloned when it was on timeline 3 already.
+    let removed = new.wal_dir().join("00000002.history");
+    let content = std::fs::read_to_string(&removed).unwrap();
+    std::fs::remove_file(removed).unwrap();
+    assert_eq!(second_history(new.port), Err("58P01".to_owned()));
+    relay.start();
+    wait_timeline(&relay, 3);
+    assert_eq!(second_history(relay.port), Ok(content));
+    // A standby on timeline 1 asks for it, and cannot go on without.
+    write_wal(&new, MB);
+    relay.wait_flushed(new.flushed());
+    assert_equal_clusters(&new, &standby);
+    // Where a slot is does not hang on a file.
+    for name in ["00000002.history", "00000003.history"] {
+        std::fs::remove_file(relay.wal_dir().join(name)).unwrap();
+    }
+    let told = RawClient::replication(relay.port).unwrap().rows("READ_REPLICATION_SLOT early").unwrap();
+    assert_eq!(told[0][2].as_deref(), Some("1"), "{told:?}");
+}
+
+#[test]
+fn the_history_of_a_timeline_that_is_no_ancestor_is_held_where_the_upstream_has_it() {
+    let Some(installation) = Installation::any() else { return };
+    // Before what the standby has: it would go over to it otherwise.
+    let foreign = "1\t0/500000\tno recovery target specified\n";
+    for is_there in [true, false] {
+        let mut old = primary(&installation);
+        let new = old.standby("next", old.port, "");
+        let mut relay = relay_of(&[&old, &new]);
+        relay.start();
+        write_wal(&old, MB);
+        relay.wait_flushed(old.flushed());
+        relay.terminate();
+        old.stop(Stop::Fast);
+        // Another server was promoted to timeline 2, and died.
+        let path = new.wal_dir().join("00000002.history");
+        std::fs::write(&path, foreign).unwrap();
+        new.promote();
+        assert_eq!(new.timeline(), 3);
+        if !is_there {
+            std::fs::remove_file(&path).unwrap();
+        }
+        relay.start();
+        wait_timeline(&relay, 3);
+        write_wal(&new, MB);
+        relay.wait_flushed(new.flushed());
+        let expected = if is_there { Ok(foreign.to_owned()) } else { Err("58P01".to_owned()) };
+        assert_eq!(second_history(new.port), expected);
+        assert_eq!(second_history(relay.port), expected);
+        relay.assert_running();
+    }
 }
 
 #[test]

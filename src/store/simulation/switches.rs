@@ -72,11 +72,31 @@ const SHAPES: [Shape; 8] = [
     Shape { fork: ForkAt::SegmentStart, beyond: Beyond::Records(1_500_000) },
 ];
 
+/// Records of the old timeline, and of the new one.
+const BEFORE_THE_FORK: [usize; 5] = [200_000, 900, 1_100_000, 30_000, 700];
+const AFTER_THE_FORK: [usize; 5] = [100, 400_000, 1_300_000, 2_000, 900_000];
+
+/// A new timeline of the same name, from the same fork, of which one record before it is another.
+fn stranger(histories: &Histories) -> WalBuilder {
+    let mut wal = WalBuilder::small();
+    let [before @ .., last] = BEFORE_THE_FORK;
+    for bytes in before {
+        wal.noise(bytes);
+    }
+    wal.main_data_record(10, 0, &vec![7; last]);
+    assert_eq!(wal.end(), histories.fork);
+    wal.switch_timeline(NEXT);
+    for bytes in AFTER_THE_FORK {
+        wal.noise(bytes);
+    }
+    wal
+}
+
 impl Histories {
     fn new(shape: Shape) -> Self {
         let mut old = WalBuilder::small();
         let size = old.context().segment_size;
-        for bytes in [200_000, 900, 1_100_000, 30_000, 700] {
+        for bytes in BEFORE_THE_FORK {
             old.noise(bytes);
         }
         if let ForkAt::SegmentStart = shape.fork {
@@ -86,7 +106,7 @@ impl Histories {
         let fork = *old.record_ends().last().unwrap();
         let mut new = old.clone();
         new.switch_timeline(NEXT);
-        for bytes in [100, 400_000, 1_300_000, 2_000, 900_000] {
+        for bytes in AFTER_THE_FORK {
             new.noise(bytes);
         }
         let (held, delivered) = match shape.beyond {
@@ -327,6 +347,28 @@ fn a_crash_at_any_change_of_a_switch_loses_neither_timeline() {
             }
         }
     }
+}
+
+#[test]
+fn a_new_timeline_that_differs_before_the_fork_is_compared_and_not_vouched_for() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Nothing };
+    let (disk, histories, mut live) = received(shape, 1, true);
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    let size = histories.size();
+    let first = SegmentNo::holding(histories.fork, size).start(size);
+    assert_eq!(
+        live.wal_writer.plan().map(|plan| plan.start),
+        first,
+        "it is compared from its segment's start"
+    );
+    let stranger = stranger(&histories);
+    let refused = live.receive(&stranger, *stranger.record_ends().last().unwrap(), true).unwrap_err();
+    assert!(refused.contains("Diverged"), "{refused}");
+    let positions = live.positions();
+    assert_eq!((positions.flushed, positions.verified), (histories.fork, histories.fork));
+    drop(live);
+    disk.restart(Crash::PowerCut);
+    go_on(&disk, &histories).unwrap();
 }
 
 #[test]
