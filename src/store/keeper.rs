@@ -98,6 +98,7 @@ impl Keeper {
         if limited || removed || self.keep_to_budget(now, size)? {
             return Ok(true);
         }
+        self.shared.redo.save_if_due(now, self.shared.positions()?.flushed)?;
         Ok(!self.is_stopping && (self.compact_index(size)? || self.prepare(size)?))
     }
 

@@ -15,6 +15,7 @@
 //!   walrelay.slots               permanent replication slots; a state file
 //!   walrelay.fence               whether the relay is fenced; a state file
 //!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
+//!   walrelay.checkpoint          the newest checkpoint in the WAL that is held; a state file
 //!   walrelay.windows             WAL that was acknowledged while it was durable here alone; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
@@ -104,6 +105,7 @@
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
 //! | slot invalidated | the old file or the new one | valid, and all its WAL is there; or invalid, and the WAL may go. WAL goes only after the file |
 //! | consumers saved | the old file or the new one | what the old one says may have gone: it is a wish, and none that was granted |
+//! | newest checkpoint saved | the old file or the new one | a slot begins at an older checkpoint, and keeps more than it must, until the next one comes |
 //! | spare given up to the disk budget | the spare, or not | a spare is a spare |
 //! | during recovery | as before, the reserve perhaps used up or holding anything | begins again, with a sync of `wal/`; what it reads is never what it writes to |
 //! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
@@ -153,6 +155,7 @@ mod positions;
 mod queue;
 mod reader;
 mod recovery;
+mod redo;
 mod repair;
 mod retention;
 mod rewrite;

@@ -24,6 +24,7 @@ use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::queue::{Signal, Unsynced, WriteQueue};
 use crate::store::recovery::{Recovered, Recovery};
+use crate::store::redo::Redo;
 use crate::store::shared::Shared;
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
@@ -85,6 +86,8 @@ pub(super) fn open(
     if variant == crate::store::simulation::Mutant::ForgetInvalidations {
         slots.forget_invalidations();
     }
+    let line = recovered.as_ref().map(|found| (&found.lineage, found.positions.flushed));
+    let redo = Redo::open(disk.clone(), layout.clone(), health.clone(), line)?;
     let retain = settings.limits.retain_without_slot;
     let consumers = Consumers::open(disk.clone(), layout.clone(), health.clone(), retain)?;
     let wal_dir = disk.open_dir(&layout.wal_dir).map_err(StoreError::io("open", &layout.wal_dir))?;
@@ -106,6 +109,7 @@ pub(super) fn open(
         wal_dir,
         positions: Mutex::new(None),
         next_xid: AtomicU64::new(0),
+        redo,
         unsynced: Unsynced::default(),
         partials: Mutex::default(),
         unproven: Unproven::default(),

@@ -22,6 +22,7 @@ use crate::store::partials::Partials;
 use crate::store::pool::Pool;
 use crate::store::positions::Positions;
 use crate::store::queue::{Signal, Unsynced, WriteQueue};
+use crate::store::redo::Redo;
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
 use crate::store::unproven::Unproven;
@@ -45,6 +46,8 @@ pub(super) struct Shared {
     pub queue: WriteQueue,
     /// What the primary gives out next; 0 while it is not known.
     pub next_xid: AtomicU64,
+    /// Where a base backup that is taken now would begin.
+    pub redo: Redo,
     pub unsynced: Unsynced,
     pub partials: Partials,
     pub unproven: Unproven,

@@ -68,6 +68,7 @@ impl WalWriter {
         }
         shared.tail.lock().begin_timeline(next, switch_lsn);
         shared.unproven.cut(switch_lsn);
+        shared.redo.cut(switch_lsn);
         shared.slots.cut(switch_lsn);
         if let Some(consumers) = &shared.consumers {
             consumers.cut(switch_lsn);

@@ -154,7 +154,9 @@ fn keep_loop(mut keeper: Keeper, shared: &Shared, stopping: &AtomicBool) {
     }
     let saved = shared.slots.save_now();
     let saved_too = shared.consumers.as_ref().map_or(Ok(()), Consumers::save_now);
-    for error in [saved, saved_too].into_iter().filter_map(Result::err) {
+    let flushed = shared.positions().map(|positions| positions.flushed);
+    let redo_saved = flushed.map_or(Ok(()), |flushed| shared.redo.save_now(flushed));
+    for error in [saved, saved_too, redo_saved].into_iter().filter_map(Result::err) {
         shared.health.tell(|observer| observer.housekeeping_failed(&error));
     }
 }

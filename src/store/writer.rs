@@ -18,7 +18,7 @@ use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::scanner::{ScanContext, Scanner};
-use crate::wal::{Lsn, NextXid, SegmentNo, SegmentSize, TimelineId};
+use crate::wal::{Lsn, NewestCheckpoint, NextXid, SegmentNo, SegmentSize, TimelineId};
 
 /// Takes WAL from the upstream. There is exactly one.
 pub struct WalWriter {
@@ -29,6 +29,7 @@ pub struct WalWriter {
     pub(super) session: Option<Session>,
     pub(super) crossings: Crossings,
     next_xid: NextXid,
+    checkpoint: NewestCheckpoint,
 }
 
 /// What one upstream session has delivered.
@@ -86,8 +87,8 @@ impl WalWriter {
     ) -> Self {
         let size = shared.segment_size().ok();
         let crossings = Crossings::from(scanner.as_ref(), size);
-        let next_xid = NextXid::default();
-        Self { shared, _handle: handle, scanner, session: None, crossings, next_xid }
+        let (next_xid, checkpoint) = (NextXid::default(), NewestCheckpoint::default());
+        Self { shared, _handle: handle, scanner, session: None, crossings, next_xid, checkpoint }
     }
 
     /// Where to ask the upstream to start; `None` in a fresh directory.
@@ -171,7 +172,11 @@ impl WalWriter {
             return Ok(());
         }
         let at = session.received;
-        let mut seen = Seen { crossings: &mut self.crossings, next_xid: &mut self.next_xid };
+        let mut seen = Seen {
+            crossings: &mut self.crossings,
+            next_xid: &mut self.next_xid,
+            checkpoint: &mut self.checkpoint,
+        };
         let result = scanner.feed(&new, &mut seen);
         let taken = match result {
             Ok(()) => new,
@@ -235,6 +240,7 @@ impl WalWriter {
             }
         }
         self.shared.note_next_xid(self.next_xid.get());
+        self.shared.redo.note(self.checkpoint.take());
         self.shared.publish(|positions| positions.verified = verified);
         let epoch = session.epoch;
         self.shared.queue.push(Batch { pieces, end, verified, epoch, follows, is_proof });
@@ -321,6 +327,7 @@ impl Session {
 struct Seen<'a> {
     crossings: &'a mut Crossings,
     next_xid: &'a mut NextXid,
+    checkpoint: &'a mut NewestCheckpoint,
 }
 
 impl RecordVisitor for Seen<'_> {
@@ -328,6 +335,7 @@ impl RecordVisitor for Seen<'_> {
     fn record(&mut self, record: &Record<'_>) {
         self.crossings.record(record);
         self.next_xid.note(record);
+        self.checkpoint.note(record);
     }
 }
 

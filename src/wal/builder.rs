@@ -135,6 +135,16 @@ impl WalBuilder {
         record
     }
 
+    /// A checkpoint that began at `redo`.
+    pub fn checkpoint(&mut self, redo: Lsn, is_shutdown: bool) -> LsnRange {
+        let timeline = self.timeline.get().to_le_bytes();
+        let mut body = redo.get().to_le_bytes().to_vec();
+        body.extend(timeline);
+        body.extend(timeline);
+        body.extend([0; 72]);
+        self.main_data_record(XLOG_RESOURCE_MANAGER, if is_shutdown { 0x00 } else { 0x10 }, &body)
+    }
+
     /// Appends the record of a transaction that was committed at `at`.
     pub fn commit(&mut self, at: PgTimestamp) -> LsnRange {
         self.main_data_record(TRANSACTION_RESOURCE_MANAGER, 0x00, &at.0.to_le_bytes())

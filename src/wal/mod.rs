@@ -6,6 +6,7 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod builder;
+pub mod checkpoint;
 pub mod contents;
 pub mod crc;
 pub mod format;
@@ -20,6 +21,7 @@ pub mod time;
 pub mod timeline;
 pub mod xid;
 
+pub use checkpoint::{CheckpointPlace, NewestCheckpoint};
 pub use format::WalFormat;
 pub use lineage::Lineage;
 pub use lsn::{Lsn, LsnRange};

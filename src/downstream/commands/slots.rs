@@ -21,8 +21,7 @@ use crate::protocol::{
 use crate::store::{SlotError, SlotGuard, SlotKind};
 use crate::wal::Lsn;
 
-/// Creates a slot. With `RESERVE_WAL` everything that is held now is kept for it: a relay knows no checkpoint to keep WAL
-/// from, and a base backup taken elsewhere may need any of it.
+/// Creates a slot. With `RESERVE_WAL` it keeps WAL from the newest checkpoint on, as the primary's would.
 pub(super) async fn create<S: Stream>(
     session: &mut Session<'_, S>,
     create: CreateReplicationSlot,
