@@ -99,7 +99,7 @@
 //! | index rewritten | the old one or the new one | entries without a file mean nothing; a file without an entry is verified and entered |
 //! | a damaged segment's content comes again | a `.tmp`; the damaged segment, as before | removes the `.tmp`; the damage is found again |
 //! | the `.tmp` renamed to the segment's name, `wal/` not synced | P: the damaged segment, or the whole one | as above, or nothing is left to be done |
-//! | a timeline's first segment made, with a copy of what is held before the fork | under the new timeline's name, perhaps; the control file names the old one | goes on with the old timeline; the next switch makes it anew |
+//! | a timeline's first segment made, with a copy of what is held before the fork | under the new timeline's name, perhaps; the control file names the old one | goes on with the old timeline, and removes the copy; the next switch makes it anew |
 //! | the control file names the new timeline, the old one's files as they were | heads of records that never became whole, or a dead branch, under WAL names; P: either control file | as above; or removes the heads, and sets the dead branch aside as the control file tells it |
 //! | a dead branch set aside, `wal/` not synced | P: any of its files under either name | sets aside those that are left |
 //! | slot saved | the old file or the new one | a slot never points before WAL that was removed by it: retention goes by the lower of what is saved and what is in memory |
@@ -171,6 +171,7 @@ mod state;
 mod switch;
 mod tail;
 mod threads;
+mod unfollowed;
 mod unproven;
 mod walk;
 mod windows;

@@ -30,7 +30,7 @@ use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize};
 pub(super) struct Recovery<'a> {
     pub disk: &'a dyn Disk,
     pub layout: &'a Layout,
-    control: Control,
+    pub control: Control,
     lineage: Lineage,
     pub size: SegmentSize,
     pub pool: &'a Pool,
@@ -43,7 +43,7 @@ pub(super) struct Recovery<'a> {
     pub begin: SegmentNo,
     pub index: BTreeMap<SegmentName, u32>,
     /// Complete segments that are not on the line.
-    others: BTreeSet<SegmentName>,
+    pub others: BTreeSet<SegmentName>,
     pub has_reserve: bool,
     pub names: BTreeSet<String>,
     pub damaged: Vec<(SegmentName, String)>,
@@ -121,6 +121,7 @@ impl<'a> Recovery<'a> {
         // An earlier process may have left names that are not durable. No file changes its name twice between two syncs, or
         // it could be left with two.
         recovery.sync_dir()?;
+        recovery.settle_unfollowed(&inventory)?;
         recovery.take_in_spares(&inventory.spares, inventory.reserve)?;
         Ok(recovery)
     }

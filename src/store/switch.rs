@@ -58,6 +58,8 @@ impl WalWriter {
         let (old, positions) = (shared.lineage()?, shared.positions()?);
         let new = old.followed_by(next, switch_lsn);
         let first = first_segment(&shared, &old, &new, fork)?;
+        // Durable before the timeline is: WAL is kept from there, and a switch that fails now costs nothing by it.
+        put_consumers_back(&shared, fork.at)?;
         write_control(&shared, &new, dead.as_ref())?;
         // From here on this is the timeline; what follows is repeated on the next start if it fails.
         follow(&shared, new, first, fork);
@@ -69,17 +71,17 @@ impl WalWriter {
         shared.tail.lock().begin_timeline(next, switch_lsn);
         shared.unproven.cut(switch_lsn);
         shared.redo.cut(switch_lsn);
-        shared.slots.cut(switch_lsn);
-        if let Some(consumers) = &shared.consumers {
-            consumers.cut(switch_lsn);
-        }
         self.crossings = Crossings::from(Some(&scanner), Some(size));
         self.scanner = Some(scanner);
         let sealed = positions.sealed.map(|sealed| sealed.min(fork.number.start(size).unwrap_or(sealed)));
         shared.replace_positions(Positions::at(next, switch_lsn, sealed));
         shared.keeper.notify();
-        if let Err(error) = tidy_up(&shared, &old, fork, dead.as_ref()) {
-            // It is done on the next start.
+        // Once more: sessions that did not know of the fork may have reported meanwhile.
+        let put_back = put_consumers_back(&shared, switch_lsn);
+        // What fails is done on the next start, or when the keeper saves.
+        for error in
+            [put_back, tidy_up(&shared, &old, fork, dead.as_ref())].into_iter().filter_map(Result::err)
+        {
             shared.health.tell(|observer| observer.housekeeping_failed(&error));
         }
         Ok(dead)
@@ -153,6 +155,15 @@ fn first_segment(
     }
     shared.sync_wal_dir()?;
     Ok(Some(Arc::new(PartialSegment::found(spare.file))))
+}
+
+/// What lies behind the fork will not be held any more: nobody's position is there, durably.
+fn put_consumers_back(shared: &Shared, fork: Lsn) -> Result<(), StoreError> {
+    shared.slots.cut(fork);
+    shared.slots.save_now()?;
+    let Some(consumers) = &shared.consumers else { return Ok(()) };
+    consumers.cut(fork);
+    consumers.save_now()
 }
 
 fn write_control(shared: &Shared, new: &Lineage, dead: Option<&DeadBranch>) -> Result<(), StoreError> {

@@ -227,11 +227,17 @@ fn expect(is_so: bool, what: impl FnOnce() -> String) -> Checked {
 fn go_on(disk: &SimDisk, histories: &Histories) -> Checked {
     let mut live = Live::start(disk, histories).map_err(|error| format!("does not start: {error:?}"))?;
     let positions = live.positions();
+    let ahead = live.shared.slots.get("ahead").ok_or("a slot is gone")?.restart_lsn;
     if positions.timeline == TimelineId::FIRST {
+        expect(!has_files_of(disk, histories, NEXT), || {
+            "there are files of a timeline not followed".to_owned()
+        })?;
+        expect(ahead <= Some(histories.held), || format!("the slot is at {ahead:?}"))?;
         expect(positions.flushed >= histories.held, || format!("{positions:?} is left"))?;
         live.wal_writer.switch(NEXT, histories.fork).map_err(|error| error.to_string())?;
     } else {
         expect(positions.flushed >= histories.fork, || format!("{positions:?} is left"))?;
+        expect(ahead <= Some(histories.fork), || format!("the slot is at {ahead:?}, on a dead branch"))?;
     }
     live.receive(&histories.new, histories.new_end(), true)?;
     check(&live, disk, histories)?;
@@ -289,6 +295,15 @@ fn check_dead(disk: &SimDisk, histories: &Histories) -> Checked {
     Ok(())
 }
 
+/// Whether there are files with WAL names of this timeline.
+fn has_files_of(disk: &SimDisk, histories: &Histories, timeline: TimelineId) -> bool {
+    let names = disk.paths().into_iter().filter_map(|path| {
+        let name = path.file_name()?.to_string_lossy().into_owned();
+        SegmentName::parse(&name, histories.size())
+    });
+    names.into_iter().any(|(name, _)| name.timeline == timeline)
+}
+
 /// No file has a name that says what it is not.
 fn check_names(disk: &SimDisk, histories: &Histories) -> Checked {
     let Histories { old, new, fork, .. } = histories;
@@ -321,6 +336,7 @@ fn received(shape: Shape, seed: u64, seals: bool) -> (SimDisk, Histories, Live) 
     let mut live = Live::start(&disk, &histories).unwrap();
     live.receive(&histories.old, histories.delivered, seals).unwrap();
     assert_eq!(live.positions().flushed, histories.held, "{shape:?}");
+    live.shared.slots.create("ahead", SlotKind::Permanent, Some(histories.held)).unwrap();
     (disk, histories, live)
 }
 
@@ -393,11 +409,9 @@ fn slots_go_back_with_the_positions() {
     let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(2_200_000) };
     let (disk, histories, mut live) = received(shape, 1, true);
     let restart = |live: &Live, name: &str| live.shared.slots.get(name).unwrap().restart_lsn;
-    live.shared.slots.create("ahead", SlotKind::Permanent, Some(histories.held)).unwrap();
     live.wal_writer.switch(NEXT, histories.fork).unwrap();
     assert_eq!(restart(&live, "ahead"), Some(histories.fork));
     assert_eq!(restart(&live, "all"), Some(histories.old.start()));
-    live.work(true);
     drop(live);
     disk.restart(Crash::PowerCut);
     let live = Live::start(&disk, &histories).unwrap();
@@ -460,4 +474,45 @@ fn a_new_timeline_whose_beginning_was_taken_away_is_gone_over_to_again() {
     drop(live);
     disk.restart(Crash::Kill);
     go_on(&disk, &histories).unwrap();
+}
+
+#[test]
+fn files_of_a_timeline_not_followed_are_set_aside_unless_they_are_copies_of_what_is_held() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Nothing };
+    let (disk, histories, live) = received(shape, 1, true);
+    drop(live);
+    let size = histories.size();
+    let number = SegmentNo::holding(histories.fork, size);
+    let start = number.start(size).unwrap();
+    let mut copy = histories.old.slice(start, histories.fork).to_vec();
+    copy.resize(usize::try_from(size.bytes()).unwrap(), 0);
+    let mut other = copy.clone();
+    other[100_000] ^= 1;
+    let mut longer = copy.clone();
+    longer[usize::try_from(size.offset_of(histories.fork)).unwrap() + 300_000] = 1;
+    let name = |timeline, number| SegmentName { timeline: TimelineId::new(timeline).unwrap(), number };
+    let partial = |timeline, number| name(timeline, number).partial_file_name(size);
+    let kept = [
+        (partial(3, number), &other),
+        (partial(4, number), &longer),
+        (partial(2, number.next()), &copy),
+        (name(5, number).file_name(size), &copy),
+    ];
+    disk.put(&wal(&partial(2, number)), &copy);
+    for (name, content) in &kept {
+        disk.put(&wal(name), content);
+    }
+    disk.restart(Crash::Kill);
+    let opened = open(settings(), Arc::new(disk.clone()), Arc::new(Seen::default()), Mutant::None).unwrap();
+    assert_eq!(opened.shared.positions().unwrap().flushed, histories.fork);
+    assert_eq!(opened.notes.len(), kept.len(), "{:?}", opened.notes);
+    drop(opened);
+    disk.restart(Crash::PowerCut);
+    let names: Vec<_> = disk.paths().iter().map(|path| path.to_string_lossy().into_owned()).collect();
+    assert_eq!(disk.content(&wal(&partial(2, number))), None);
+    for (name, content) in &kept {
+        assert_eq!(disk.content(&wal(name)), None, "{names:?}");
+        let aside = disk.content(&wal(&format!("{name}.detached"))).unwrap_or_else(|| panic!("{names:?}"));
+        assert!(aside == **content, "{name} has changed");
+    }
 }
