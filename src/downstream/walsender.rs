@@ -31,13 +31,13 @@ use crate::protocol::{
     replication::{HotStandbyFeedback, Keepalive, StandbyMessage, WalDataHeader},
 };
 use crate::session::sender::{
-    NextWal, Output, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
+    NextWal, Output, Progress, ReplyRequested, Sender, StandbyReply, StreamEnd, TimelineState,
 };
 use crate::status::RemovedWal;
 use crate::store::{
     CONSUMERS_MAX, ColdRead, ConsumerGuard, Positions, Read, ReadError, SlotGuard, WalReader,
 };
-use crate::wal::{Lsn, LsnRange, PgTimestamp, TimelineId};
+use crate::wal::{Lsn, LsnRange, PgTimestamp, SegmentNo, TimelineId};
 
 /// One stream.
 pub(super) struct WalSender<'a, S> {
@@ -317,14 +317,11 @@ impl<S: Stream> WalSender<'_, S> {
     fn take_standby_message(&mut self, body: bytes::Bytes, now: Instant) -> Result<(), StreamError> {
         match StandbyMessage::decode(body) {
             Ok(StandbyMessage::StatusUpdate(update)) => {
-                let before = self.sender.progress().flush;
+                let before = self.sender.progress();
                 let (write, flush, apply) = (update.write, update.flush, update.apply);
                 let reply = StandbyReply { write, flush, apply, reply_requested: update.reply_requested };
                 self.sender.handle_reply(reply, now);
-                let flush = self.sender.progress().flush;
-                if let Some(flush) = flush.filter(|flush| before != Some(*flush)) {
-                    self.keep_from(flush);
-                }
+                self.keep_for(&before);
                 self.registration.update(|live| live.reply_time = Some(update.sent_at));
                 Ok(())
             }
@@ -361,15 +358,30 @@ impl<S: Stream> WalSender<'_, S> {
         });
     }
 
-    /// The client has everything before `flush` durably.
-    fn keep_from(&mut self, flush: Lsn) {
-        if let Some(slot) = &self.slot {
+    /// Keeps WAL from where the client may need it again, if that has changed since `before`.
+    fn keep_for(&mut self, before: &Progress) {
+        let now = self.sender.progress();
+        if let (Some(slot), Some(flush)) = (&self.slot, now.flush)
+            && before.flush != now.flush
+        {
             slot.advance(flush);
         }
-        if self.consumer.as_ref().is_some_and(|consumer| !consumer.advance(flush)) {
+        let Some(consumer) = &self.consumer else { return };
+        let needed = self.needed_from(&now).filter(|needed| self.needed_from(before) != Some(*needed));
+        if needed.is_some_and(|needed| !consumer.advance(needed)) {
             warn!(names = CONSUMERS_MAX, "WAL is kept for as many names as can be, and not for this client");
             self.consumer = None;
         }
+    }
+
+    /// From where on a client without a slot asks for WAL when it comes back. One that never says what it has flushed syncs
+    /// each segment when that is complete, and begins again with the one that was not (pg_receivewal).
+    fn needed_from(&self, progress: &Progress) -> Option<Lsn> {
+        let written = || {
+            let size = self.context.store.identity()?.segment_size;
+            SegmentNo::holding(progress.write?, size).start(size)
+        };
+        progress.flush.or_else(written)
     }
 
     fn follow_positions(&mut self, run: &mut Run) {
