@@ -312,7 +312,8 @@ pub struct ReplicationSlotStatus {
     pub restart_lsn: Option<Lsn>,
     /// Whether that WAL is there: `reserved`, `extended`, `unreserved`, `lost`.
     pub wal_status: Option<&'static str>,
-    /// Bytes that can be written before the slot is in danger, if what slots may keep is limited.
+    /// Bytes that can be written before the slot is in danger, if what slots may keep is limited, by `max_slot_wal_keep_size`
+    /// or by the disk budget.
     pub safe_wal_size: Option<i64>,
     /// Logical slots alone have it.
     pub two_phase: bool,

@@ -87,7 +87,11 @@ impl RelayPages {
         let sample = |slot: ReplicationSlotStatus| SlotSample {
             is_active: slot.active,
             is_lost: slot.wal_status == Some(WalStatus::Lost.as_str()),
-            retained_bytes: slot.restart_lsn.map(|restart_lsn| positions.written.bytes_since(restart_lsn)),
+            // One that is invalid may still have a position, and even stream: nothing is retained for it.
+            retained_bytes: slot
+                .restart_lsn
+                .filter(|_| slot.invalidation_reason.is_none())
+                .map(|restart_lsn| positions.written.bytes_since(restart_lsn)),
             safe_wal_bytes: slot.safe_wal_size,
             slot_name: slot.slot_name,
         };

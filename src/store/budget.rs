@@ -23,12 +23,17 @@ impl Shared {
         self.settings.limits.disk_budget.map(|budget| (budget / size.bytes()).max(BUDGET_SEGMENTS_MIN))
     }
 
+    /// Segment files with WAL that there may be; `None`: as many as the disk takes.
+    pub(super) fn wal_places(&self, size: SegmentSize) -> Option<u64> {
+        const RESERVE: u64 = 1;
+        self.budget_segments(size).map(|budget| budget.saturating_sub(RESERVE))
+    }
+
     /// Places for spares within the budget, those that are there included; `None`: any number.
     pub(super) fn spare_places(&self, size: SegmentSize) -> Option<u64> {
-        let budget = self.budget_segments(size)?;
-        const RESERVE: u64 = 1;
+        let places = self.wal_places(size)?;
         let held = self.catalog.lock().count() + self.partials.lock().len();
-        Some(budget.saturating_sub(held as u64 + RESERVE))
+        Some(places.saturating_sub(held as u64))
     }
 
     /// Whether another segment file may be made.

@@ -27,7 +27,8 @@ pub struct SlotState {
 
 impl Shared {
     pub(super) fn slot_limits(&self, size: SegmentSize) -> SlotLimits {
-        SlotLimits::new(&self.settings.limits, self.settings.wal_keep_size, size)
+        let places = self.wal_places(size);
+        SlotLimits::new(&self.settings.limits, self.settings.wal_keep_size, size, places)
     }
 }
 

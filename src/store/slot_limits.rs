@@ -87,8 +87,9 @@ impl InvalidationReason {
 pub(super) struct SlotPosition {
     pub restart_lsn: Option<Lsn>,
     pub invalidation: Option<InvalidationReason>,
+    /// Whether it belongs to a session.
     pub is_active: bool,
-    /// Time for which nobody has used it.
+    /// Time for which nobody has streamed with it.
     pub idle: Option<Duration>,
 }
 
@@ -111,10 +112,17 @@ pub(super) struct SlotLimits {
     pub slot_keep: Option<u64>,
     pub max_wal: u64,
     pub idle_timeout: Option<Duration>,
+    /// Places for WAL that the disk budget leaves; `None`: any number.
+    pub places: Option<u64>,
 }
 
 impl SlotLimits {
-    pub(super) fn new(limits: &RetentionLimits, wal_keep_size: u64, size: SegmentSize) -> Self {
+    pub(super) fn new(
+        limits: &RetentionLimits,
+        wal_keep_size: u64,
+        size: SegmentSize,
+        places: Option<u64>,
+    ) -> Self {
         // As PostgreSQL, which counts whole segments only.
         let segments = |bytes: u64| bytes / size.bytes();
         Self {
@@ -123,6 +131,7 @@ impl SlotLimits {
             slot_keep: limits.max_slot_wal_keep_size.map(segments),
             max_wal: segments(limits.max_wal_size),
             idle_timeout: limits.idle_replication_slot_timeout,
+            places,
         }
     }
 
@@ -155,6 +164,9 @@ impl SlotLimits {
         let current = SegmentNo::holding(held.write, self.size);
         let target = SegmentNo::holding(restart_lsn, self.size);
         if target >= self.oldest_kept(current, held.needed) {
+            if self.taken_for_place(target).is_some_and(|taken_at| current.next() >= taken_at) {
+                return WalStatus::Unreserved;
+            }
             let oldest_reserved = current.0.saturating_sub(self.max_wal.saturating_add(1)).max(FIRST_SEGMENT);
             if target.0 >= oldest_reserved { WalStatus::Reserved } else { WalStatus::Extended }
         } else if target >= held.oldest {
@@ -164,15 +176,24 @@ impl SlotLimits {
         }
     }
 
+    /// The segment for whose successor there is no place unless the WAL goes that a slot keeps from `target` on: when it is
+    /// begun, the slot is taken. PostgreSQL has no disk budget, and nothing like it.
+    fn taken_for_place(&self, target: SegmentNo) -> Option<SegmentNo> {
+        let places = self.places?;
+        Some(SegmentNo(target.0.saturating_add(places).saturating_sub(1)))
+    }
+
     /// Bytes that can be written before the slot is in danger; less than nothing if it is. Unlike PostgreSQL, which then
     /// computes from position 0, nothing is said of a slot that keeps no WAL.
     pub(super) fn safe_wal_size(&self, slot: &SlotPosition, held: &WalHeld) -> Option<i64> {
-        let slot_keep = self.slot_keep?;
         if self.wal_status(slot, held)? == WalStatus::Lost {
             return None;
         }
-        let target = SegmentNo::holding(slot.restart_lsn?, self.size).0;
-        let segment = target.saturating_add(slot_keep.max(self.wal_keep)).saturating_add(1);
+        let target = SegmentNo::holding(slot.restart_lsn?, self.size);
+        let kept = self.slot_keep.map(|kept| kept.max(self.wal_keep));
+        let by_size = kept.map(|kept| target.0.saturating_add(kept).saturating_add(1));
+        let by_place = self.taken_for_place(target).map(|segment| segment.0);
+        let segment = by_size.into_iter().chain(by_place).min()?;
         let fails_at = i128::from(segment) * i128::from(self.size.bytes());
         let safe = fails_at - i128::from(held.write.get());
         Some(i64::try_from(safe).unwrap_or(if safe < 0 { i64::MIN } else { i64::MAX }))
@@ -188,7 +209,7 @@ impl SlotLimits {
         if SegmentNo::holding(restart_lsn, self.size) < oldest_kept {
             return Some(InvalidationReason::WalRemoved);
         }
-        let is_idle = !slot.is_active && slot.idle? >= self.idle_timeout?;
+        let is_idle = slot.idle? >= self.idle_timeout?;
         is_idle.then_some(InvalidationReason::IdleTimeout)
     }
 }

@@ -8,7 +8,14 @@ const MB: u64 = 1 << 20;
 
 fn limits(wal_keep: u64, slot_keep: Option<u64>, max_wal: u64) -> SlotLimits {
     let idle_timeout = Some(Duration::from_secs(60));
-    SlotLimits { size: SegmentSize::new(MB).unwrap(), wal_keep, slot_keep, max_wal, idle_timeout }
+    SlotLimits {
+        size: SegmentSize::new(MB).unwrap(),
+        wal_keep,
+        slot_keep,
+        max_wal,
+        idle_timeout,
+        places: None,
+    }
 }
 
 fn at(raw: u64) -> Lsn {
@@ -75,14 +82,15 @@ fn an_invalid_slot_is_lost_and_one_in_use_may_still_get_ahead() {
 }
 
 #[test]
-fn a_slot_times_out_only_when_nobody_uses_it_and_it_keeps_wal() {
+fn a_slot_times_out_only_when_nobody_streams_with_it_and_it_keeps_wal() {
     let limits = limits(0, None, 2);
     let verdict = |slot: SlotPosition| limits.verdict(&slot, SegmentNo(10));
     let idle_for =
         |seconds| SlotPosition { idle: Some(Duration::from_secs(seconds)), ..slot(Some(at(10 * MB))) };
     assert_eq!(verdict(idle_for(59)), None);
     assert_eq!(verdict(idle_for(60)), Some(InvalidationReason::IdleTimeout));
-    assert_eq!(verdict(SlotPosition { is_active: true, ..idle_for(600) }), None);
+    let temporary = SlotPosition { is_active: true, ..idle_for(600) };
+    assert_eq!(verdict(temporary), Some(InvalidationReason::IdleTimeout), "its session does nothing");
     assert_eq!(verdict(SlotPosition { restart_lsn: None, ..idle_for(600) }), None);
     assert_eq!(verdict(SlotPosition { idle: None, ..idle_for(600) }), None);
     let late = SlotPosition { restart_lsn: Some(at(10 * MB - 1)), ..idle_for(600) };
@@ -101,8 +109,9 @@ struct Case {
 /// WAL begins at segment 1: the number 0 means none there.
 fn cases() -> impl Strategy<Value = Case> {
     let keep = 0..6_u64;
-    let limits =
-        (keep.clone(), proptest::option::of(keep.clone()), keep).prop_map(|(a, b, c)| limits(a, b, c));
+    let places = proptest::option::of(7..12_u64);
+    let limits = (keep.clone(), proptest::option::of(keep.clone()), keep, places)
+        .prop_map(|(a, b, c, places)| SlotLimits { places, ..limits(a, b, c) });
     let restarts = proptest::collection::vec(proptest::option::of(MB..12 * MB), 1..4);
     (limits, MB..12 * MB, restarts, 0..12_u64, 0..5_usize).prop_map(
         |(limits, write, restarts, oldest, active)| Case { limits, write, restarts, oldest, active },
@@ -131,7 +140,11 @@ proptest! {
                 continue;
             };
             let segment = restart / MB;
-            let expected = if is_kept(&limits, segment, current, needed) {
+            // What the slot keeps, the segment that is written and the next one: all places.
+            let has_place = |current: u64| limits.places.is_none_or(|places| current - segment.min(current) + 1 < places);
+            let expected = if is_kept(&limits, segment, current, needed) && !has_place(current + 1) {
+                WalStatus::Unreserved
+            } else if is_kept(&limits, segment, current, needed) {
                 let is_reserved = segment + limits.max_wal + 1 >= current;
                 if is_reserved { WalStatus::Reserved } else { WalStatus::Extended }
             } else if segment >= oldest || slot.is_active {
@@ -147,10 +160,14 @@ proptest! {
             if let Some(safe) = limits.safe_wal_size(&slot, &held) {
                 let end = i64::try_from(write).unwrap() + safe;
                 let at_end = u64::try_from(end).unwrap();
-                prop_assert!(is_kept(&limits, segment, (at_end - 1) / MB, Some(at(restart))));
-                prop_assert!(!is_kept(&limits, segment, at_end / MB, Some(at(restart))));
+                let is_safe = |at_end: u64| {
+                    is_kept(&limits, segment, at_end / MB, Some(at(restart))) && has_place(at_end / MB)
+                };
+                prop_assert!(is_safe(at_end - 1));
+                prop_assert!(!is_safe(at_end));
             } else {
-                prop_assert!(limits.slot_keep.is_none() || status == Some(WalStatus::Lost));
+                let is_unlimited = limits.slot_keep.is_none() && limits.places.is_none();
+                prop_assert!(is_unlimited || status == Some(WalStatus::Lost));
             }
         }
     }

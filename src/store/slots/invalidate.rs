@@ -35,10 +35,10 @@ pub(crate) struct Taken {
 const KEEPER_PID: u32 = 0;
 
 impl SlotTable {
-    /// Notes since when slots are not used.
+    /// Notes since when slots are not used: as in PostgreSQL also a temporary one by whose session nothing is streamed.
     pub(in crate::store) fn note_idle(&self, now: Instant) {
         let mut slots = self.0.slots.lock();
-        for slot in slots.by_name.values_mut().filter(|slot| slot.owner().is_none()) {
+        for slot in slots.by_name.values_mut().filter(|slot| slot.active_pid.is_none()) {
             slot.idle_since.get_or_insert(now);
         }
     }

@@ -53,13 +53,13 @@ pub struct SlotInfo {
     pub kind: SlotKind,
     /// Oldest WAL the consumer may need; `None` until it said so or WAL was reserved.
     pub restart_lsn: Option<Lsn>,
-    /// The session that uses it.
+    /// The session that uses it; a temporary one's session also while it does not stream.
     pub active_pid: Option<u32>,
     /// Why it is of no use any more, if so.
     pub invalidation: Option<InvalidationReason>,
     /// What its consumer's queries hold back, also while that is away.
     pub feedback: Feedback,
-    /// Since when nobody uses it, by the wall clock: for people. What is decided goes by the time that passes.
+    /// Since when nobody streams with it, by the wall clock: for people. What is decided goes by the time that passes.
     pub inactive_since: Option<PgTimestamp>,
 }
 
@@ -169,7 +169,7 @@ struct Slot {
     told_pid: Option<u32>,
     /// When it was left, by the wall clock. As in PostgreSQL not before this process started.
     inactive_since: PgTimestamp,
-    /// When the keeper first saw that nobody uses it.
+    /// When the keeper first saw that nobody streams with it.
     idle_since: Option<Instant>,
     /// Tells a slot from an earlier one of the same name.
     generation: u64,
@@ -380,7 +380,7 @@ impl Slot {
             active_pid,
             invalidation: self.invalidation,
             feedback: self.feedback,
-            inactive_since: active_pid.is_none().then_some(self.inactive_since),
+            inactive_since: self.active_pid.is_none().then_some(self.inactive_since),
         }
     }
 

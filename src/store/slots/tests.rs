@@ -162,6 +162,34 @@ fn a_slot_in_use_is_taken_when_its_session_was_told_once_and_has_gone() {
 }
 
 #[test]
+fn a_temporary_slot_is_idle_while_its_session_streams_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (slots, now) = (table(dir.path()), Instant::now());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let list = told.clone();
+    slots.terminate_by(move |pid| list.lock().push(pid));
+    slots.create("t", SlotKind::Temporary { owner: 7 }, Some(at(5))).unwrap();
+    let idle = |later: u64| {
+        slots.note_idle(now + Duration::from_secs(later));
+        slots.positions(now + Duration::from_secs(later))[0].1.idle
+    };
+    assert_eq!(idle(0), Some(Duration::ZERO));
+    let seen = slots.get("t").unwrap();
+    assert!(seen.active_pid == Some(7) && seen.inactive_since.is_some(), "{seen:?}");
+    let guard = slots.acquire("t", 7, WhenInvalid::Refuse).unwrap();
+    assert_eq!(idle(30), None);
+    assert_eq!(slots.get("t").unwrap().inactive_since, None);
+    drop(guard);
+    assert_eq!((idle(40), idle(100)), (Some(Duration::ZERO), Some(Duration::from_secs(60))));
+    // It goes with its session, which is told to end.
+    let enforced = slots.enforce(now, given("t", InvalidationReason::IdleTimeout)).unwrap();
+    assert!(enforced.is_pending && enforced.invalidated.is_empty());
+    assert_eq!(*told.lock(), [7]);
+    slots.drop_temporary(7);
+    assert!(!slots.enforce(now, given("t", InvalidationReason::IdleTimeout)).unwrap().is_pending);
+}
+
+#[test]
 fn what_may_be_done_with_an_invalid_slot_is_as_the_version_has_it() {
     let dir = tempfile::tempdir().unwrap();
     let (slots, now) = (table(dir.path()), Instant::now());
