@@ -64,19 +64,8 @@ pub(super) fn open(
     let control = take_over(&*disk, &layout)?;
     remove_temporaries(&*disk, &layout)?;
     let pool = Pool::default();
-    let recovered = match control {
-        Some(control) => {
-            let spares = 2 * settings.spare_segments as usize;
-            #[allow(unused_mut, reason = "changed in tests")]
-            let mut recovery = Recovery::new(&*disk, &layout, control, &pool, spares)?;
-            #[cfg(test)]
-            {
-                recovery.mutant = variant;
-            }
-            Some(recovery.run()?)
-        }
-        None => None,
-    };
+    let recovered =
+        control.map(|control| recover(&*disk, &layout, (control, &pool), &settings, variant)).transpose()?;
     // Names that came into being before an earlier process ended are durable from here on.
     sync_dir(&*disk, &layout.data_dir).map_err(StoreError::io("sync directory", &layout.data_dir))?;
     let health = Arc::new(Health::new(observer));
@@ -86,7 +75,7 @@ pub(super) fn open(
     if variant == crate::store::simulation::Mutant::ForgetInvalidations {
         slots.forget_invalidations();
     }
-    let line = recovered.as_ref().map(|found| (&found.lineage, found.positions.flushed));
+    let line = recovered.as_ref().map(Recovered::line);
     let redo = Redo::open(disk.clone(), layout.clone(), health.clone(), line)?;
     let retain = settings.limits.retain_without_slot;
     let consumers = Consumers::open(disk.clone(), layout.clone(), health.clone(), retain)?;
@@ -139,6 +128,23 @@ fn directories(disk: &dyn Disk, settings: &StoreSettings) -> Result<Layout, Stor
         disk.create_dir(dir).map_err(StoreError::io("use directory", dir))?;
     }
     Ok(layout)
+}
+
+fn recover(
+    disk: &dyn Disk,
+    layout: &Layout,
+    (control, pool): (Control, &Pool),
+    settings: &StoreSettings,
+    #[cfg_attr(not(test), allow(unused_variables, reason = "a planted bug"))] variant: Variant,
+) -> Result<Recovered, StoreError> {
+    let spares = 2 * settings.spare_segments as usize;
+    #[allow(unused_mut, reason = "changed in tests")]
+    let mut recovery = Recovery::new(disk, layout, control, pool, spares)?;
+    #[cfg(test)]
+    {
+        recovery.mutant = variant;
+    }
+    recovery.run()
 }
 
 fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any + Send + Sync>) -> Opened {

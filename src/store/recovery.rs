@@ -70,6 +70,13 @@ pub(super) struct Recovered {
     pub notes: Vec<String>,
 }
 
+impl Recovered {
+    /// The line of segments, and how far it is held.
+    pub(super) fn line(&self) -> (&Lineage, Lsn) {
+        (&self.lineage, self.positions.flushed)
+    }
+}
+
 impl<'a> Recovery<'a> {
     pub(super) fn new(
         disk: &'a dyn Disk,

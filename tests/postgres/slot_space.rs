@@ -1,24 +1,39 @@
 //! Consumers that stand still: what they cost the primary, what they cost the relay, and who is given up first.
 
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::support::lab::Installation;
-use crate::support::load::write_wal;
+use rustix::process::Signal;
+
+use crate::support::compare::{assert_same_wal, completed_end, primary_bytes};
+use crate::support::lab::{self, Installation};
+use crate::support::load::{emit_wal, write_wal};
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::raw::RawClient;
+use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::support::{MB, lsn_text};
+use crate::support::{MB, lsn, lsn_text};
 
-/// WAL that is written while a consumer with a slot stands still; `WALRELAY_SLOT_MB=2048` for as much as a long night brings.
+/// WAL that is written while a consumer with a slot stands still: where everything is tested as much as a long night brings.
 fn megabytes() -> u64 {
-    std::env::var("WALRELAY_SLOT_MB").map_or(256, |text| text.parse().unwrap())
+    let is_all = std::env::var("CI").is_ok_and(|text| text == "true");
+    std::env::var("WALRELAY_SLOT_MB").map_or(if is_all { 2048 } else { 256 }, |text| text.parse().unwrap())
 }
 
+/// A file that gets another name while we look is there once.
 fn bytes_in(folder: &Path) -> u64 {
     let entries = std::fs::read_dir(folder).unwrap();
-    entries.filter_map(|entry| entry.ok()?.metadata().ok()).map(|metadata| metadata.len()).sum()
+    let found = entries.filter_map(|entry| entry.ok()?.metadata().ok());
+    let files: BTreeMap<_, _> = found.map(|metadata| (metadata.ino(), metadata.len())).collect();
+    files.values().sum()
+}
+
+/// Bytes of the relay's segment files. What goes and what comes while we look is both counted, so the least of some looks.
+fn bytes_held(relay: &Relay) -> u64 {
+    (0..5).map(|_| bytes_in(&relay.wal_dir())).min().unwrap()
 }
 
 /// Creates a slot that keeps all from here on, or streams with none under a name of its own, and leaves.
@@ -52,34 +67,49 @@ fn written(primary: &Postgres, relay: &Relay, bytes: u64) -> u64 {
 
 #[test]
 fn a_consumer_that_stands_still_costs_the_primary_nothing_and_gets_it_all_later() {
+    const SEGMENT: u64 = 16 * MB;
     let Some(installation) = Installation::any() else { return };
+    // What the primary has written, by its own hand, for what it does not keep itself.
+    let archive = lab::scratch();
+    lab::give_to_server(archive.path());
     let primary = Settings::new()
         .line("wal_keep_size = 0")
         .line("max_wal_size = 64MB")
         .line("min_wal_size = 32MB")
+        .line("archive_mode = on")
+        .line(&format!("archive_command = 'cp %p {}/%f'", archive.path().display()))
         .start(&installation);
     let relay = Relay::streaming_from("relay", primary.port);
     let start = written(&primary, &relay, MB);
     leave(&relay, Some("barman"), "barman", start);
     let mut largest = 0;
     for _ in 0..megabytes() / 32 {
-        written(&primary, &relay, 32 * MB);
-        primary.wait_reported_flush("relay", primary.flushed());
+        emit_wal(&primary, 32 * MB);
+        let upto = primary.flushed();
+        relay.wait_flushed(upto);
+        primary.wait_reported_flush("relay", upto);
+        wait_until("the archive to have it", || {
+            completed_end(archive.path(), SEGMENT) >= upto - upto % SEGMENT
+        });
         primary.checkpoint();
         largest = largest.max(bytes_in(&primary.wal_dir()));
     }
     assert!(largest <= 160 * MB, "pg_wal grew to {} MB", largest / MB);
-    let upto = primary.flushed();
+    let upto = primary.switch_wal().next_multiple_of(SEGMENT);
     assert!(upto - start >= megabytes() * MB, "too little was written");
+    wait_until("the archive to have it all", || completed_end(archive.path(), SEGMENT) >= upto);
+    relay.wait_flushed(upto);
     let mut client = RawClient::replication(relay.port).unwrap();
-    let from = start - start % MB;
-    client.start_replication(Some("barman"), from, 1).unwrap();
-    let mut position = from;
+    let mut position = start - start % SEGMENT;
+    client.start_replication(Some("barman"), position, 1).unwrap();
     while position < upto {
-        let next = (position + 32 * MB).min(upto);
-        position += client.read_wal(position, next).len() as u64;
+        let mut wal = client.read_wal(position, (position + SEGMENT).min(upto));
+        let end = (position + wal.len() as u64).min(upto);
+        wal.truncate(usize::try_from(end - position).unwrap());
+        let expected = primary_bytes(archive.path(), SEGMENT, position, end);
+        assert!(wal == expected, "WAL from {} on is not what the primary wrote", lsn_text(position));
+        position = end;
     }
-    assert!(position >= upto);
 }
 
 #[test]
@@ -96,21 +126,33 @@ fn the_disk_budget_holds_and_what_is_furthest_behind_goes_first() {
     let near = written(&primary, &relay, 6 * MB);
     leave(&relay, Some("near"), "near", near);
     let status = |slot: &str| relay.slot(slot).unwrap()["wal_status"].as_str().unwrap_or_default().to_owned();
+    // Where each is lost, as it says itself.
+    let lost_at = |slot: &str| relay.slot(slot).unwrap()["safe_wal_size"].as_u64().unwrap() + relay.flushed();
+    let places = ["far", "near"].map(|slot| (slot, lost_at(slot)));
     let mut seen = Vec::new();
-    for _ in 0..50 {
-        written(&primary, &relay, MB);
-        let held = bytes_in(&relay.wal_dir());
+    // No state lasts for less than a segment.
+    for _ in 0..90 {
+        written(&primary, &relay, MB / 2);
+        let held = bytes_held(&relay);
         assert!(held <= BUDGET, "{held} bytes of segment files, the budget is {BUDGET}");
         assert_eq!(relay.condition(), "healthy");
+        for (slot, lost_at) in places {
+            let (end, is_lost) = (relay.flushed(), status(slot) == "lost");
+            assert!(!is_lost || end >= lost_at, "{slot} is lost at {end}, before {lost_at}");
+            assert!(is_lost || end < lost_at + MB, "{slot} is not lost at {end}, after {lost_at}");
+        }
         let now = (status("far"), status("near"));
         if seen.last() != Some(&now) {
             seen.push(now);
         }
     }
-    let (reserved, lost) = ("reserved".to_owned(), "lost".to_owned());
-    let expected =
-        [(reserved.clone(), reserved.clone()), (lost.clone(), reserved), (lost.clone(), lost.clone())];
-    assert_eq!(seen, expected);
+    let states = |place: fn(&(String, String)) -> &String| {
+        let mut states: Vec<_> = seen.iter().map(|pair| place(pair).as_str()).collect();
+        states.dedup();
+        states
+    };
+    assert_eq!(states(|pair| &pair.0), ["reserved", "unreserved", "lost"]);
+    assert_eq!(states(|pair| &pair.1), ["reserved", "unreserved", "lost"]);
     for slot in ["far", "near"] {
         let slot = relay.slot(slot).unwrap();
         assert_eq!(slot["invalidation_reason"], "wal_removed");
@@ -135,11 +177,25 @@ fn wal_that_no_slot_needs_goes_before_a_slot() {
     relay.start();
     let unnamed = written(&primary, &relay, MB);
     leave(&relay, None, "pg_receivewal", unnamed);
-    written(&primary, &relay, 25 * MB);
+    let spares = || {
+        let names = std::fs::read_dir(relay.wal_dir())
+            .unwrap()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        names.filter(|name| name.starts_with("walrelay.spare.")).count()
+    };
+    wait_until("segments to be prepared", || spares() > 1);
+    let given_up = || relay.metric("walrelay_store_budget_segments_total").unwrap_or_default();
+    assert_eq!(given_up(), 0.0);
+    for _ in 0..25 {
+        written(&primary, &relay, MB);
+        // What is only prepared goes before any WAL, but for one.
+        assert!(given_up() == 0.0 || spares() <= 1, "{} prepared segments", spares());
+    }
+    assert!(given_up() > 0.0);
     let position = primary.flushed();
     leave(&relay, Some("kept"), "kept", position);
     written(&primary, &relay, 8 * MB);
-    assert!(bytes_in(&relay.wal_dir()) <= 16 * MB);
+    assert!(bytes_held(&relay) <= 16 * MB);
     assert!(relay.oldest() > unnamed);
     assert_eq!(relay.slot("kept").unwrap()["wal_status"], "reserved");
     assert!(relay.metric("walrelay_store_budget_segments_total") > Some(0.0));
@@ -149,6 +205,61 @@ fn wal_that_no_slot_needs_goes_before_a_slot() {
     written(&primary, &relay, 3 * MB);
     let error = client.rows("CREATE_REPLICATION_SLOT late PHYSICAL RESERVE_WAL").unwrap_err();
     assert_eq!(error.code, "53100", "{error:?}");
+}
+
+#[test]
+fn a_slot_that_is_granted_has_what_the_budget_leaves_though_old_wal_fills_it() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = Relay::new("relay", primary.port)
+        .with("store.wal_keep_size", "\"1GB\"")
+        .with("store.disk_budget", "\"16MB\"");
+    relay.start();
+    written(&primary, &relay, 25 * MB);
+    primary.checkpoint();
+    relay.wait_flushed(primary.flushed());
+    let mut client = RawClient::replication(relay.port).unwrap();
+    client.rows("CREATE_REPLICATION_SLOT fresh PHYSICAL RESERVE_WAL").unwrap();
+    for _ in 0..10 {
+        written(&primary, &relay, MB);
+        assert_eq!(relay.slot("fresh").unwrap()["wal_status"], "reserved");
+    }
+    assert!(bytes_held(&relay) <= 16 * MB);
+}
+
+#[test]
+fn wal_is_kept_for_a_pg_receivewal_that_never_says_what_it_has_flushed() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = Relay::new("relay", primary.port)
+        .with("store.wal_keep_size", "\"0\"")
+        .with("store.tail_size", "\"2MB\"")
+        .with("store.unwritten_size", "\"2MB\"")
+        .with("store.retain_without_slot", "\"1h\"");
+    relay.start();
+    let arguments = ["--status-interval=1"];
+    let mut receiver = PgReceivewal::start(&installation, relay.port, &arguments);
+    relay.wait_downstream("pg_receivewal", "streaming");
+    let position = written(&primary, &relay, 3 * MB + MB / 2);
+    let segment = position - position % MB;
+    wait_until("the relay to know what it has written", || {
+        let sessions = relay.downstream("pg_receivewal");
+        let lsn_of = |column: &str| sessions.first()?[column].as_str().map(lsn);
+        assert_eq!(lsn_of("flush_lsn"), None, "it says what it has flushed");
+        lsn_of("write_lsn") >= Some(position)
+    });
+    assert_eq!(relay.status()["consumers"][0]["restart_lsn"], lsn_text(segment).as_str());
+    receiver.process.signal(Signal::INT);
+    assert!(receiver.process.wait_for_end().success(), "{}", receiver.log());
+    written(&primary, &relay, 20 * MB);
+    wait_until("what nobody needs to go", || relay.oldest() >= segment);
+    assert_eq!(relay.oldest(), segment);
+    // It comes back, and its files are the primary's.
+    let receiver = PgReceivewal::start_into(&installation, relay.port, &arguments, receiver.folder());
+    let upto = primary.switch_wal();
+    let upto = upto - upto % MB;
+    wait_until("pg_receivewal to complete its segments", || receiver.completed(MB) >= upto);
+    assert_same_wal(receiver.folder(), &primary, upto);
 }
 
 #[test]

@@ -37,8 +37,8 @@ impl Seen {
 }
 
 impl Pair {
-    /// Slots may keep 8 segments, 6 of them within `max_wal_size`.
-    fn start(installation: &Installation, timeout: Option<&str>) -> Self {
+    /// Slots may keep 8 segments, 6 of them within `max_wal_size`; `others` are settings that both have, instead or beside.
+    fn start(installation: &Installation, others: &[(&str, &str)]) -> Self {
         let mut settings = Settings::new()
             .segment_size_mb(1)
             .line("wal_keep_size = 0")
@@ -47,8 +47,8 @@ impl Pair {
             .line("min_wal_size = 2MB")
             .line("checkpoint_timeout = 1h")
             .line("checkpoint_completion_target = 0.5");
-        if let Some(timeout) = timeout {
-            settings = settings.line(&format!("idle_replication_slot_timeout = '{timeout}'"));
+        for (name, value) in others {
+            settings = settings.line(&format!("{name} = '{value}'"));
         }
         let primary = settings.start(installation);
         let mut relay = Relay::new("relay", primary.port)
@@ -58,8 +58,8 @@ impl Pair {
             // What is in memory yet would be served.
             .with("store.tail_size", "\"2MB\"")
             .with("store.unwritten_size", "\"2MB\"");
-        if let Some(timeout) = timeout {
-            relay.set("store.idle_replication_slot_timeout", &format!("{timeout:?}"));
+        for (name, value) in others {
+            relay.set(&format!("store.{name}"), &format!("{value:?}"));
         }
         relay.start();
         let pair = Self { primary, relay };
@@ -202,7 +202,7 @@ fn next_error(client: &mut RawClient) -> ServerError {
 fn a_slot_left_behind_goes_through_the_states_of_the_primarys() {
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
-        let pair = Pair::start(&installation, None);
+        let pair = Pair::start(&installation, &[]);
         for port in pair.ports() {
             let mut client = RawClient::replication(port).unwrap();
             client.rows("CREATE_REPLICATION_SLOT fresh PHYSICAL").unwrap();
@@ -265,6 +265,8 @@ fn what_is_lost_is_answered_alike(pair: &Pair, major: u32, position: u64) {
         });
         let used = pair.agree("consumer");
         assert_eq!(used.status(), if major >= 16 { "unreserved" } else { "reserved" }, "{used:?}");
+        let retained = pair.relay.metric("walrelay_slot_retained_bytes{slot_name=\"consumer\"}");
+        assert_eq!(retained.is_some(), major < 16, "{retained:?}");
         drop(clients);
         wait_until("the consumers to be gone", || pair.of_both("consumer").iter().all(|seen| !seen.active));
         assert_eq!(pair.agree("consumer").status(), if major >= 16 { "lost" } else { "reserved" });
@@ -280,7 +282,7 @@ fn what_is_lost_is_answered_alike(pair: &Pair, major: u32, position: u64) {
 fn a_consumer_that_streams_too_slowly_is_ended_before_its_slot_is_taken() {
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
-        let mut pair = Pair::start(&installation, None);
+        let mut pair = Pair::start(&installation, &[]);
         pair.settle();
         let position = pair.primary.flushed();
         // They read what is sent: a server waits for that before it ends a session. They report nothing.
@@ -309,7 +311,7 @@ fn a_consumer_that_streams_too_slowly_is_ended_before_its_slot_is_taken() {
 fn a_slot_that_nobody_uses_times_out_as_the_primarys() {
     for major in chosen_majors().into_iter().filter(|major| *major >= 18) {
         let Some(installation) = Installation::of(major) else { continue };
-        let pair = Pair::start(&installation, Some("2s"));
+        let pair = Pair::start(&installation, &[("idle_replication_slot_timeout", "2s")]);
         let position = pair.slot_left_behind("idle");
         let since: String = wait_for("inactive_since", || {
             pair.relay.slot("idle")?["inactive_since"].as_str().map(str::to_owned)
@@ -320,13 +322,127 @@ fn a_slot_that_nobody_uses_times_out_as_the_primarys() {
         assert_eq!(seconds, "t", "inactive since {since}");
         pair.next_segment();
         assert_eq!(pair.agree("idle").status(), "reserved", "before its time");
+        assert!(pair.relay.metric("walrelay_slot_retained_bytes{slot_name=\"idle\"}") > Some(0.0));
         std::thread::sleep(Duration::from_secs(4));
         pair.next_segment();
         let seen = pair.agree("idle");
         assert_eq!((seen.status(), seen.restart_lsn), ("lost", Some(position)));
         assert_eq!(seen.invalidation_reason.as_deref(), Some("idle_timeout"));
+        // It has its position still, and nothing is kept from there on.
+        assert_eq!(pair.relay.metric("walrelay_slot_retained_bytes{slot_name=\"idle\"}"), None);
         let error = pair.refusal(|client| end_of_stream(client, "idle", position));
         assert!(error.code == "55000" && error.detail.contains("idle_timeout"), "{error:?}");
+    }
+}
+
+#[test]
+fn a_temporary_slot_times_out_while_its_session_does_nothing() {
+    for major in chosen_majors().into_iter().filter(|major| *major >= 18) {
+        let Some(installation) = Installation::of(major) else { continue };
+        let pair = Pair::start(&installation, &[("idle_replication_slot_timeout", "2s")]);
+        let mut clients = pair.ports().map(|port| RawClient::replication(port).unwrap());
+        for client in &mut clients {
+            client.rows("CREATE_REPLICATION_SLOT passing TEMPORARY PHYSICAL RESERVE_WAL").unwrap();
+        }
+        let seen = pair.agree("passing");
+        assert_eq!((seen.status(), seen.active), ("reserved", true));
+        assert!(seen.restart_lsn.is_some());
+        std::thread::sleep(Duration::from_secs(4));
+        pair.next_segment();
+        let errors = clients.map(|mut client| next_error(&mut client));
+        assert_eq!(errors[0], errors[1], "PostgreSQL {major}");
+        assert_eq!(errors[1].code, "57P01", "{errors:?}");
+        wait_until("the slots to be gone with their sessions", || {
+            let rows = pair.primary.sql("select count(*) from pg_replication_slots where temporary");
+            rows == "0" && pair.relay.slot("passing").is_none()
+        });
+    }
+}
+
+#[test]
+fn since_when_nobody_streams_with_a_slot_is_told_as_by_the_primary() {
+    for major in chosen_majors().into_iter().filter(|major| *major >= 17) {
+        let Some(installation) = Installation::of(major) else { continue };
+        let pair = Pair::start(&installation, &[]);
+        pair.slot_left_behind("left");
+        let position = pair.primary.flushed();
+        let _streaming = pair.ports().map(|port| {
+            let mut client = stream_with_new_slot(port, "used", position);
+            client.send_status(position, position, 0).unwrap();
+            pair.wait_for_position("used", port, position);
+            client
+        });
+        let _idle = pair.ports().map(|port| {
+            let mut client = RawClient::replication(port).unwrap();
+            client.rows("CREATE_REPLICATION_SLOT passing TEMPORARY PHYSICAL RESERVE_WAL").unwrap();
+            client
+        });
+        for (name, is_inactive) in [("left", true), ("used", false), ("passing", true)] {
+            let since = pair.relay.slot(name).unwrap()["inactive_since"].as_str().map(str::to_owned);
+            assert_eq!(since.is_some(), is_inactive, "PostgreSQL {major}: {name}: {since:?}");
+            let since = since.map_or("null".to_owned(), |since| format!("'{since}'::timestamptz"));
+            let same = format!(
+                "select coalesce(abs(extract(epoch from inactive_since - {since})) < 2, inactive_since is null) from pg_replication_slots where slot_name = '{name}'"
+            );
+            assert_eq!(pair.primary.sql(&same), "t", "PostgreSQL {major}: {name}: {since}");
+        }
+    }
+}
+
+#[test]
+fn a_slot_that_reserves_wal_begins_where_the_primarys_does_and_has_all_that_it_may_keep() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        // What is held when the slot is made is already all that a slot may keep.
+        let mut pair = Pair::start(&installation, &[("wal_keep_size", "8MB")]);
+        for _ in 0..10 {
+            pair.next_segment();
+        }
+        let reserve = |pair: &Pair, name: &str| {
+            for port in pair.ports() {
+                let mut client = RawClient::replication(port).unwrap();
+                client.rows(&format!("CREATE_REPLICATION_SLOT {name} PHYSICAL RESERVE_WAL")).unwrap();
+            }
+            pair.agree(name)
+        };
+        let seen = reserve(&pair, "backup");
+        assert_eq!(seen.status(), "reserved");
+        assert!(seen.restart_lsn.unwrap() >= pair.relay.oldest() + 6 * MB, "{seen:?}");
+        // Also by a relay that has received no checkpoint since its start.
+        pair.relay.terminate();
+        pair.relay.start();
+        assert_eq!(reserve(&pair, "after_a_restart").restart_lsn, seen.restart_lsn);
+        let mut kept = 0;
+        loop {
+            pair.next_segment();
+            let now = pair.agree("backup");
+            if now.status() == "lost" {
+                break;
+            }
+            assert_eq!(now.restart_lsn, seen.restart_lsn);
+            kept += 1;
+        }
+        assert!(kept >= 8, "lost after {kept} segments");
+    }
+}
+
+#[test]
+fn wal_keep_size_beyond_what_slots_may_keep_is_kept_for_them_too() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let pair =
+            Pair::start(&installation, &[("wal_keep_size", "12MB"), ("max_slot_wal_keep_size", "3MB")]);
+        let position = pair.slot_left_behind("consumer");
+        let mut states: Vec<String> = Vec::new();
+        for _ in 0..17 {
+            let seen = pair.agree("consumer");
+            if states.last().map(String::as_str) != Some(seen.status()) {
+                states.push(seen.status().to_owned());
+            }
+            assert!(seen.status() == "lost" || seen.restart_lsn == Some(position));
+            pair.next_segment();
+        }
+        assert_eq!(states, ["reserved", "extended", "unreserved", "lost"], "PostgreSQL {major}");
     }
 }
 
