@@ -380,6 +380,7 @@ mod tests {
     fn futures_poll(future: &mut std::pin::Pin<Box<impl Future<Output = ()>>>) -> std::task::Poll<()> {
         future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop()))
     }
+
     /// What is shown of those who stream on `timeline`: name and flush.
     fn shown(registry: &Registry, timeline: u32) -> Vec<(String, u64)> {
         let mut shown = Vec::new();

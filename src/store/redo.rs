@@ -109,16 +109,8 @@ mod tests {
 
     use super::*;
     use crate::store::disk::RealDisk;
-    use crate::store::health::Observer;
-    use crate::store::{Condition, Positions};
+    use crate::store::small::Deaf;
     use crate::wal::{SegmentSize, TimelineId};
-
-    struct Deaf;
-
-    impl Observer for Deaf {
-        fn positions_changed(&self, _: Positions) {}
-        fn condition_changed(&self, _: Condition) {}
-    }
 
     fn at(raw: u64) -> Lsn {
         Lsn::new(raw).unwrap()
