@@ -10,7 +10,7 @@ use aws_lc_rs::constant_time::verify_slices_are_equal;
 use axum::{
     Router,
     extract::{Request, State},
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -178,15 +178,24 @@ async fn status(State(shared): State<Arc<Shared>>) -> Response {
     axum::Json(shared.pages.status()).into_response()
 }
 
-async fn fence(State(shared): State<Arc<Shared>>) -> Response {
-    set_fence(&shared, FenceWish::Fence).await
+async fn fence(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    set_fence(&shared, &headers, FenceWish::Fence).await
 }
 
-async fn unfence(State(shared): State<Arc<Shared>>) -> Response {
-    set_fence(&shared, FenceWish::Unfence).await
+async fn unfence(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    set_fence(&shared, &headers, FenceWish::Unfence).await
 }
 
-async fn set_fence(shared: &Shared, wish: FenceWish) -> Response {
+async fn set_fence(shared: &Shared, headers: &HeaderMap, wish: FenceWish) -> Response {
+    if let Some(meant) = headers.get(RELAY_HEADER) {
+        let name = shared.pages.status().get("name").and_then(|name| Some(name.as_str()?.to_owned()));
+        let name = name.unwrap_or_default();
+        // Blanks at the ends of a header are nobody's.
+        if meant.as_bytes() != name.trim().as_bytes() {
+            let error = format!("this is relay \"{name}\"");
+            return (StatusCode::CONFLICT, axum::Json(serde_json::json!({ "error": error }))).into_response();
+        }
+    }
     match shared.operations.set_fence(wish).await {
         Ok(told) => axum::Json(told).into_response(),
         Err(why) => {
@@ -194,6 +203,9 @@ async fn set_fence(shared: &Shared, wish: FenceWish) -> Response {
         }
     }
 }
+
+/// Header of a request that changes something: the name of the relay that is meant. Another one that is reached does nothing.
+pub const RELAY_HEADER: &str = "walrelay-name";
 
 /// HTTP connections served at a time; further ones wait in the listen queue.
 pub const CONNECTIONS_MAX: usize = 16;
@@ -315,5 +327,18 @@ mod tests {
         let right = "Authorization: Bearer canary\r\n";
         assert!(ask(address, "POST", "/fence", right).await.ends_with("{\"fenced\":true}"));
         assert!(ask(address, "POST", "/unfence", right).await.ends_with("{\"fenced\":false}"));
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_was_not_meant_changes_nothing() {
+        let address = start(Some("canary")).await;
+        let meant = |name: &str| format!("Authorization: Bearer canary\r\n{RELAY_HEADER}: {name}\r\n");
+        for path in ["/fence", "/unfence"] {
+            let answer = ask(address, "POST", path, &meant("dc1_a")).await;
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            let answer = ask(address, "POST", path, &meant("dc1_b")).await;
+            assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
+            assert!(answer.ends_with("{\"error\":\"this is relay \\\"dc1_a\\\"\"}"), "{answer}");
+        }
     }
 }

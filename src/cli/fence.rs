@@ -14,7 +14,7 @@ use anyhow::{Context, anyhow, bail};
 use crate::cli::http::{self, Request};
 use crate::config::Config;
 use crate::status::{FenceStatus, Timestamp};
-use crate::store::{Fence, RealDisk, StoreError, fence_directory};
+use crate::store::{Fence, MustHold, RealDisk, StoreError, fence_directory};
 use crate::upstream::FENCE_TIME_MAX;
 use crate::wal::PgTimestamp;
 
@@ -24,6 +24,10 @@ pub struct Options {
     /// Configuration file of the relay.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Change the fence also in a data directory that holds no WAL. Without this such a directory is taken for one whose
+    /// disk is not mounted.
+    #[arg(long)]
+    empty: bool,
 }
 
 /// What is wanted.
@@ -44,7 +48,7 @@ pub fn run(options: &Options, wish: Wish) -> anyhow::Result<()> {
     };
     let told = match running {
         Some(told) => told,
-        None => change_directory(&config, wish)?,
+        None => change_directory(&config, options, wish)?,
     };
     writeln!(std::io::stdout(), "{told}")?;
     Ok(())
@@ -56,7 +60,8 @@ fn ask(address: SocketAddr, config: &Config, wish: Wish) -> anyhow::Result<Optio
         Wish::Fence => "/fence",
         Wish::Unfence => "/unfence",
     };
-    let request = Request { method: "POST", path, token: config.admin.token.as_ref() };
+    let request =
+        Request { method: "POST", path, token: config.admin.token.as_ref(), relay: Some(&config.relay.name) };
     let answer = match request.send(address, FENCE_TIME_MAX + ANSWER_TIME) {
         Ok(answer) => answer,
         Err(error) if http::is_refused(&error) => return Ok(None),
@@ -65,25 +70,41 @@ fn ask(address: SocketAddr, config: &Config, wish: Wish) -> anyhow::Result<Optio
     let text = answer.body.trim_end();
     match answer.status {
         200 => Ok(Some(text.to_owned())),
+        409 => bail!("another relay than \"{}\" listens at {address}: {}", config.relay.name, why(text)),
         401 => bail!("the relay at {address} does not accept the token of admin.token_file"),
         403 => bail!("the relay at {address} was started without a token: {text}"),
-        _ => {
-            let told: Option<serde_json::Value> = serde_json::from_str(text).ok();
-            let why = told.as_ref().and_then(|told| told.get("error")?.as_str()).unwrap_or(text);
-            bail!("the relay at {address} answered with status {}: {why}", answer.status)
-        }
+        status => bail!("the relay at {address} answered with status {status}: {}", why(text)),
     }
 }
 
+/// Why it was not done, as the relay says it.
+fn why(answer: &str) -> String {
+    let told: Option<serde_json::Value> = serde_json::from_str(answer).ok();
+    let why = told.as_ref().and_then(|told| told.get("error")?.as_str());
+    why.unwrap_or(answer).to_owned()
+}
+
 /// Where no relay runs.
-fn change_directory(config: &Config, wish: Wish) -> anyhow::Result<String> {
+fn change_directory(config: &Config, options: &Options, wish: Wish) -> anyhow::Result<String> {
     let data_dir = &config.relay.data_dir;
     check_owner(data_dir)?;
     let since = PgTimestamp::from_system_time(SystemTime::now());
     let fence = (wish == Wish::Fence).then_some(Fence { since });
-    let told = fence_directory(data_dir, &RealDisk, fence).map_err(|error| match error {
+    let must_hold = match (config.relay.data_must_exist, options.empty) {
+        (true, _) => MustHold::Wal,
+        (false, false) => MustHold::WalOrFence,
+        (false, true) => MustHold::Nothing,
+    };
+    let told = fence_directory(data_dir, &RealDisk, fence, must_hold).map_err(|error| match error {
         error @ StoreError::Locked { .. } => {
             anyhow!(error).context("the relay runs, but nobody listens on its admin.listen")
+        }
+        error @ StoreError::NoWal { .. } => {
+            let advice = match must_hold {
+                MustHold::Wal => "relay.data_must_exist is set",
+                _ => "mount its disk, or add --empty if the relay has never run",
+            };
+            anyhow!("the relay does not run, and {error}: {advice}")
         }
         error => {
             anyhow!(error).context("the relay does not run, and its data directory could not be changed")

@@ -12,6 +12,8 @@ use std::{
 use anyhow::{Result, anyhow};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::admin::RELAY_HEADER;
+
 /// A request without a body.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Request<'a> {
@@ -21,6 +23,8 @@ pub(super) struct Request<'a> {
     pub(super) path: &'a str,
     /// What is shown to be let in.
     pub(super) token: Option<&'a SecretString>,
+    /// Name of the relay that is meant; another one does nothing.
+    pub(super) relay: Option<&'a str>,
 }
 
 /// What came back.
@@ -41,8 +45,9 @@ impl Request<'_> {
         let authorization = self
             .token
             .map_or_else(String::new, |token| format!("Authorization: Bearer {}\r\n", token.expose_secret()));
+        let meant = self.relay.map_or_else(String::new, |name| format!("{RELAY_HEADER}: {name}\r\n"));
         let Self { method, path, .. } = self;
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{authorization}");
+        let head = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n{authorization}{meant}");
         stream.write_all(format!("{head}Content-Length: 0\r\nConnection: close\r\n\r\n").as_bytes())?;
         let mut answer = Vec::new();
         let read = stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer);

@@ -53,6 +53,12 @@ pub enum StoreError {
         /// The data directory.
         path: PathBuf,
     },
+    /// There is none where there should be.
+    #[error("data directory \"{}\" holds no WAL", path.display())]
+    NoWal {
+        /// The data directory.
+        path: PathBuf,
+    },
     /// The index names segments, but no segment is there.
     #[error("data directory \"{}\" has lost its WAL: {segments} segments are missing from \"wal\"", path.display())]
     WalMissing {

@@ -68,11 +68,23 @@ pub struct FencedDirectory {
     pub holds: Option<(SystemId, TimelineId)>,
 }
 
+/// What must be in a directory for its fence to be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MustHold {
+    /// WAL: anything else is a disk that is not mounted.
+    Wal,
+    /// WAL, or a fence that was set before there was any.
+    WalOrFence,
+    /// Nothing.
+    Nothing,
+}
+
 /// Sets or takes away the fence of a directory that no relay has open; durable on return.
 pub fn fence_directory(
     data_dir: &Path,
     disk: &dyn Disk,
     fence: Option<Fence>,
+    must_hold: MustHold,
 ) -> Result<FencedDirectory, StoreError> {
     let layout = Layout::new(data_dir);
     // One that is not there is not made: it is hardly the right one. One that is empty is closed to others, as at a first start.
@@ -81,6 +93,14 @@ pub fn fence_directory(
     let _lock = open::lock(disk, &layout)?;
     let control = Control::read(disk, &layout)?;
     let standing = read(disk, &layout)?;
+    let is_right = match must_hold {
+        MustHold::Wal => control.is_some(),
+        MustHold::WalOrFence => control.is_some() || standing.is_some(),
+        MustHold::Nothing => true,
+    };
+    if !is_right {
+        return Err(StoreError::NoWal { path: data_dir.to_owned() });
+    }
     let changes = standing.is_some() != fence.is_some();
     if changes {
         write(disk, &layout, fence)?;
@@ -131,21 +151,46 @@ mod tests {
         assert_eq!(open_in(&dir).fence(), None);
     }
 
+    fn fence_in(dir: &Path, fence: Option<Fence>) -> Result<FencedDirectory, StoreError> {
+        fence_directory(dir, &RealDisk, fence, MustHold::Nothing)
+    }
+
     #[test]
     fn a_directory_is_fenced_without_a_relay_and_not_behind_the_back_of_one() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("data");
-        assert!(fence_directory(&dir, &RealDisk, Some(FENCE)).is_err(), "it was never made");
+        assert!(fence_in(&dir, Some(FENCE)).is_err(), "it was never made");
         let store = open_in(&dir);
-        let error = fence_directory(&dir, &RealDisk, Some(FENCE)).unwrap_err();
+        let error = fence_in(&dir, Some(FENCE)).unwrap_err();
         assert!(matches!(error, StoreError::Locked { .. }), "{error}");
         drop(store);
-        let told = fence_directory(&dir, &RealDisk, Some(FENCE)).unwrap();
+        let told = fence_in(&dir, Some(FENCE)).unwrap();
         assert_eq!(told, FencedDirectory { fence: Some(FENCE), holds: None });
-        let again = fence_directory(&dir, &RealDisk, Some(Fence { since: PgTimestamp(5) })).unwrap();
+        let again = fence_in(&dir, Some(Fence { since: PgTimestamp(5) })).unwrap();
         assert_eq!(again, told);
         assert_eq!(open_in(&dir).fence(), Some(FENCE));
-        assert_eq!(fence_directory(&dir, &RealDisk, None).unwrap().fence, None);
+        assert_eq!(fence_in(&dir, None).unwrap().fence, None);
         assert_eq!(open_in(&dir).fence(), None);
+    }
+
+    #[test]
+    fn a_directory_without_wal_may_be_one_whose_disk_is_not_mounted() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        for must_hold in [MustHold::Wal, MustHold::WalOrFence] {
+            for fence in [Some(FENCE), None] {
+                let error = fence_directory(dir, &RealDisk, fence, must_hold).unwrap_err();
+                assert!(matches!(error, StoreError::NoWal { .. }), "{error}");
+            }
+            assert!(!dir.join("walrelay.fence").exists());
+        }
+        fence_in(dir, Some(FENCE)).unwrap();
+        // What was set can be set again and taken away, but not where there must be WAL.
+        let error = fence_directory(dir, &RealDisk, None, MustHold::Wal).unwrap_err();
+        assert!(matches!(error, StoreError::NoWal { .. }), "{error}");
+        for fence in [Some(FENCE), None] {
+            let told = fence_directory(dir, &RealDisk, fence, MustHold::WalOrFence).unwrap();
+            assert_eq!(told.fence, fence);
+        }
     }
 }

@@ -183,7 +183,7 @@ pub use control::{Identity, ServerFacts, unique_name};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
-pub use fence::{Fence, FencedDirectory, fence_directory};
+pub use fence::{Fence, FencedDirectory, MustHold, fence_directory};
 pub use health::{Observer, SlotCause, SlotNotice};
 pub use positions::Positions;
 pub use reader::{ColdRead, Read, WalReader};

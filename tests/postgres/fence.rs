@@ -215,8 +215,14 @@ fn the_primary_stops_at_once_fenced_or_not_when_those_whose_flush_counts_are_dea
 
 /// Runs `walrelay fence` or `unfence`; returns its exit status, what it prints as JSON, and what it complains.
 fn command(name: &str, relay: &Relay) -> (Option<i32>, Value, String) {
+    command_with(&[name], relay)
+}
+
+/// The same with other arguments beside the configuration.
+fn command_with(arguments: &[&str], relay: &Relay) -> (Option<i32>, Value, String) {
     let config = relay.write_config();
-    let (status, told, complaint) = Relay::command(&[name, "--config", config.to_str().unwrap()]);
+    let (status, told, complaint) =
+        Relay::command(&[arguments, &["--config", config.to_str().unwrap()]].concat());
     (status.code(), serde_json::from_str(&told).unwrap_or(Value::Null), complaint)
 }
 
@@ -229,9 +235,22 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     let (status, _, complaint) = command("fence", &relay);
     assert_eq!(status, Some(1), "{complaint}");
     assert!(complaint.contains("the relay does not run, and there is no data directory"), "{complaint}");
-    // It has a directory and holds nothing: also this one must not begin to acknowledge.
+    // It has a directory and holds nothing: most likely its disk is not mounted, and the fence would be lost when it is.
     std::fs::create_dir(relay.data_dir()).unwrap();
-    let (status, told, complaint) = command("fence", &relay);
+    for name in ["fence", "unfence"] {
+        let (status, _, complaint) = command(name, &relay);
+        assert_eq!(status, Some(1), "{complaint}");
+        assert!(complaint.contains("holds no WAL: mount its disk, or add --empty"), "{complaint}");
+        // Where there must be WAL nothing helps.
+        relay.set("relay.data_must_exist", "true");
+        let (status, _, complaint) = command_with(&[name, "--empty"], &relay);
+        assert_eq!(status, Some(1), "{complaint}");
+        assert!(complaint.contains("holds no WAL: relay.data_must_exist is set"), "{complaint}");
+        relay.unset("relay.data_must_exist");
+    }
+    assert!(!relay.data_dir().join("walrelay.fence").exists());
+    // Also one that has never run must not begin to acknowledge.
+    let (status, told, complaint) = command_with(&["fence", "--empty"], &relay);
     assert_eq!(
         (status, &told["fenced"], &told["timeline"]),
         (Some(0), &Value::Bool(true), &Value::Null),
@@ -261,6 +280,16 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     let (status, told, _) = command("unfence", &relay);
     assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(false)));
     relay.start();
+    assert!(!is_fenced(&relay));
+    // Somebody else listens where it should.
+    let other = Relay::new("other", primary.port)
+        .with_token()
+        .with("admin.listen", &format!("\"127.0.0.1:{}\"", relay.admin_port));
+    for name in ["fence", "unfence"] {
+        let (status, _, complaint) = command(name, &other);
+        assert_eq!(status, Some(1), "{complaint}");
+        assert!(complaint.contains("another relay than \"other\" listens at"), "{complaint}");
+    }
     assert!(!is_fenced(&relay));
     // The relay runs, and cannot be asked.
     let without_token = Relay::new("relay", primary.port).with_data_dir(relay.data_dir());

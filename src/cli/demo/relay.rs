@@ -220,7 +220,7 @@ impl Relay {
 
     /// The body of a page; an answer other than 200 is an error.
     pub fn page(&self, path: &str) -> Result<String> {
-        let request = http::Request { method: "GET", path, token: None };
+        let request = http::Request { method: "GET", path, token: None, relay: None };
         let answer = request.send(self.admin, HTTP_WAIT)?;
         if answer.status != 200 {
             bail!("GET {path}: status {}: {}", answer.status, answer.body.trim_end());
