@@ -86,7 +86,9 @@ struct Streaming<'a>(&'a DownstreamContext);
 
 impl Feedbacks for DownstreamContext {
     fn smallest(&self) -> Feedback {
-        self.registry.feedback().and(self.store.slots().feedback())
+        // What was said before it could be checked is checked again: the primary would take nothing of what goes with it.
+        let next = self.store.next_xid();
+        self.registry.feedback(next).and(self.store.slots().feedback(next))
     }
 }
 

@@ -123,11 +123,11 @@ impl Registry {
         self.moved.subscribe()
     }
 
-    /// The smallest of what the sessions' standbys hold back.
-    pub(super) fn feedback(&self) -> Feedback {
+    /// The smallest of what the sessions' standbys hold back, but for what cannot be true when `next` is given out next.
+    pub(super) fn feedback(&self, next: Option<FullXid>) -> Feedback {
         let sessions = self.sessions.lock();
         let all = sessions.by_pid.values().map(|session| session.live.lock().feedback);
-        all.fold(Feedback::default(), Feedback::and)
+        all.filter(|held_back| held_back.is_plausible(next)).fold(Feedback::default(), Feedback::and)
     }
 
     /// Adds a session. The key must be secret: who knows it may cancel the session's command.

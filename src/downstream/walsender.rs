@@ -348,7 +348,7 @@ impl<S: Stream> WalSender<'_, S> {
             return;
         }
         if let Some(slot) = &self.slot {
-            slot.note_feedback(said);
+            slot.note_feedback(said, next);
         }
         let has_slot = self.slot.is_some();
         self.registration.update(|live| {

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use crate::support::MB;
 use crate::support::lab::Installation;
+use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
@@ -151,6 +153,51 @@ fn a_client_that_lies_about_transactions_changes_nothing() {
     drop(liar);
     primary.wait_for_sql(catalog, "");
     wait_until("the liar to be gone", || relay.downstream("raw").is_empty());
+}
+
+#[test]
+fn lies_that_were_believed_are_forgotten_when_a_checkpoint_tells_better() {
+    let Some(installation) = Installation::in_turn(0) else { return };
+    let (primary, mut relay) = chain(&installation);
+    let standby = primary.standby("standby", relay.port, EAGER);
+    // A relay that was just started, and gets no checkpoint again, knows of no transaction.
+    write_wal(&primary, MB);
+    standby.wait_replayed(primary.flushed());
+    relay.restart_after_kill();
+    let mut liars = Vec::new();
+    for slot in [None, Some("liar")] {
+        let mut liar = RawClient::replication(relay.port).unwrap();
+        if let Some(name) = slot {
+            liar.query(&format!("CREATE_REPLICATION_SLOT {name} PHYSICAL RESERVE_WAL")).unwrap();
+        }
+        let (_, timeline, position) = identify_system(&mut liar);
+        liar.start_replication(slot, position, timeline).unwrap();
+        // Of an epoch that has not begun.
+        liar.send_feedback((1_000_000, 7), (5, 0)).unwrap();
+        liars.push(liar);
+    }
+    wait_until("the lies to be believed", || {
+        let status = relay.status();
+        let slots = status["slots"].as_array().unwrap().clone();
+        slots.iter().any(|slot| slot["xmin"] == 1_000_000)
+            && relay.downstream("raw").iter().any(|raw| raw["backend_xmin"] == 5)
+    });
+    write_transactions(&primary);
+    standby.wait_replayed(primary.flushed());
+    let (_reader, xmin) = reader(&standby);
+    assert_ne!(held_back(&primary), xmin, "nothing is in the way");
+    write_transactions(&primary);
+    primary.checkpoint();
+    // It is in WAL that is verified when a record follows it.
+    write_transactions(&primary);
+    relay.wait_flushed(primary.flushed());
+    wait_held_back(&primary, &xmin);
+    // Who stops lying is heard, also where a slot has kept the lie.
+    let honest: u32 = xmin.parse::<u32>().unwrap() - 1;
+    liars[1].send_feedback((honest, 0), (0, 0)).unwrap();
+    wait_until("what the slot keeps to be true", || {
+        relay.slot("liar").is_some_and(|slot| slot["xmin"] == honest && slot["catalog_xmin"].is_null())
+    });
 }
 
 #[test]

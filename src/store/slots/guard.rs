@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use crate::protocol::feedback::Feedback;
 use crate::store::slots::{Slot, SlotTable, WhenInvalid};
-use crate::wal::{Lsn, PgTimestamp};
+use crate::wal::{FullXid, Lsn, PgTimestamp};
 
 /// The use of a slot by one session; ends when dropped.
 pub struct SlotGuard {
@@ -37,11 +37,13 @@ impl SlotGuard {
         });
     }
 
-    /// What the consumer's queries hold back; a slot that is of no use any more holds back nothing.
-    pub fn note_feedback(&self, said: Feedback) {
+    /// What the consumer's queries hold back; a slot that is of no use any more holds back nothing. What was kept and cannot be
+    /// true when `next` is given out next is forgotten: nothing that is would be further ahead.
+    pub fn note_feedback(&self, said: Feedback, next: Option<FullXid>) {
         self.with_slot(|slot| {
             if slot.invalidation.is_none() {
-                slot.feedback = slot.feedback.advanced_to(said);
+                let kept = Some(slot.feedback).filter(|kept| kept.is_plausible(next));
+                slot.feedback = kept.unwrap_or_default().advanced_to(said);
             }
         });
     }

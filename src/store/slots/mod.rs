@@ -22,7 +22,7 @@ use crate::store::disk::Disk;
 use crate::store::error::StoreError;
 use crate::store::health::Health;
 use crate::store::slot_limits::{InvalidationReason, SlotPosition};
-use crate::wal::{Lsn, PgTimestamp, SegmentNo, SegmentSize};
+use crate::wal::{FullXid, Lsn, PgTimestamp, SegmentNo, SegmentSize};
 
 pub use guard::SlotGuard;
 pub(super) use invalidate::{Enforced, Taken};
@@ -302,11 +302,12 @@ impl SlotTable {
         }
     }
 
-    /// The smallest of what the consumers of valid slots hold back.
-    pub fn feedback(&self) -> Feedback {
+    /// The smallest of what the consumers of valid slots hold back, but for what cannot be true when `next` is given out next.
+    pub fn feedback(&self, next: Option<FullXid>) -> Feedback {
         let slots = self.0.slots.lock();
         let valid = slots.by_name.values().filter(|slot| slot.invalidation.is_none());
-        valid.fold(Feedback::default(), |all, slot| all.and(slot.feedback))
+        let held_back = valid.map(|slot| slot.feedback).filter(|held_back| held_back.is_plausible(next));
+        held_back.fold(Feedback::default(), Feedback::and)
     }
 
     /// The oldest position that a slot keeps.

@@ -230,19 +230,39 @@ fn what_a_consumer_holds_back_outlives_its_session_and_the_process_but_not_the_s
         for (name, xmin) in [("a", 700), ("b", 800)] {
             slots.create(name, SlotKind::Permanent, Some(at(5))).unwrap();
             let guard = slots.acquire(name, 1, WhenInvalid::Refuse).unwrap();
-            guard.note_feedback(held(xmin));
-            guard.note_feedback(held(xmin - 1));
+            guard.note_feedback(held(xmin), None);
+            guard.note_feedback(held(xmin - 1), None);
         }
-        assert_eq!(slots.feedback(), held(700), "it goes forward only");
+        assert_eq!(slots.feedback(None), held(700), "it goes forward only");
         slots.save_now().unwrap();
     }
     let slots = table(dir.path());
-    assert_eq!(slots.feedback(), held(700));
+    assert_eq!(slots.feedback(None), held(700));
     let lost = |name: &str, _: &SlotPosition| (name == "a").then_some(InvalidationReason::WalRemoved);
     slots.enforce(Instant::now(), lost).unwrap();
-    assert_eq!(slots.feedback(), held(800));
+    assert_eq!(slots.feedback(None), held(800));
     slots.drop_slot("b", 1).unwrap();
-    assert_eq!(slots.feedback(), Feedback::default());
+    assert_eq!(slots.feedback(None), Feedback::default());
     drop(slots);
-    assert_eq!(table(dir.path()).feedback(), Feedback::default());
+    assert_eq!(table(dir.path()).feedback(None), Feedback::default());
+}
+
+#[test]
+fn what_cannot_be_true_is_neither_told_nor_in_the_way_once_that_shows() {
+    let dir = tempfile::tempdir().unwrap();
+    let held = |xmin: u64| Feedback { xmin: Some(FullXid(xmin)), catalog_xmin: None };
+    let slots = table(dir.path());
+    let guards = ["a", "b"].map(|name| {
+        slots.create(name, SlotKind::Permanent, Some(at(5))).unwrap();
+        slots.acquire(name, 1, WhenInvalid::Refuse).unwrap()
+    });
+    // Nobody knew better.
+    guards[0].note_feedback(held(1_000_000), None);
+    guards[1].note_feedback(held(700), None);
+    let next = Some(FullXid(900));
+    assert_eq!(slots.feedback(next), held(700));
+    guards[1].note_feedback(Feedback::default(), next);
+    assert_eq!(slots.feedback(next), Feedback::default());
+    guards[0].note_feedback(held(800), next);
+    assert_eq!(slots.feedback(next), held(800), "a slot only goes forward, but not from what never was");
 }
