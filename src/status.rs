@@ -141,19 +141,25 @@ pub struct AcknowledgeStatus {
     pub apply: Option<Lsn>,
     /// Whether WAL is acknowledged although the standbys that the policy asks for do not have it.
     pub degraded: bool,
-    /// WAL of which that was true, oldest first.
+    /// Whether nothing more is acknowledged because what was has been at no standby for too long.
+    pub held_back: bool,
+    /// WAL of which the first was true, oldest first.
     pub local_windows: Vec<LocalWindowStatus>,
 }
 
 /// WAL that was acknowledged while it was durable here alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct LocalWindowStatus {
+    /// The timeline that was received then.
+    pub timeline: TimelineId,
     /// Its start.
     pub from: Lsn,
     /// Its end.
     pub to: Lsn,
     /// Whether the standbys are still without it.
     pub open: bool,
+    /// Whether its timeline was left before it: then the standbys never had it, and never will.
+    pub left: bool,
 }
 
 /// Whether anything may be received or acknowledged.
@@ -199,8 +205,10 @@ pub struct UpstreamStatus {
     pub acknowledge: AcknowledgeStatus,
     /// `pg_stat_replication.sync_state` of this relay there, as last seen; absent where the server does not tell.
     pub sync_state: Option<String>,
-    /// Others that report there under this relay's `application_name`.
-    pub namesakes: u32,
+    /// Others that report there under this relay's `application_name`; absent where the server does not tell.
+    pub namesakes: Option<u32>,
+    /// Whether the primary is expected to wait for this relay and does not, or does not say so.
+    pub not_synchronous: bool,
     /// Whether it has been left on demand.
     pub fence: FenceStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
@@ -218,9 +226,13 @@ pub struct UpstreamStatus {
 }
 
 impl UpstreamStatus {
-    /// Whether something was lost or set aside that a person must know of, however well WAL flows now.
+    /// Whether something was lost or set aside that a person must know of, or nobody waits for it, however well WAL flows now.
     pub fn is_hurt(&self) -> bool {
-        self.lost.is_some() || self.removed.is_some() || self.started_empty || self.diverged
+        self.lost.is_some()
+            || self.removed.is_some()
+            || self.started_empty
+            || self.diverged
+            || self.not_synchronous
     }
 }
 

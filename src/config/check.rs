@@ -91,6 +91,8 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         })?,
         acknowledge_timeout: timeout("upstream.acknowledge_timeout", &raw.acknowledge_timeout)?,
         acknowledge_users: raw.acknowledge_users.clone(),
+        only_copy_time_max: timeout("upstream.only_copy_time_max", &raw.only_copy_time_max)?,
+        expect_sync: raw.expect_sync,
         hot_standby_feedback: raw.hot_standby_feedback,
         on_divergence: match raw.on_divergence.as_str() {
             "follow" => OnDivergence::Follow,

@@ -91,6 +91,10 @@ pub struct Upstream {
     pub acknowledge_timeout: Option<Duration>,
     /// User that must be behind an `application_name` for what it reports to count.
     pub acknowledge_users: BTreeMap<String, String>,
+    /// How long what was acknowledged may be nowhere else before nothing more is; `None`: for ever.
+    pub only_copy_time_max: Option<Duration>,
+    /// Whether the primary is expected to wait for this relay.
+    pub expect_sync: bool,
     /// Whether what standbys hold back by hot standby feedback is told upstream.
     pub hot_standby_feedback: bool,
     /// What to do when what is held goes beyond the fork of a new timeline.

@@ -197,6 +197,10 @@ pub struct UpstreamMetrics {
     pub lost: Gauge,
     /// 1 while a person must look at the upstream connection.
     pub needs_attention: Gauge,
+    /// 1 while the primary is expected to wait for this relay and does not, or does not say so.
+    pub not_synchronous: Gauge,
+    /// 1 while nothing is acknowledged because this has been the only copy for too long.
+    pub acknowledge_held_back: Gauge,
     /// 1 while nothing may be received or acknowledged.
     pub fenced: Gauge,
 }
@@ -240,6 +244,16 @@ impl UpstreamMetrics {
                 "walrelay_upstream_needs_attention",
                 None,
                 "1 while a person must look at the upstream connection",
+            ),
+            not_synchronous: metrics.gauge(
+                "walrelay_upstream_not_synchronous",
+                None,
+                "1 while the primary is expected to wait for this relay and does not, or does not say so",
+            ),
+            acknowledge_held_back: metrics.gauge(
+                "walrelay_upstream_acknowledge_held_back",
+                None,
+                "1 while nothing is acknowledged because this has been the only copy for too long",
             ),
             fenced: metrics.gauge(
                 "walrelay_fenced",

@@ -269,7 +269,8 @@ fn acknowledging(relay: &Relay) -> Acknowledging {
     let upstream = &relay.config.upstream;
     let registry = &relay.downstream.registry;
     Acknowledging::new(
-        Acknowledger::new(upstream.acknowledge.clone(), upstream.acknowledge_timeout),
+        Acknowledger::new(upstream.acknowledge.clone(), upstream.acknowledge_timeout)
+            .with_only_copy_time_max(upstream.only_copy_time_max),
         (Arc::clone(registry) as Arc<dyn Standbys>, registry.moved()),
         relay.store.clone(),
         relay.status.clone(),
@@ -314,7 +315,10 @@ fn upstream_settings(upstream: &config::Upstream, instance: Instances) -> Upstre
         sql_conninfo: upstream.sql_conninfo.clone(),
         patroni: upstream.patroni.clone(),
         slot: upstream.slot.clone(),
-        streams_by_slot: upstream.acknowledge == AcknowledgePolicy::Local,
+        // What is acknowledged may stand still while nothing more is needed from the upstream.
+        streams_by_slot: upstream.acknowledge == AcknowledgePolicy::Local
+            && upstream.only_copy_time_max.is_none(),
+        expect_sync: upstream.expect_sync,
         create_slot: upstream.create_slot,
         slot_wal_keep_max: upstream.slot_wal_keep_max,
         receiver_timeout: upstream.wal_receiver_timeout,

@@ -13,7 +13,7 @@ use crate::store::Store;
 use crate::store::error::StoreError;
 use crate::store::shared::Shared;
 use crate::store::state::StateFile;
-use crate::wal::Lsn;
+use crate::wal::{Lsn, TimelineId};
 
 /// A stretch of such WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,6 +24,12 @@ pub struct AcknowledgedAlone {
     pub to: Lsn,
     /// Whether the standbys were still without it.
     pub open: bool,
+    /// The timeline that was received; unknown in files of before it was told.
+    #[serde(default)]
+    pub timeline: Option<TimelineId>,
+    /// Whether that was left before it.
+    #[serde(default)]
+    pub left: bool,
 }
 
 /// The windows of an open store; clones are the same.
@@ -36,12 +42,23 @@ impl WindowsFile {
         let windows: Option<Vec<AcknowledgedAlone>> =
             WINDOWS_FILE.read(&*shared.disk, &shared.layout.data_dir)?;
         let mut windows = windows.unwrap_or_default();
-        let held_end = *shared.positions.lock();
         for window in windows.iter_mut().filter(|window| window.open) {
-            window.to = window.to.max(held_end.map_or(window.to, |positions| positions.verified));
+            window.to = window.to.max(reached(shared, window.timeline).unwrap_or(window.to));
         }
         Ok(Self(Arc::new(Mutex::new(windows))))
     }
+}
+
+/// How far WAL was ever durable on a timeline, the one that is received if it is not known.
+fn reached(shared: &Shared, timeline: Option<TimelineId>) -> Option<Lsn> {
+    let positions = (*shared.positions.lock())?;
+    let timeline = timeline.filter(|timeline| *timeline != positions.timeline);
+    let Some(timeline) = timeline else { return Some(positions.verified) };
+    let control = shared.control.lock().clone()?;
+    let beyond =
+        control.dead_branches.iter().filter(|branch| branch.timeline == timeline).map(|branch| branch.end);
+    let fork = shared.lineage().ok().and_then(|lineage| lineage.left(timeline)).map(|(fork, _)| fork);
+    beyond.chain(fork).max()
 }
 
 impl Store {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 
 use crate::metrics::UpstreamMetrics;
-use crate::session::acknowledge::{Acknowledged, Acknowledger, LocalWindow, Standbys};
+use crate::session::acknowledge::{Acknowledged, Acknowledger, Durable, LocalWindow, Standbys, WindowState};
 use crate::status::{LocalWindowStatus, UpstreamStatus};
 use crate::store::{Positions, Store};
 use crate::upstream::local_windows::LocalWindows;
@@ -24,6 +24,7 @@ pub struct Acknowledging {
     status: watch::Sender<UpstreamStatus>,
     metrics: UpstreamMetrics,
     was_degraded: bool,
+    was_held_back: bool,
     windows: LocalWindows,
     /// What was said last as flushed.
     said: Option<Lsn>,
@@ -41,9 +42,21 @@ impl Acknowledging {
     ) -> Self {
         let windows = LocalWindows::new(store);
         acknowledger.take_over(windows.left());
-        let (was_degraded, said) = (false, None);
-        let new =
-            Self { acknowledger, standbys, standbys_moved, status, metrics, was_degraded, windows, said };
+        if let Some(fork) = windows.left_at() {
+            acknowledger.cut(fork);
+        }
+        let (was_degraded, was_held_back, said) = (false, false, None);
+        let new = Self {
+            acknowledger,
+            standbys,
+            standbys_moved,
+            status,
+            metrics,
+            was_degraded,
+            was_held_back,
+            windows,
+            said,
+        };
         new.tell(Acknowledged::default());
         new
     }
@@ -64,8 +77,9 @@ impl Acknowledging {
         self.standbys_moved.mark_unchanged();
         let mut acknowledged = Acknowledged::default();
         let acknowledger = &mut self.acknowledger;
-        self.standbys.show(positions.timeline, &mut |standbys| {
-            acknowledged = acknowledger.update(now, positions.flushed, standbys);
+        let Positions { timeline, flushed, .. } = positions;
+        self.standbys.show(timeline, &mut |standbys| {
+            acknowledged = acknowledger.update(now, Durable { timeline, flushed }, standbys);
         });
         let is_written_down = self.windows.keep(now, self.acknowledger.local_windows());
         if self.acknowledger.is_degraded() && !is_written_down {
@@ -73,6 +87,7 @@ impl Acknowledging {
         }
         self.said = acknowledged.flush;
         self.note_degraded();
+        self.note_held_back(acknowledged);
         self.tell(acknowledged);
         acknowledged
     }
@@ -102,13 +117,33 @@ impl Acknowledging {
         }
     }
 
+    fn note_held_back(&mut self, acknowledged: Acknowledged) {
+        let is_held_back = self.acknowledger.is_held_back();
+        if is_held_back == self.was_held_back {
+            return;
+        }
+        self.was_held_back = is_held_back;
+        if is_held_back {
+            let flush = acknowledged.flush.map(|flush| flush.to_string());
+            tracing::error!(
+                flush,
+                "WAL that was acknowledged has been at no standby for only_copy_time_max: nothing more is acknowledged until it is"
+            );
+        } else {
+            tracing::info!("WAL that was acknowledged is at a standby: acknowledging goes on");
+        }
+        self.metrics.acknowledge_held_back.set(f64::from(u8::from(is_held_back)));
+    }
+
     fn tell(&self, acknowledged: Acknowledged) {
         let is_degraded = self.acknowledger.is_degraded();
+        let is_held_back = self.acknowledger.is_held_back();
         let policy = self.acknowledger.policy();
         let windows = self.acknowledger.local_windows();
         self.status.send_if_modified(|status| {
             let told = &mut status.acknowledge;
             (told.flush, told.apply, told.degraded) = (acknowledged.flush, acknowledged.apply, is_degraded);
+            told.held_back = is_held_back;
             if told.policy.is_none() {
                 told.policy = Some(policy.to_string());
             }
@@ -123,5 +158,11 @@ impl Acknowledging {
 }
 
 fn shown(window: &LocalWindow) -> LocalWindowStatus {
-    LocalWindowStatus { from: window.range.start(), to: window.range.end(), open: window.is_open }
+    LocalWindowStatus {
+        timeline: window.timeline,
+        from: window.range.start(),
+        to: window.range.end(),
+        open: window.state == WindowState::Open,
+        left: window.state == WindowState::Left,
+    }
 }

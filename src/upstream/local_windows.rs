@@ -1,16 +1,17 @@
 //! The durable memory of what was acknowledged without the standbys.
 //!
-//! Owns the order: that a window has begun is on disk before anything in it is acknowledged. The disk is waited for on another
-//! thread, one write at a time; until it is through, what is acknowledged stays where it was.
+//! Owns the order: that a window has begun is on disk before anything in it is acknowledged, and nothing that is on its way to
+//! the disk says otherwise. The disk is waited for on another thread, one write at a time; until it is through, what is
+//! acknowledged stays where it was.
 
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::session::acknowledge::LocalWindow;
+use crate::session::acknowledge::{LocalWindow, WindowState};
 use crate::store::{AcknowledgedAlone, Store, StoreError};
 use crate::upstream::error::chain;
-use crate::wal::LsnRange;
+use crate::wal::{Lsn, LsnRange, TimelineId};
 
 /// What is remembered durably.
 pub(super) struct LocalWindows {
@@ -23,7 +24,8 @@ pub(super) struct LocalWindows {
 #[derive(Clone, Debug, Default)]
 struct Memory {
     durable: Vec<AcknowledgedAlone>,
-    is_writing: bool,
+    /// What is being written: it is durable at any moment from now on, or never.
+    in_flight: Option<Vec<AcknowledgedAlone>>,
     failed_at: Option<Instant>,
 }
 
@@ -37,15 +39,28 @@ impl LocalWindows {
     /// Those that an earlier process has left.
     pub(super) fn left(&self) -> Vec<LocalWindow> {
         let left = self.store.acknowledged_alone();
+        let now = self.store.positions().map(|positions| positions.timeline);
         let window = |left: AcknowledgedAlone| {
-            Some(LocalWindow { range: LsnRange::new(left.from, left.to)?, is_open: left.open })
+            let state = match (left.open, left.left) {
+                (true, _) => WindowState::Open,
+                (false, true) => WindowState::Left,
+                (false, false) => WindowState::Closed,
+            };
+            let timeline = left.timeline.or(now).unwrap_or(TimelineId::FIRST);
+            Some(LocalWindow { timeline, range: LsnRange::new(left.from, left.to)?, state })
         };
         left.into_iter().filter_map(window).collect()
     }
 
+    /// Where the timeline of the one that is open was left, if it was: the process may have ended before that was remembered.
+    pub(super) fn left_at(&self) -> Option<Lsn> {
+        let open = self.store.acknowledged_alone().pop().filter(|window| window.open)?;
+        self.store.lineage()?.left(open.timeline?).map(|(fork, _)| fork)
+    }
+
     /// Has `windows` remembered, and says whether the last of them may be acknowledged in, if it is open.
     pub(super) fn keep(&mut self, now: Instant, windows: &[LocalWindow]) -> bool {
-        let Memory { durable, is_writing, failed_at } = self.ended.borrow_and_update().clone();
+        let Memory { durable, in_flight, failed_at } = self.ended.borrow_and_update().clone();
         let wanted: Vec<_> = windows.iter().map(remembered).collect();
         let is_same = says_the_same(&wanted, &durable);
         if is_same && failed_at.is_some() {
@@ -56,14 +71,12 @@ impl LocalWindows {
             });
         }
         let is_due = failed_at.is_none_or(|at| now.saturating_duration_since(at) >= RETRY_INTERVAL);
-        if !is_writing && is_due && !is_same {
+        if in_flight.is_none() && is_due && !is_same {
             self.write(wanted.clone());
         }
-        match (wanted.last(), durable.last()) {
-            (Some(wanted), Some(durable)) if wanted.open => durable.open && durable.from <= wanted.from,
-            (Some(wanted), None) => !wanted.open,
-            _ => true,
-        }
+        let Some(open) = wanted.last().filter(|window| window.open) else { return true };
+        // A crash may leave the one or the other.
+        covers(&durable, open) && in_flight.is_none_or(|in_flight| covers(&in_flight, open))
     }
 
     /// When [`Self::keep`] is to be asked again although nothing moves.
@@ -82,7 +95,7 @@ impl LocalWindows {
         let had_failed = memory.borrow().failed_at.is_some();
         // Nobody needs to hear of the beginning.
         memory.send_if_modified(|memory| {
-            (memory.is_writing, memory.failed_at) = (true, None);
+            (memory.in_flight, memory.failed_at) = (Some(windows.clone()), None);
             false
         });
         tokio::task::spawn_blocking(move || {
@@ -92,7 +105,7 @@ impl LocalWindows {
             }
             drop(store);
             memory.send_modify(|memory| {
-                memory.is_writing = false;
+                memory.in_flight = None;
                 memory.failed_at = outcome.is_err().then(Instant::now);
                 if outcome.is_ok() {
                     memory.durable = windows;
@@ -110,13 +123,26 @@ fn tell_failure(error: &StoreError) {
 }
 
 fn remembered(window: &LocalWindow) -> AcknowledgedAlone {
-    let (range, open) = (window.range, window.is_open);
-    AcknowledgedAlone { from: range.start(), to: range.end(), open }
+    let LocalWindow { timeline, range, state } = *window;
+    AcknowledgedAlone {
+        from: range.start(),
+        to: range.end(),
+        open: state == WindowState::Open,
+        timeline: Some(timeline),
+        left: state == WindowState::Left,
+    }
+}
+
+/// Whether who reads this after a crash takes all of an open window to be acknowledged alone.
+fn covers(told: &[AcknowledgedAlone], open: &AcknowledgedAlone) -> bool {
+    told.last().is_some_and(|last| last.open && last.timeline == open.timeline && last.from <= open.from)
 }
 
 /// The end of an open window is found anew when the store is opened.
 fn says_the_same(wanted: &[AcknowledgedAlone], durable: &[AcknowledgedAlone]) -> bool {
-    let said = |window: &AcknowledgedAlone| (window.from, (!window.open).then_some(window.to));
+    let said = |window: &AcknowledgedAlone| {
+        (window.timeline, window.from, (!window.open).then_some(window.to), window.left)
+    };
     wanted.iter().map(said).eq(durable.iter().map(said))
 }
 
@@ -129,7 +155,6 @@ mod tests {
 
     use super::*;
     use crate::store::small;
-    use crate::wal::Lsn;
 
     fn open_in(data_dir: &Path) -> Store {
         small::open_in(data_dir).0
@@ -137,7 +162,9 @@ mod tests {
 
     fn window(from: u64, to: u64, is_open: bool) -> LocalWindow {
         let lsn = |position| Lsn::new(position).unwrap();
-        LocalWindow { range: LsnRange::new(lsn(from), lsn(to)).unwrap(), is_open }
+        let state = if is_open { WindowState::Open } else { WindowState::Closed };
+        let range = LsnRange::new(lsn(from), lsn(to)).unwrap();
+        LocalWindow { timeline: TimelineId::FIRST, range, state }
     }
 
     #[tokio::test]
@@ -163,6 +190,35 @@ mod tests {
         drop(windows);
         let left = LocalWindows::new(open_in(&dir)).left();
         assert_eq!(left, [closed, window(40, 50, true)]);
+    }
+
+    #[tokio::test]
+    async fn a_window_is_not_acknowledged_in_while_its_predecessors_end_is_on_its_way_to_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let now = Instant::now();
+        let mut windows = LocalWindows::new(open_in(&folder.path().join("data")));
+        windows.keep(now, &[window(10, 20, true)]);
+        windows.changed().await;
+        // The end of the first is being written, however long that takes; what is on disk has the second in it.
+        let closed = window(10, 20, false);
+        assert!(windows.keep(now, &[closed]));
+        let second = [closed, window(30, 40, true)];
+        windows.ended.mark_unchanged();
+        let is_in_flight = windows.memory.borrow().in_flight.is_some();
+        assert!(!windows.keep(now, &second) || !is_in_flight, "a crash now leaves the first alone");
+        while !says_the_same(
+            &[remembered(&second[0]), remembered(&second[1])],
+            &windows.memory.borrow().durable,
+        ) {
+            windows.keep(now, &second);
+            windows.changed().await;
+        }
+        assert!(windows.keep(now, &second));
+        // On another timeline it is not known how far it went.
+        let next = LocalWindow { timeline: TimelineId::new(2).unwrap(), ..second[1] };
+        assert!(!windows.keep(now, &[closed, next]));
+        windows.changed().await;
+        assert!(windows.keep(now, &[closed, next]));
     }
 
     #[tokio::test]

@@ -9,10 +9,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::conninfo::{Conninfo, ProcessSurroundings};
+use crate::metrics::UpstreamMetrics;
+use crate::protocol::SqlState;
 use crate::protocol::instances::{Instances, PARAMETER};
 use crate::status::UpstreamStatus;
 use crate::upstream::dial::log_in;
-use crate::upstream::dialog::{Dialog, Introduction};
+use crate::upstream::dialog::Introduction;
+use crate::upstream::seen::{Found, Namesakes, View, is_waited_for};
 use crate::upstream::{Opened, Upstream, UpstreamError};
 
 /// One server, looked at as long as this is polled.
@@ -23,17 +26,15 @@ pub(super) struct Looking {
     /// The server's process for our stream.
     pid: Option<u32>,
     is_relay: bool,
+    /// Whether the primary is expected to wait for this relay.
+    expects_sync: bool,
     instances: watch::Sender<Instances>,
     status: watch::Sender<UpstreamStatus>,
-}
-
-/// What a primary says of us.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    /// `None`: it does not say that to our user.
-    sync_state: Option<String>,
-    /// Others that report under our name.
-    namesakes: u32,
+    metrics: UpstreamMetrics,
+    namesakes: Namesakes,
+    looks: u64,
+    /// Whether it was said that nothing can be seen.
+    is_blindness_told: bool,
 }
 
 impl Upstream {
@@ -49,55 +50,83 @@ impl Upstream {
             host: opened.host.clone(),
             pid: opened.introduction.process_id,
             is_relay,
+            expects_sync: self.settings.expect_sync,
             instances: self.instances.clone(),
             status: self.status.clone(),
+            metrics: self.metrics.clone(),
+            namesakes: Namesakes::default(),
+            looks: 0,
+            is_blindness_told: false,
         };
         looking.run()
     }
 }
 
 impl Looking {
-    async fn run(self) -> UpstreamError {
+    async fn run(mut self) -> UpstreamError {
         // Until it has reported something, nobody waits for a standby.
         let mut pause = FIRST_LOOK_DELAY;
         loop {
             tokio::time::sleep(pause).await;
+            self.looks += 1;
             pause = match self.look().await {
-                Ok(Some(seen)) => {
-                    self.tell(seen);
+                Ok(Some(view)) => self.take_in(view),
+                Ok(None) => {
+                    if self.is_relay {
+                        self.judge(None);
+                    }
                     LOOK_INTERVAL
                 }
-                Ok(None) => LOOK_INTERVAL,
                 Err(error @ UpstreamError::Loop { .. }) => return error,
+                Err(error) if is_refusal(&error) => {
+                    self.tell_blind(&error.chain());
+                    REFUSED_LOOK_INTERVAL
+                }
                 Err(error) => {
+                    // It may be busy: what was seen last stands.
                     tracing::debug!(error = %error.chain(), "could not ask the upstream how it sees this relay");
-                    self.status.send_modify(|status| status.sync_state = None);
-                    FAILED_LOOK_INTERVAL
+                    LOOK_INTERVAL
                 }
             };
         }
     }
 
-    async fn look(&self) -> Result<Option<Seen>, UpstreamError> {
+    async fn look(&self) -> Result<Option<View>, UpstreamError> {
         let mut conninfo = self.conninfo.clone();
         conninfo.reread_passwords(&ProcessSurroundings);
         let host = conninfo.hosts.iter().find(|host| host.to_string() == self.host);
         let mut dialog = log_in(&conninfo, host.ok_or(UpstreamError::NoHost)?).await?;
         let heard = hear_instances(&dialog.introduction, &self.instances, &self.host);
         let seen = match (self.pid, self.is_relay) {
-            (Some(pid), false) => ask(&mut dialog, pid).await.map(Some),
+            (Some(pid), false) => dialog.query_text(&View::query(pid)).await.map(|rows| View::of(&rows)),
             _ => Ok(None),
         };
         dialog.terminate().await;
         heard.and(seen)
     }
 
-    fn tell(&self, seen: Seen) {
-        let Seen { sync_state, namesakes } = seen;
+    /// What was seen, and when to look again.
+    fn take_in(&mut self, view: View) -> Duration {
+        if view.sync_state.is_none() {
+            self.tell_blind("the user may not see it: grant pg_read_all_stats or pg_monitor");
+            return LOOK_INTERVAL;
+        }
+        self.is_blindness_told = false;
+        let found = self.namesakes.update(&view.others);
+        let is_too_early = view.is_catching_up && self.looks == 1;
+        if !is_too_early {
+            self.judge(view.sync_state.as_deref());
+        }
+        self.tell(view.sync_state, found);
+        if found.is_new || is_too_early { SECOND_LOOK_DELAY } else { LOOK_INTERVAL }
+    }
+
+    fn tell(&self, sync_state: Option<String>, found: Found) {
         let (state_before, namesakes_before) = {
             let status = self.status.borrow();
-            (status.sync_state.clone(), status.namesakes)
+            (status.sync_state.clone(), status.namesakes.unwrap_or(0))
         };
+        let namesakes = found.count(namesakes_before);
         if namesakes > namesakes_before {
             tracing::warn!(
                 namesakes,
@@ -105,18 +134,71 @@ impl Looking {
                  commits may be confirmed by what they say"
             );
         }
-        let is_waited_for = |state: &Option<String>| matches!(state.as_deref(), Some("sync" | "quorum"));
         if state_before != sync_state {
             let shown = sync_state.as_deref().unwrap_or("not told");
-            if is_waited_for(&state_before) && !is_waited_for(&sync_state) {
+            if is_waited_for(state_before.as_deref()) && !is_waited_for(sync_state.as_deref()) {
                 tracing::warn!(sync_state = shown, "the upstream does not wait for this relay any more");
             } else {
                 tracing::info!(sync_state = shown, "how the upstream sees this relay");
             }
         }
         self.status.send_modify(|status| {
-            (status.sync_state, status.namesakes) = (sync_state, namesakes);
+            (status.sync_state, status.namesakes) = (sync_state, Some(namesakes));
         });
+    }
+
+    /// Nothing is known then, and nothing is made up. Once is enough.
+    fn tell_blind(&mut self, why: &str) {
+        if !std::mem::replace(&mut self.is_blindness_told, true) {
+            tracing::warn!(
+                why,
+                "cannot check whether the upstream waits for this relay, nor who else reports under its application_name"
+            );
+        }
+        self.status.send_modify(|status| (status.sync_state, status.namesakes) = (None, None));
+        self.judge(None);
+    }
+
+    /// Whether it is as it should be; what is not known is not.
+    fn judge(&self, sync_state: Option<&str>) {
+        let is_wrong = self.expects_sync && !is_waited_for(sync_state);
+        let metrics = &self.metrics;
+        metrics.not_synchronous.set(f64::from(u8::from(is_wrong)));
+        if self.status.borrow().not_synchronous == is_wrong {
+            return;
+        }
+        if is_wrong {
+            let sync_state = sync_state.unwrap_or("not told");
+            tracing::warn!(
+                sync_state,
+                "the upstream is expected to wait for this relay, and does not, or does not say so: is the relay's name in \
+                 synchronous_standby_names?"
+            );
+        } else {
+            tracing::info!("the upstream waits for this relay, as expected");
+        }
+        self.status.send_modify(|status| {
+            status.not_synchronous = is_wrong;
+            status.needs_attention = status.is_hurt();
+            metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+        });
+    }
+}
+
+/// Whether the server has said that we may not, or not there; asking again soon would only fill its log.
+fn is_refusal(error: &UpstreamError) -> bool {
+    match error {
+        UpstreamError::Server(error) => [
+            SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+            SqlState::INVALID_PASSWORD,
+            SqlState::INVALID_CATALOG_NAME,
+            SqlState::INSUFFICIENT_PRIVILEGE,
+            SqlState::FEATURE_NOT_SUPPORTED,
+        ]
+        .into_iter()
+        .any(|code| error.is(code)),
+        UpstreamError::NoPassword | UpstreamError::Scram(_) | UpstreamError::Conninfo(_) => true,
+        _ => false,
     }
 }
 
@@ -149,20 +231,6 @@ fn heard(introduction: &Introduction) -> Instances {
     introduction.parameters.get(PARAMETER).map_or_else(Instances::default, |text| Instances::parse(text))
 }
 
-/// A walsender of ours that the primary has not missed yet is no namesake: it has heard nothing since the newest began.
-async fn ask(dialog: &mut Dialog, pid: u32) -> Result<Seen, UpstreamError> {
-    let text = format!(
-        "SELECT own.sync_state, (SELECT pg_catalog.count(*) FROM pg_catalog.pg_stat_replication other \
-         WHERE other.pid <> own.pid AND pg_catalog.lower(other.application_name) = pg_catalog.lower(own.application_name) \
-         AND other.reply_time > own.backend_start) \
-         FROM pg_catalog.pg_stat_replication own WHERE own.pid = {pid}"
-    );
-    let rows = dialog.query_text(&text).await?;
-    let column = |at: usize| rows.first().and_then(|row| row.text(at)).map(str::to_owned);
-    let namesakes = column(1).and_then(|count| count.parse().ok()).unwrap_or(0);
-    Ok(Seen { sync_state: column(0), namesakes })
-}
-
 /// Appended to the application name: nobody is to wait for this.
 const NAME_SUFFIX: &str = "_look";
 
@@ -172,5 +240,8 @@ const FIRST_LOOK_DELAY: Duration = Duration::from_secs(2);
 /// How often the server is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 
+/// Time after which whoever is alive has reported again, with `wal_receiver_status_interval` at its default.
+const SECOND_LOOK_DELAY: Duration = Duration::from_secs(11);
+
 /// The same where it does not let us: each attempt is a line in its log.
-const FAILED_LOOK_INTERVAL: Duration = Duration::from_secs(600);
+const REFUSED_LOOK_INTERVAL: Duration = Duration::from_secs(600);

@@ -23,6 +23,7 @@ mod patroni;
 mod repair;
 mod repair_schedule;
 mod retained;
+mod seen;
 mod slot;
 mod slot_advance;
 mod slot_cost;
@@ -77,6 +78,8 @@ pub struct UpstreamSettings {
     pub streams_by_slot: bool,
     /// Whether an absent slot is created.
     pub create_slot: bool,
+    /// Whether the primary is expected to wait for this relay.
+    pub expect_sync: bool,
     /// WAL that the slot may make the upstream keep while none can be taken here; `None`: any amount.
     pub slot_wal_keep_max: Option<u64>,
     /// `wal_receiver_timeout`; `None` waits for ever.

@@ -144,6 +144,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         patroni: Vec::new(),
         slot: Some("relay".to_owned()),
         streams_by_slot: true,
+        expect_sync: false,
         create_slot: true,
         slot_wal_keep_max: None,
         receiver_timeout: None,

@@ -1,15 +1,16 @@
 //! How the relay stands: what the primary thinks of it, who else uses its name, whom it would feed itself, what only it has.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::support::MB;
 use crate::support::lab::{Installation, chosen_majors};
-use crate::support::load::write_wal;
+use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn_text};
 
 fn sync_state(relay: &Relay) -> Value {
     relay.status()["upstream"]["sync_state"].clone()
@@ -47,8 +48,82 @@ fn a_user_who_may_not_see_is_told_nothing_and_streams_nevertheless() {
     relay.start();
     write_wal(&primary, MB);
     relay.wait_flushed(primary.flushed());
-    hold("nothing is made up", Duration::from_secs(3), || sync_state(&relay).is_null());
-    assert_eq!(relay.times_logged("application_name"), 0);
+    relay.wait_logged("cannot check whether the upstream waits for this relay");
+    let upstream = |relay: &Relay, key: &str| relay.status()["upstream"][key].clone();
+    assert_eq!(
+        (upstream(&relay, "sync_state"), upstream(&relay, "namesakes")),
+        (Value::Null, Value::Null),
+        "made up"
+    );
+    assert_eq!(
+        (upstream(&relay, "not_synchronous"), upstream(&relay, "needs_attention")),
+        (false.into(), false.into())
+    );
+    // Not to be let in at all is the same, and is said too.
+    relay.terminate();
+    // Of the two the second shows that both hold.
+    let rules = "host postgres plain 127.0.0.1/32 reject\nhost replication nobody 127.0.0.1/32 reject";
+    primary.demand(rules, "nobody");
+    relay.start();
+    wait_until("the refusal to be told", || relay.times_logged("cannot check whether the upstream") == 2);
+    assert!(relay.log().contains("pg_hba.conf rejects"), "{}", relay.log());
+    assert_eq!(
+        (upstream(&relay, "sync_state"), upstream(&relay, "namesakes")),
+        (Value::Null, Value::Null),
+        "made up"
+    );
+}
+
+#[test]
+fn a_relay_that_is_expected_to_be_waited_for_and_is_not_asks_for_a_person() {
+    let Some(installation) = Installation::any() else { return };
+    let primary =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'another'").start(&installation);
+    primary.sql("set synchronous_commit = local; create role plain login replication");
+    let mut relay = Relay::new("relay", primary.port).with("upstream.expect_sync", "true");
+    relay.start();
+    let is_wrong = |relay: &Relay| relay.metric("walrelay_upstream_not_synchronous");
+    relay.wait_needs_attention();
+    relay.wait_logged("the upstream is expected to wait for this relay, and does not");
+    assert_eq!((sync_state(&relay), is_wrong(&relay)), ("async".into(), Some(1.0)));
+    assert_eq!(relay.status()["upstream"]["not_synchronous"], true);
+    // It streams all the same; and what is put right is seen at the next look.
+    primary.add_settings("synchronous_standby_names = 'relay'");
+    primary.reload();
+    relay.terminate();
+    relay.start();
+    wait_until("the state to be told", || sync_state(&relay) == "sync");
+    assert_eq!(is_wrong(&relay), Some(0.0));
+    assert!(!relay.needs_attention());
+    // What may not be seen is not known to be so.
+    relay.terminate();
+    let plain = format!("host=127.0.0.1 port={} user=plain sslmode=disable", primary.port);
+    relay = relay.with_conninfo(&plain);
+    relay.start();
+    relay.wait_needs_attention();
+    assert!(sync_state(&relay).is_null());
+}
+
+#[test]
+fn who_reports_under_the_relays_name_is_known_by_what_moves_and_not_by_the_time_that_it_tells() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let login = [("user", "postgres"), ("replication", "true"), ("application_name", "relay")];
+    let mut impostor = RawClient::login(primary.port, &login).unwrap();
+    let (_, timeline, position) = identify_system(&mut impostor);
+    impostor.start_replication(None, position, timeline).unwrap();
+    impostor.send_status(position, position, 0).unwrap();
+    primary.wait_for_sql("select count(*) from pg_stat_replication where flush_lsn is not null", "1");
+    let relay = Relay::streaming_from("relay", primary.port);
+    let namesakes = || relay.status()["upstream"]["namesakes"].clone();
+    // It may be an earlier session of the relay that the primary has not missed yet.
+    wait_until("the first look", || namesakes() == 0);
+    write_wal(&primary, MB);
+    let flushed = primary.flushed();
+    // The time it tells is always the same.
+    impostor.send_status(flushed.min(position + 8), position + 8, 0).unwrap();
+    wait_until("it to be known", || namesakes() == 1);
+    relay.wait_logged("others report to the upstream under this relay's application_name");
 }
 
 #[test]
@@ -69,7 +144,8 @@ fn somebody_else_under_the_relays_name_is_told_of_once() {
     drop(impostor);
     relay.terminate();
     relay.start();
-    hold("nobody else is there", Duration::from_secs(4), || relay.status()["upstream"]["namesakes"] == 0);
+    wait_until("the first look", || relay.status()["upstream"]["namesakes"] == 0);
+    hold("nobody else is there", Duration::from_secs(2), || relay.status()["upstream"]["namesakes"] == 0);
 }
 
 #[test]
@@ -133,4 +209,51 @@ fn wal_that_is_acknowledged_and_nowhere_else_is_told() {
     standby.start();
     wait_until("the standby to have everything", || bytes() == 0);
     assert!(told()["since"].is_null() && age() < 2.0, "{}", told());
+}
+
+#[test]
+fn a_relay_that_may_not_be_the_only_copy_for_long_acknowledges_nothing_more_until_a_standby_is_there() {
+    let Some(installation) = Installation::any() else { return };
+    let mut primary = synchronous(&installation);
+    let mut relay = Relay::new("relay", primary.port).with("upstream.only_copy_time_max", "\"3s\"");
+    relay.start();
+    let settings = "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s";
+    let mut standby = primary.standby("standby", relay.port, settings);
+    let load = Load::start_waiting(&primary);
+    let held_back = || relay.status()["upstream"]["acknowledge"]["held_back"] == true;
+    let go_on = || {
+        let before = load.committed();
+        wait_until("commits to go on", || load.committed() > before + 10 && !held_back());
+    };
+    go_on();
+    standby.stop(Stop::Fast);
+    let left = Instant::now();
+    wait_until("nothing more to be acknowledged", held_back);
+    assert!(left.elapsed() >= Duration::from_secs(2), "too early");
+    assert_eq!(relay.metric("walrelay_upstream_acknowledge_held_back"), Some(1.0));
+    relay.wait_logged("nothing more is acknowledged until it is");
+    let before = load.committed();
+    // One may have been acknowledged just before.
+    hold("no commit is confirmed", Duration::from_secs(2), || load.committed() <= before + 1);
+    // What waits costs the primary no WAL.
+    write_wal_without_waiting(&primary, 4 * MB);
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    primary
+        .wait_for_sql(&format!("select restart_lsn >= '{}' from pg_replication_slots", lsn_text(upto)), "t");
+    standby.start();
+    go_on();
+    standby.stop(Stop::Fast);
+    wait_until("nothing more to be acknowledged", held_back);
+    let took = primary.stop(Stop::Fast);
+    assert!(took < Duration::from_secs(3), "the primary's fast stop took {took:?}");
+}
+
+fn write_wal_without_waiting(primary: &Postgres, bytes: u64) {
+    primary.sql(&format!(
+        "set synchronous_commit = local; select count(pg_logical_emit_message(false, 'filler', repeat('x', 300000))) \
+         from generate_series(1, {})",
+        bytes / 300_000 + 1
+    ));
+    primary.sql("set synchronous_commit = local; select pg_switch_wal()");
 }
