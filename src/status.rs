@@ -81,6 +81,8 @@ pub struct DeadBranchStatus {
     pub end: Lsn,
     /// From the fork to the end.
     pub bytes: u64,
+    /// WAL records there.
+    pub records: u64,
     /// Transactions committed there.
     pub commits: u64,
     /// When the first of them was committed, by the server's clock.
@@ -89,7 +91,7 @@ pub struct DeadBranchStatus {
     pub last_commit: Option<Timestamp>,
     /// Ids of the transactions that wrote there.
     pub transactions: Vec<u32>,
-    /// Whether there were more.
+    /// Whether there were more, or one whose id could not be read.
     pub has_more_transactions: bool,
     /// File in the data directory that tells of it.
     pub report: String,

@@ -11,8 +11,7 @@ use crate::downstream::DownstreamContext;
 use crate::metrics::{Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
 use crate::status::{
-    DamagedSegmentStatus, DeadBranchStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus,
-    Timestamp, UpstreamStatus,
+    DamagedSegmentStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
 };
 use crate::store::{Condition, DeadBranch, Store, WalStatus};
 
@@ -70,7 +69,7 @@ impl Pages for RelayPages {
                 flushed: positions.map(|positions| positions.flushed),
                 sealed: positions.and_then(|positions| positions.sealed),
                 damaged: self.damaged(),
-                dead_branches: self.store.dead_branches().iter().map(dead_branch_status).collect(),
+                dead_branches: self.store.dead_branches().iter().map(DeadBranch::status).collect(),
             },
             only_copy: *self.only_copy.borrow(),
             downstream: self.downstream.registry.statuses(),
@@ -108,21 +107,5 @@ impl RelayPages {
             repair_error: damaged.repair_error,
         });
         shown.collect()
-    }
-}
-
-fn dead_branch_status(dead: &DeadBranch) -> DeadBranchStatus {
-    DeadBranchStatus {
-        timeline: dead.timeline,
-        next: dead.next,
-        fork: dead.fork,
-        end: dead.end,
-        bytes: dead.bytes(),
-        commits: dead.commits,
-        first_commit: dead.first_commit.map(Timestamp),
-        last_commit: dead.last_commit.map(Timestamp),
-        transactions: dead.transactions.clone(),
-        has_more_transactions: dead.has_more_transactions,
-        report: dead.report_name(),
     }
 }

@@ -8,11 +8,13 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
+use crate::status::{DeadBranchStatus, Timestamp};
 use crate::store::control::Layout;
 use crate::store::disk::{Disk, replace_durably};
 use crate::store::error::StoreError;
 use crate::store::inventory::Inventory;
 use crate::wal::insight::WalInsight;
+use crate::wal::prepared::PreparedEnd;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::segment::SegmentFile;
 use crate::wal::{Lsn, PgTimestamp, SegmentName, SegmentNo, SegmentSize, TimelineId};
@@ -38,7 +40,7 @@ pub struct DeadBranch {
     pub last_commit: Option<PgTimestamp>,
     /// Ids of the transactions that wrote there, in the order of the ids; at most 10,000.
     pub transactions: Vec<u32>,
-    /// Whether there were more.
+    /// Whether there were more, or one whose id could not be read.
     pub has_more_transactions: bool,
 }
 
@@ -68,18 +70,27 @@ impl RecordVisitor for BranchRecords {
         }
         self.insight.record(record);
         self.records += 1;
-        let xid = record.header.xid;
-        if xid != 0 && !self.transactions.contains(&xid) {
-            if self.transactions.len() < TRANSACTIONS_TOLD_MAX {
-                self.transactions.insert(xid);
-            } else {
-                self.has_more_transactions = true;
-            }
+        match PreparedEnd::in_record(record) {
+            // It may have written nothing here but its end.
+            Some(PreparedEnd::Of(xid)) => self.note(xid),
+            Some(PreparedEnd::Unknown) => self.has_more_transactions = true,
+            None => self.note(record.header.xid),
         }
     }
 }
 
 impl BranchRecords {
+    fn note(&mut self, xid: u32) {
+        if xid == 0 || self.transactions.contains(&xid) {
+            return;
+        }
+        if self.transactions.len() < TRANSACTIONS_TOLD_MAX {
+            self.transactions.insert(xid);
+        } else {
+            self.has_more_transactions = true;
+        }
+    }
+
     /// Nothing seen yet; records that start before `fork` are not the branch's.
     pub(super) fn from(fork: Lsn) -> Self {
         Self { fork: Some(fork), ..Self::default() }
@@ -113,6 +124,24 @@ impl DeadBranch {
         format!("walrelay.diverged.{:08X}.{:016X}.json", self.timeline.get(), self.fork.get())
     }
 
+    /// As it is shown to people, and written to the report.
+    pub fn status(&self) -> DeadBranchStatus {
+        DeadBranchStatus {
+            timeline: self.timeline,
+            next: self.next,
+            fork: self.fork,
+            end: self.end,
+            bytes: self.bytes(),
+            records: self.records,
+            commits: self.commits,
+            first_commit: self.first_commit.map(Timestamp),
+            last_commit: self.last_commit.map(Timestamp),
+            transactions: self.transactions.clone(),
+            has_more_transactions: self.has_more_transactions,
+            report: self.report_name(),
+        }
+    }
+
     /// Whether a segment file is the branch's. The one that holds the fork is: what is before the fork goes on under the
     /// next timeline's name.
     fn owns(&self, name: SegmentName, size: SegmentSize) -> bool {
@@ -135,7 +164,7 @@ impl DeadBranch {
             return Ok(0);
         }
         let (report, dir) = (self.report_name(), &layout.data_dir);
-        let content = serde_json::to_vec_pretty(self).unwrap_or_default();
+        let content = serde_json::to_vec_pretty(&self.status()).unwrap_or_default();
         replace_durably(disk, dir, &report, &content).map_err(StoreError::io("write", &dir.join(&report)))?;
         let entries = disk.list(&layout.wal_dir).map_err(StoreError::io("list", &layout.wal_dir))?;
         for (name, file) in &files {

@@ -247,6 +247,11 @@ impl Event {
     }
 }
 
+/// Whether such a record of a transaction's end is that of a prepared one.
+pub(super) fn ends_prepared(info: u8) -> bool {
+    matches!(info & TRANSACTION_OPERATION_MASK, TRANSACTION_COMMIT_PREPARED | TRANSACTION_ABORT_PREPARED)
+}
+
 fn read_event(record: &Record<'_>, main_data: &[u8]) -> Option<Event> {
     let mut fields = Fields(main_data);
     let end = record.end;

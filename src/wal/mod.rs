@@ -14,6 +14,7 @@ pub mod insight;
 pub mod lineage;
 pub mod lsn;
 pub mod page;
+pub mod prepared;
 pub mod record;
 pub mod scanner;
 pub mod segment;

@@ -14,6 +14,7 @@
  *   send_faults    sending that many bytes or more at once to a socket fails with EFAULT: how the kernel tells that a page of
  *                  a mapped file had to be read again and could not be
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
+ *   populate_hangs mapped pages are brought into memory when the fault is switched off
  *   open_denied    opening a file to read it fails with EACCES
  *   resolver_hangs names are looked up when the fault is switched off
  *   clock_ahead    the wall clock is that many seconds ahead; other clocks go right
@@ -176,6 +177,7 @@ SPOILED_READ(pread64, off64_t)
 /* Only the store asks for this advice. */
 int madvise(void *start, size_t size, int advice) {
   if (advice == MADV_POPULATE_READ && trigger("read_fails") >= 0) { errno = EFAULT; return -1; }
+  while (advice == MADV_POPULATE_READ && trigger("populate_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
   return NEXT(madvise)(start, size, advice);
 }
 

@@ -516,3 +516,30 @@ fn files_of_a_timeline_not_followed_are_set_aside_unless_they_are_copies_of_what
         assert!(aside == **content, "{name} has changed");
     }
 }
+
+#[test]
+fn what_is_received_again_after_a_step_back_is_not_set_aside_as_what_diverged_before() {
+    let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(3_000) };
+    let (disk, histories, mut live) = received(shape, 1, true);
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    let number = SegmentNo::holding(histories.fork, histories.size());
+    drop(live);
+    disk.remove(&wal(&SegmentName { timeline: NEXT, number }.partial_file_name(histories.size())));
+    disk.restart(Crash::Kill);
+    // The branch is set aside with all of its segment: that begins anew, on the timeline that had been left.
+    let mut live = Live::start(&disk, &histories).unwrap();
+    assert_eq!(live.positions().timeline, TimelineId::FIRST);
+    live.receive(&histories.old, histories.fork, true).unwrap();
+    for _ in 0..2 {
+        assert_eq!(
+            (live.positions().timeline, live.positions().flushed),
+            (TimelineId::FIRST, histories.fork)
+        );
+        drop(live);
+        disk.restart(Crash::PowerCut);
+        live = Live::start(&disk, &histories).unwrap();
+    }
+    live.wal_writer.switch(NEXT, histories.fork).unwrap();
+    live.receive(&histories.new, histories.new_end(), true).unwrap();
+    check(&live, &disk, &histories).unwrap();
+}
