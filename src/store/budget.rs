@@ -7,6 +7,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use parking_lot::Mutex;
+
 use crate::store::error::StoreError;
 use crate::store::health::SlotCause;
 use crate::store::keeper::{Keeper, Needs};
@@ -36,9 +38,22 @@ impl Shared {
         Some(places.saturating_sub(held as u64))
     }
 
-    /// Whether another segment file may be made.
-    pub(super) fn may_make_segment(&self, size: SegmentSize) -> bool {
-        self.spare_places(size).is_none_or(|places| places > self.pool.count() as u64)
+    /// Holds a place for a file that is on its way, and for that time neither among the spares nor among what is held.
+    pub(super) fn hold_place(&self) -> Place<'_> {
+        *self.places_held.lock() += 1;
+        Place(&self.places_held)
+    }
+
+    /// A place for another segment file; `None` if there is none within the budget.
+    pub(super) fn place_to_make(&self, size: SegmentSize) -> Option<Place<'_>> {
+        let mut held = self.places_held.lock();
+        let has_place =
+            self.spare_places(size).is_none_or(|places| places > self.pool.count() as u64 + *held);
+        if !has_place {
+            return None;
+        }
+        *held += 1;
+        Some(Place(&self.places_held))
     }
 
     /// Whether everything that may go has gone, and there is still no place for the next segment.
@@ -51,6 +66,16 @@ impl Shared {
             // Whoever waits for a segment looks again.
             self.queue.signal.notify();
         }
+    }
+}
+
+/// A place within the budget, until it is dropped.
+pub(super) struct Place<'a>(&'a Mutex<u64>);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut held = self.0.lock();
+        *held = held.saturating_sub(1);
     }
 }
 
@@ -87,6 +112,7 @@ impl Keeper {
     /// Removes one spare.
     fn drop_spare(&self) -> Result<bool, StoreError> {
         let shared = &self.shared;
+        let _place = shared.hold_place();
         let Some(spare) = shared.pool.take() else { return Ok(false) };
         let path = shared.layout.wal(&spare.name);
         match shared.disk.unlink(&path) {

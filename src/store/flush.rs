@@ -5,6 +5,7 @@
 //! publishes `flushed`. A failed sync is final. Space that cannot be allocated is waited for, with the bytes in hand.
 
 use std::io::{self, IoSlice};
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Buf;
@@ -167,6 +168,15 @@ fn advance(batch: &mut Batch, mut written: usize, segment: &PartialSegment, mut 
     }
 }
 
+/// There is no place within the disk budget. The keeper makes room, if it can.
+fn no_place(shared: &Shared, target: &Path) -> Obstacle {
+    shared.keeper.notify();
+    if shared.is_budget_exhausted() {
+        shared.health.no_space(target, &io::Error::other("the disk budget is used up"));
+    }
+    Obstacle::NoSpace
+}
+
 /// The file of a segment; a spare becomes it when there is none.
 fn open_segment(
     shared: &Shared,
@@ -178,20 +188,16 @@ fn open_segment(
     }
     let (disk, layout) = (&*shared.disk, &shared.layout);
     let target = partial_path(shared, number, size);
+    // Until it is among those that are written.
+    let mut place = shared.hold_place();
     let spare = match shared.pool.take() {
         Some(spare) => spare,
-        None if !shared.may_make_segment(size) => {
-            // The keeper makes room, if it can.
-            shared.keeper.notify();
-            if shared.is_budget_exhausted() {
-                shared.health.no_space(&target, &io::Error::other("the disk budget is used up"));
-            }
-            return Err(Obstacle::NoSpace);
+        None => {
+            drop(place);
+            place = shared.place_to_make(size).ok_or_else(|| no_place(shared, &target))?;
+            let made = shared.pool.make(disk, layout, size, shared.queue.space());
+            made.map_err(|error| obstacle(shared, error))?
         }
-        None => shared
-            .pool
-            .make(disk, layout, size, shared.queue.space())
-            .map_err(|error| obstacle(shared, error))?,
     };
     let path = layout.wal(&spare.name);
     if let Err(source) = disk.rename(&path, &target) {
@@ -204,6 +210,7 @@ fn open_segment(
     shared.unsynced.job.lock().has_new_names = true;
     let segment = Arc::new(PartialSegment::empty(spare.file));
     shared.partials.lock().insert(number, segment.clone());
+    drop(place);
     shared.keeper.notify();
     Ok(segment)
 }

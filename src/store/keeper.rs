@@ -163,6 +163,7 @@ impl Keeper {
         let removable = shared.catalog.lock().removable(&lineage, horizon, size);
         let Some(name) = removable else { return Ok(false) };
         remove_left(shared, &lineage, name, size)?;
+        let _place = shared.hold_place();
         let (segment, is_mapped) =
             shared.mappings.while_closed(name, |is_mapped| (shared.catalog.lock().remove(name), is_mapped));
         drop(turn);
@@ -227,7 +228,9 @@ impl Keeper {
             self.has_reserve = true;
             return Ok(true);
         }
-        if shared.pool.count() < wanted && shared.may_make_segment(size) {
+        if shared.pool.count() < wanted
+            && let Some(_place) = shared.place_to_make(size)
+        {
             let spare = shared.pool.make(disk, layout, size, shared.queue.space()).map_err(judge)?;
             shared.pool.put(spare);
             return Ok(true);

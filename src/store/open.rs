@@ -109,6 +109,7 @@ pub(super) fn open(
         slots,
         consumers,
         budget_exhausted: AtomicBool::new(false),
+        places_held: Mutex::default(),
         retention: Mutex::default(),
         keeping: Mutex::default(),
         keeper: Signal::default(),

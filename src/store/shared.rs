@@ -1,7 +1,7 @@
 //! What the threads, the receiver and the readers of one store have in common.
 //!
 //! Owns nothing but the parts. Order of locks, where two are held at once: retention, then `Health::tell*`, before any;
-//! mappings before catalog; all others are held alone. `keeping` comes before all.
+//! mappings before catalog; places_held before catalog, partials and the pool; all others are held alone. `keeping` comes before all.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -60,6 +60,8 @@ pub(super) struct Shared {
     pub consumers: Option<Consumers>,
     /// All that may be given up has been, and there is no place for the next segment.
     pub budget_exhausted: AtomicBool,
+    /// Segment files that are on their way from one place to another, or about to be made.
+    pub places_held: Mutex<u64>,
     /// Held while somebody decides, by what is needed, which WAL goes, or begins to need what is there.
     pub retention: Mutex<()>,
     /// Held while the keeper works, or somebody changes what it works with.

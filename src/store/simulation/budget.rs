@@ -1,10 +1,14 @@
 //! A disk budget that is used up by what must not go.
 
+use std::sync::Arc;
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use super::disk::Crash;
 use super::world::World;
 use crate::store::flush::Step;
+use crate::store::keeper::Keeper;
 use crate::store::{Condition, RetentionLimits};
 
 /// Files that count, as the directory shows them.
@@ -59,4 +63,22 @@ fn a_keeper_that_lags_behind_is_waited_for_without_alarm() {
     assert!(segment_files(&world) <= 8);
     assert_eq!(world.live().shared.health.condition(), Condition::Healthy);
     world.settle().unwrap();
+}
+
+#[test]
+fn what_others_make_while_a_segment_is_begun_does_not_pass_the_budget() {
+    let mut world = world();
+    let keeper = Arc::new(Mutex::new(Keeper::new(world.live().shared.clone(), false)));
+    for _ in 0..2000 {
+        world.deliver().unwrap();
+        let other = keeper.clone();
+        let work = move || while other.lock().step(Instant::now()) == Step::Worked {};
+        work.clone()();
+        world.disk.before_rename(work);
+        let live = world.live();
+        live.wal_writer.submit();
+        live.writer.step();
+        assert!(segment_files(&world) <= 8, "{}", segment_files(&world));
+    }
+    assert_eq!(world.live().writer.step(), Step::Later);
 }

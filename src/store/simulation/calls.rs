@@ -47,6 +47,10 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let before = self.0.lock().before_rename.take();
+        if let Some(act) = before {
+            act();
+        }
         let mut state = self.0.lock();
         let inode = state.named(from)?;
         state.change()?;

@@ -68,6 +68,8 @@ pub(super) struct State {
     crash_at: Option<u64>,
     has_crashed: bool,
     pub zero: Block,
+    /// What another thread does just before a file gets another name.
+    pub before_rename: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// See the module; clones share it.
@@ -99,6 +101,7 @@ impl SimDisk {
             crash_at: None,
             has_crashed: false,
             zero: Arc::new([0; BLOCK]),
+            before_rename: None,
         })))
     }
 
@@ -128,6 +131,11 @@ impl SimDisk {
     pub(super) fn crash_after(&self, operations: u64) {
         let mut state = self.0.lock();
         state.crash_at = Some(state.operations + operations);
+    }
+
+    /// Another thread does this just before the next file gets another name.
+    pub(super) fn before_rename(&self, act: impl FnOnce() + Send + 'static) {
+        self.0.lock().before_rename = Some(Box::new(act));
     }
 
     /// The process that had the directory is gone.
