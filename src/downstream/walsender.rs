@@ -275,6 +275,7 @@ impl<S: Stream> WalSender<'_, S> {
             Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
                 run.switch_due = None;
                 self.sender.handle_switch(end, next, now);
+                self.put_back(end);
             }
             Event::Background(Done::Switched(TimelineState::Current)) => {
                 run.switch_due = None;
@@ -371,6 +372,16 @@ impl<S: Stream> WalSender<'_, S> {
         if needed.is_some_and(|needed| !consumer.advance(needed)) {
             warn!(names = CONSUMERS_MAX, "WAL is kept for as many names as can be, and not for this client");
             self.consumer = None;
+        }
+    }
+
+    /// WAL is kept from no place that is not on the line any more.
+    fn put_back(&self, fork: Lsn) {
+        if let Some(slot) = &self.slot {
+            slot.put_back(fork);
+        }
+        if let Some(consumer) = &self.consumer {
+            consumer.put_back(fork);
         }
     }
 

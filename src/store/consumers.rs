@@ -214,6 +214,16 @@ impl ConsumerGuard {
         consumer.sessions.insert(self.session, flush);
         true
     }
+
+    /// The consumer's timeline was left at `fork`: what it reported of beyond, after the store had gone over, does not count.
+    pub fn put_back(&self, fork: Lsn) {
+        let mut list = self.consumers.0.list.lock();
+        let Some(consumer) = list.by_name.get_mut(&self.application_name) else { return };
+        if let Some(flush) = consumer.sessions.get_mut(&self.session) {
+            *flush = (*flush).min(fork);
+            consumer.flush = consumer.flush.min(fork);
+        }
+    }
 }
 
 impl Drop for ConsumerGuard {
@@ -277,6 +287,22 @@ mod tests {
         assert_eq!(consumers.oldest_needed(), Some(at(100)));
         drop(behind);
         assert_eq!(consumers.oldest_needed(), Some(at(200)));
+    }
+
+    #[test]
+    fn what_is_reported_of_a_dead_branch_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let consumers = consumers(dir.path());
+        let session = consumers.session("barman");
+        session.put_back(at(50));
+        assert_eq!(consumers.oldest_needed(), None);
+        session.advance(at(100));
+        consumers.cut(at(80));
+        session.advance(at(90));
+        session.put_back(at(80));
+        assert_eq!(consumers.oldest_needed(), Some(at(80)));
+        drop(session);
+        assert_eq!(consumers.oldest_needed(), Some(at(80)));
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! Slots as clients make and use them.
 
+use walrelay::protocol::backend::Message;
+use walrelay::wal::TimelineId;
+
 use crate::support::{Relay, eventually};
 
 #[tokio::test]
@@ -132,4 +135,27 @@ async fn a_slot_follows_what_is_flushed_and_never_past_what_was_sent() {
     client.reply(Some(start), Some(start), true).await;
     client.streamed().await;
     assert_eq!(restart_lsn(), Some(end), "nor does it go back within a stream");
+}
+
+#[tokio::test]
+async fn what_is_reported_of_a_dead_branch_while_the_relay_leaves_it_moves_no_slot_there() {
+    // Whether the session hears first of the report or of the switch is chance.
+    for _ in 0..12 {
+        let mut relay = Relay::start().await;
+        let fork = relay.grow(100_000);
+        let end = relay.grow(100_000);
+        let start = relay.start_lsn();
+        let mut client = relay.client().await;
+        client.query("CREATE_REPLICATION_SLOT s PHYSICAL").await;
+        client.start_streaming(&format!("START_REPLICATION SLOT s {start} TIMELINE 1")).await;
+        client.receive_wal(start, end).await;
+        client.reply(Some(start), Some(start), false).await;
+        let restart_lsn = || relay.store.slots().get("s").unwrap().restart_lsn;
+        eventually("the slot is used", || restart_lsn() == Some(start)).await;
+        client.reply(Some(end), Some(end), false).await;
+        relay.switch(TimelineId::new(2).unwrap(), fork);
+        while !matches!(client.receive().await, Some(Message::CopyDone)) {}
+        let restart_lsn = relay.store.slots().get("s").unwrap().restart_lsn;
+        assert!(restart_lsn <= Some(fork), "the slot is at {restart_lsn:?}, the fork at {fork}");
+    }
 }

@@ -205,6 +205,11 @@ impl Relay {
         Ok(self.fed)
     }
 
+    /// Goes over to another timeline, which left this one at `fork`, without letting anybody else do something meanwhile.
+    pub(crate) fn switch(&mut self, next: TimelineId, fork: Lsn) {
+        self.writer.switch(next, fork).unwrap();
+    }
+
     pub(crate) fn start_lsn(&self) -> Lsn {
         self.wal.start()
     }

@@ -37,6 +37,11 @@ impl SlotGuard {
         });
     }
 
+    /// The consumer's timeline was left at `fork`: what it reported of beyond, after the store had gone over, does not count.
+    pub fn put_back(&self, fork: Lsn) {
+        self.with_slot(|slot| slot.restart_lsn = slot.restart_lsn.map(|restart_lsn| restart_lsn.min(fork)));
+    }
+
     /// What the consumer's queries hold back; a slot that is of no use any more holds back nothing. What was kept and cannot be
     /// true when `next` is given out next is forgotten: nothing that is would be further ahead.
     pub fn note_feedback(&self, said: Feedback, next: Option<FullXid>) {
