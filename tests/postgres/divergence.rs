@@ -7,6 +7,7 @@ use crate::support::compare::assert_equal_clusters;
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Stop};
+use crate::support::proxy::{Proxy, Verdict, wal_in};
 use crate::support::raw::{RawClient, error_in, identify_system};
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
@@ -120,6 +121,35 @@ fn a_fork_before_all_that_is_held_is_told_and_leaves_no_slot_behind() {
     relay.wait_needs_attention();
     relay.wait_logged("the beginning of what this relay holds");
     assert_eq!(new.sql("select count(*) from pg_replication_slots"), "0");
+}
+
+#[test]
+fn a_store_that_was_begun_and_holds_nothing_begins_anew_on_a_timeline_that_forked_before() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let mut old = primary(&installation);
+    let mut new = old.standby("next", old.port, "");
+    new.stop(Stop::Fast);
+    write_wal(&old, 4 * MB);
+    old.checkpoint();
+    // It has made its slot and knows where it begins, and no WAL gets through.
+    let proxy = Proxy::to(old.port);
+    proxy.edit(|message| if wal_in(message).is_some() { Verdict::Drop } else { Verdict::Forward });
+    let mut relay = Relay::new("relay", proxy.port);
+    relay.launch();
+    wait_until("the stream to begin", || relay.status()["upstream"]["sessions"].as_u64() > Some(0));
+    relay.terminate();
+    old.stop(Stop::Kill);
+    new.make_standby_of(old.port, "next");
+    new.start();
+    new.promote();
+    relay.set("upstream.conninfo", &conninfo(&[&new]));
+    relay.start();
+    relay.wait_logged("nothing is held yet: beginning on the upstream's timeline");
+    write_wal(&new, 2 * MB);
+    wait_timeline(&relay, 2);
+    relay.wait_flushed(new.flushed());
+    assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
+    assert!(dead_branches(&relay).is_empty());
 }
 
 /// The report names what exists only on the dead branch.

@@ -127,6 +127,25 @@ fn an_ancestors_history_that_the_upstream_lacks_is_written_from_its_descendants(
 }
 
 #[test]
+fn a_server_without_the_history_of_its_own_timeline_is_followed_by_the_one_held() {
+    let Some(installation) = Installation::in_turn(2) else { return };
+    let new = promoted_after(&installation, 0, "");
+    let mut relay = Relay::streaming_from("relay", new.port);
+    write_wal(&new, MB);
+    relay.wait_flushed(new.flushed());
+    relay.terminate();
+    let path = new.wal_dir().join("00000002.history");
+    let content = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    relay.start();
+    write_wal(&new, MB);
+    relay.wait_flushed(new.flushed());
+    assert_eq!(relay.times_logged("the upstream has lost its own history file"), 1);
+    assert_eq!(second_history(relay.port), Ok(content));
+    assert!(!relay.needs_attention());
+}
+
+#[test]
 fn the_history_of_a_timeline_that_is_no_ancestor_is_held_where_the_upstream_has_it() {
     let Some(installation) = Installation::any() else { return };
     // Before what the standby has: it would go over to it otherwise.
