@@ -221,6 +221,8 @@ pub struct UpstreamStatus {
     pub started_empty: bool,
     /// Since the process started, a server was followed that had less than this relay: see `store.dead_branches`.
     pub diverged: bool,
+    /// Why the slot there could not be moved for a while, where SQL moves it: the upstream keeps WAL without limit meanwhile.
+    pub slot_error: Option<String>,
     /// Why the last attempt or session ended.
     pub last_error: Option<String>,
     /// Whether a person must look at it: before it can go on, or because something was lost.
@@ -228,13 +230,11 @@ pub struct UpstreamStatus {
 }
 
 impl UpstreamStatus {
-    /// Whether something was lost or set aside that a person must know of, or nobody waits for it, however well WAL flows now.
+    /// Whether there is something that a person must know of, however well WAL flows now: something was lost or set aside, nobody
+    /// waits for it, or the upstream's disk fills up.
     pub fn is_hurt(&self) -> bool {
-        self.lost.is_some()
-            || self.removed.is_some()
-            || self.started_empty
-            || self.diverged
-            || self.not_synchronous
+        let is_lost = self.lost.is_some() || self.removed.is_some() || self.started_empty;
+        is_lost || self.diverged || self.not_synchronous || self.slot_error.is_some()
     }
 }
 

@@ -78,14 +78,18 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
     if let Some(slot) = &raw.slot {
         check_slot_name(slot)?;
     }
+    let slot_wal_keep_max = size("upstream.slot_wal_keep_max", &raw.slot_wal_keep_max, 0..=1 << 60)?;
+    if slot_wal_keep_max > 0 && !raw.create_slot {
+        let advice = "a slot that is dropped must be made again: upstream.create_slot must be true";
+        return Err(Problem::invalid("upstream.slot_wal_keep_max", &raw.slot_wal_keep_max.0, advice));
+    }
     Ok(Upstream {
         conninfo,
         sql_conninfo,
         patroni: patroni_urls(&raw.patroni)?,
         slot: raw.slot.clone(),
         create_slot: raw.create_slot,
-        slot_wal_keep_max: Some(size("upstream.slot_wal_keep_max", &raw.slot_wal_keep_max, 0..=1 << 60)?)
-            .filter(|bytes| *bytes > 0),
+        slot_wal_keep_max: Some(slot_wal_keep_max).filter(|bytes| *bytes > 0),
         acknowledge: raw.acknowledge.parse().map_err(|error: AcknowledgePolicyError| {
             Problem::invalid("upstream.acknowledge", &raw.acknowledge, error.to_string())
         })?,

@@ -193,6 +193,14 @@ fn wrong_types_are_named_with_the_right_one() {
 }
 
 #[test]
+fn a_slot_that_may_be_dropped_must_be_one_that_is_made_again() {
+    assert_eq!(
+        complaint("create_slot = false\nslot_wal_keep_max = \"1GB\""),
+        "line 7: invalid value for parameter \"upstream.slot_wal_keep_max\": \"1GB\" (a slot that is dropped must be made again: upstream.create_slot must be true)"
+    );
+}
+
+#[test]
 fn an_acknowledge_policy_is_explained_in_the_words_of_its_grammar() {
     for (policy, why) in [
         ("ANY 0 (a)", "number of synchronous standbys (0) must be greater than zero"),

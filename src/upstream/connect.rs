@@ -13,13 +13,16 @@ use crate::net::Socket;
 use crate::protocol::{
     Command, ServerError, SqlState,
     command::{StartReplication, StreamKind},
+    instances::PARAMETER,
 };
 use crate::session::timelines::{Refusal, Route, route};
 use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
 use crate::upstream::blocking::block_in_place;
 use crate::upstream::patroni::{self, UnnamedLeader};
-use crate::upstream::slot::{SlotOrigin, UpstreamSlot};
+use crate::upstream::retained::SlotMover;
+use crate::upstream::slot::{SlotOrigin, UpstreamSlot, slot_refused};
+use crate::upstream::slot_use::mover;
 use crate::upstream::{
     OnDivergence, UpstreamError, UpstreamSettings,
     dial::log_in,
@@ -152,6 +155,22 @@ async fn check_in_time(
     Ok((connected, newest))
 }
 
+/// One server of our cluster, for what is to be done there beside a stream; whether its WAL may be followed is not asked.
+pub(crate) async fn connect_to(
+    settings: &UpstreamSettings,
+    store: &Store,
+    server: &str,
+) -> Result<Connected, UpstreamError> {
+    let mut conninfo = settings.conninfo.clone();
+    conninfo.reread_passwords(&ProcessSurroundings);
+    conninfo.check_without_tls()?;
+    let host = conninfo.hosts.iter().find(|host| host.to_string() == server);
+    let host = host.ok_or(UpstreamError::NoHost)?;
+    let connected = connect_to_host(&conninfo, host, TargetSessionAttrs::Any).await?;
+    check_identity(&connected, store)?;
+    Ok(connected)
+}
+
 async fn connect_to_host(
     conninfo: &Conninfo,
     host: &Host,
@@ -226,16 +245,7 @@ async fn check_server(
 ) -> Result<NewestHistory, UpstreamError> {
     check_page_size(&connected.facts)?;
     looking::check_loop(&connected.dialog.introduction, &settings.instance, &connected.host)?;
-    let found = identity(connected);
-    if let Some(held) = store.identity() {
-        if held.system_id != found.system_id {
-            return Err(UpstreamError::WrongSystem { expected: held.system_id, got: found.system_id });
-        }
-        if held.segment_size != found.segment_size {
-            let (expected, got) = (held.segment_size, found.segment_size);
-            return Err(UpstreamError::WrongSegmentSize { expected, got });
-        }
-    }
+    check_identity(connected, store)?;
     // Before its history is asked for, which may be of another timeline of that number than ours.
     if let Some(lineage) = store.lineage().filter(|lineage| lineage.timeline() > connected.system.timeline) {
         let (held, upstream) = (lineage.timeline(), connected.system.timeline);
@@ -244,12 +254,8 @@ async fn check_server(
     let newest = check_newest(connected, store).await?;
     if let (Some(lineage), Some(plan)) = (store.lineage(), writer.plan()) {
         let route = route(&lineage, plan.held_end, &newest.history)?;
-        let flushed = connected.system.flushed;
-        if route == Route::Same && flushed < plan.newest_start && !writer.holds_nothing() {
-            let upstream =
-                if connected.is_writable { BehindUpstream::Primary } else { BehindUpstream::Standby };
-            let (held_end, timeline) = (plan.held_end, plan.timeline);
-            return Err(UpstreamError::BehindUs { flushed, held_end, timeline, upstream });
+        if route == Route::Same && !writer.holds_nothing() {
+            check_not_behind(connected, &plan)?;
         }
         if let (Route::Diverged(fork), Some(oldest)) = (route, store.oldest())
             && fork.at < oldest
@@ -264,6 +270,37 @@ async fn check_server(
         }
     }
     Ok(newest)
+}
+
+/// That the server is of the cluster whose WAL is held.
+fn check_identity(connected: &Connected, store: &Store) -> Result<(), UpstreamError> {
+    let found = identity(connected);
+    let Some(held) = store.identity() else { return Ok(()) };
+    if held.system_id != found.system_id {
+        return Err(UpstreamError::WrongSystem { expected: held.system_id, got: found.system_id });
+    }
+    if held.segment_size != found.segment_size {
+        let (expected, got) = (held.segment_size, found.segment_size);
+        return Err(UpstreamError::WrongSegmentSize { expected, got });
+    }
+    Ok(())
+}
+
+/// A primary sends only what it has flushed: one that is behind us has lost WAL, and whatever it writes there now is other
+/// WAL. A standby may only be late, and so may a relay, which sends what it has not flushed yet.
+fn check_not_behind(connected: &Connected, plan: &ResumePlan) -> Result<(), UpstreamError> {
+    let is_relay = connected.dialog.introduction.parameters.contains_key(PARAMETER);
+    let (upstream, least) = if connected.is_writable && !is_relay {
+        (BehindUpstream::Primary, plan.held_end)
+    } else {
+        (BehindUpstream::Standby, plan.newest_start)
+    };
+    let flushed = connected.system.flushed;
+    if flushed >= least {
+        return Ok(());
+    }
+    let (held_end, timeline) = (plan.held_end, plan.timeline);
+    Err(UpstreamError::BehindUs { flushed, held_end, timeline, upstream })
 }
 
 /// Where an empty store begins.
@@ -335,12 +372,14 @@ pub(crate) async fn start_streaming(
     settings: &UpstreamSettings,
     block: BlockId,
 ) -> Result<Streaming, UpstreamError> {
+    let streams_by_slot = mover(settings, &connected.dialog.introduction) == SlotMover::Reports;
+    let slot = settings.slot.clone().filter(|_| streams_by_slot);
     let command = Command::StartReplication(StartReplication {
-        slot: settings.slot.clone().filter(|_| settings.streams_by_slot),
+        slot: slot.clone(),
         start: Some(start),
         kind: StreamKind::Physical { timeline: Some(plan.timeline) },
     });
-    let tells_invalidation = connected.facts.version_num >= INVALIDATION_TOLD_SINCE;
+    let version_num = connected.facts.version_num;
     match connected.dialog.start_copy(&command).await {
         Ok((socket, already_read)) => {
             let held_end = plan.held_end;
@@ -348,13 +387,11 @@ pub(crate) async fn start_streaming(
         }
         Err(StartCopyError::Refused(dialog, error)) => {
             dialog.terminate().await;
-            if tells_invalidation
-                && error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE)
-                && let Some(slot) = &settings.slot
-            {
-                return Err(UpstreamError::SlotInvalidated { slot: slot.clone(), source: error });
+            let refused = slot.as_ref().map(|slot| slot_refused(error.clone(), version_num, slot));
+            match refused {
+                Some(refused @ UpstreamError::SlotInvalidated { .. }) => Err(refused),
+                _ => Err(stream_refused(*error, plan.held_end)),
             }
-            Err(stream_refused(*error, plan.held_end))
         }
         Err(StartCopyError::TimelineEndsHere) => {
             let (timeline, held_end) = (plan.timeline, plan.held_end);
@@ -375,7 +412,3 @@ pub(crate) fn stream_refused(error: ServerError, held_end: Lsn) -> UpstreamError
 /// Longest time for the questions that are asked of a server that has let us in, before WAL flows; each answer has its own,
 /// but a server could take that for every one of them.
 pub(crate) const OPENING_TIME_MAX: Duration = Duration::from_secs(60);
-
-/// First version that refuses to stream by a slot that was invalidated. Before, the same code means that the slot is a logical
-/// one, which since then is refused when the slot is looked at.
-const INVALIDATION_TOLD_SINCE: u32 = 180_000;

@@ -11,6 +11,8 @@ use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
 use crate::upstream::patroni::UnnamedLeader;
+use crate::upstream::slot_cost::SlotWatch;
+use crate::upstream::slot_memory::SlotMemory;
 use crate::wal::{Lsn, TimelineId};
 
 /// What is remembered from session to session.
@@ -27,14 +29,10 @@ pub(super) struct Course {
     pub(super) refused: Option<(Lsn, Lsn)>,
     /// Where the next session begins if nothing is held.
     pub(super) beginning: Beginning,
-    /// The slot was created when our end was this.
-    pub(super) slot_created_at: Option<Lsn>,
-    /// Where it kept WAL from when it was created: still there, nothing was acknowledged by it.
-    pub(super) slot_created_with: Option<Lsn>,
-    /// The slot that was created keeps nothing that we need.
-    pub(super) slot_to_drop: bool,
-    /// No slot is created at this host while our end is this: the WAL that follows is gone there.
-    pub(super) slot_in_vain_at: Option<(String, Lsn)>,
+    /// What was done about the slot, on each server.
+    pub(super) slots: SlotMemory,
+    /// When it was looked at what the slot costs.
+    pub(super) slot_watch: SlotWatch,
     /// The host of the last session that came as far as the slot.
     pub(super) host: Option<String>,
     /// The store was begun by this process although the slot had been in use up to here.
@@ -45,6 +43,8 @@ pub(super) struct Course {
     pub(super) avoid: Option<String>,
     /// Who leads by Patroni, and is not configured.
     pub(super) unnamed_leader: UnnamedLeader,
+    /// Only a person can make it go on, as far as is known.
+    pub(super) awaits_a_person: bool,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -62,15 +62,14 @@ impl Course {
             fallback_after: None,
             refused: None,
             beginning: Beginning::AsPlanned,
-            slot_created_at: None,
-            slot_created_with: None,
-            slot_to_drop: false,
-            slot_in_vain_at: None,
+            slots: SlotMemory::default(),
+            slot_watch: SlotWatch::default(),
             host: None,
             replaces: None,
             ended: None,
             avoid: None,
             unnamed_leader: UnnamedLeader::default(),
+            awaits_a_person: false,
             refusals: 0,
             corrupt: None,
             last_logged: None,
@@ -80,6 +79,7 @@ impl Course {
     /// The upstream streams: what it refused before is settled.
     pub(super) fn note_streaming(&mut self) {
         self.refusals = 0;
+        self.slot_watch.note_streaming();
     }
 
     /// What to do about an error, knowing those before it.

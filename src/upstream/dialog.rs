@@ -141,6 +141,29 @@ impl Dialog {
         }
     }
 
+    /// Starts a copy only to send these messages, and ends it. What the server sends meanwhile is not looked at.
+    pub(crate) async fn say_in_copy(&mut self, command: &Command, said: &[u8]) -> Result<(), UpstreamError> {
+        self.send(|output| encode_query(&command.to_string(), output)).await?;
+        let mut failed = None;
+        loop {
+            match self.receive().await? {
+                Message::CopyBothResponse(_) => {
+                    let say = |output: &mut BytesMut| {
+                        output.extend_from_slice(said);
+                        frontend::Message::CopyDone.encode(output);
+                    };
+                    self.send(say).await?;
+                }
+                Message::CopyData(_) | Message::CopyDone | Message::CommandComplete(_) => {}
+                Message::RowDescription(_) | Message::DataRow(_) => {}
+                Message::ErrorResponse(error) => failed = Some(error),
+                Message::ReadyForQuery(_) => break,
+                other => return Err(UpstreamError::Unexpected(format!("{other:?}"))),
+            }
+        }
+        failed.map_or(Ok(()), |error| Err(UpstreamError::Server(Box::new(error))))
+    }
+
     /// Ends the session politely.
     pub(crate) async fn terminate(mut self) {
         // The server may be gone already.

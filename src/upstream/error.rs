@@ -202,6 +202,9 @@ pub enum UpstreamError {
         "replication slot \"{0}\" does not exist on the upstream, which has removed WAL that this relay needs; it is not created again"
     )]
     SlotGone(String),
+    /// There is no slot, and none may be made.
+    #[error("replication slot \"{0}\" does not exist on the upstream")]
+    SlotAbsent(String),
     /// The slot is there and keeps nothing any more.
     #[error("replication slot \"{slot}\" on the upstream has been invalidated")]
     SlotInvalidated {
@@ -298,6 +301,7 @@ impl UpstreamError {
             | Self::EndedEarly { .. }
             | Self::WalRemoved { .. }
             | Self::SlotGone(_)
+            | Self::SlotAbsent(_)
             | Self::SlotInvalidated { .. }
             | Self::History(_)
             | Self::BehindUs { upstream: BehindUpstream::Primary, .. }

@@ -23,6 +23,7 @@ use crate::status::{FenceStatus, Timestamp, UpstreamStatus, WalReceiverState};
 use crate::store::{Condition, Fence, Store, StoreError};
 use crate::upstream::Upstream;
 use crate::upstream::error::chain;
+use crate::upstream::slot_cost::SlotWatch;
 use crate::wal::PgTimestamp;
 
 /// What is wanted, by which request.
@@ -178,6 +179,7 @@ impl Upstream {
                 "this relay is fenced: it serves what it holds, and receives and acknowledges nothing"
             );
         }
+        let mut slot_watch = SlotWatch::default();
         loop {
             let wanted = *self.fencing.wanted.borrow_and_update();
             let shutdown = self.shutdown.clone();
@@ -195,11 +197,13 @@ impl Upstream {
                 }
                 Err(ref obstacle) => self.tell_obstacle(obstacle),
             }
+            let mut asked = self.fencing.wanted.clone();
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 // Whoever could ask is gone; so is the fence's end.
-                changed = self.fencing.wanted.changed() => if changed.is_err() { self.shutdown.cancelled().await },
+                changed = asked.changed() => if changed.is_err() { self.shutdown.cancelled().await },
                 () = tokio::time::sleep(RETRY_INTERVAL), if outcome.is_err() => {}
+                () = self.keep_watching_slot(&mut slot_watch), if outcome.is_ok() => {}
             }
         }
     }

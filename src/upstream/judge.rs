@@ -14,6 +14,7 @@ use crate::upstream::{Advice, Upstream, UpstreamError, random};
 impl Upstream {
     /// Logs how a session ended, and says how long to wait before the next.
     pub(super) fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
+        course.awaits_a_person = false;
         let error = match outcome {
             Ok(StreamEnd::StopRequested) => return Duration::ZERO,
             Ok(end) => {
@@ -49,23 +50,15 @@ impl Upstream {
         if is_removed {
             self.tell_removed(course);
         }
-        if is_removed && course.slot_created_at == course.held_end {
-            course.slot_to_drop = true;
-            course.slot_in_vain_at = course.host.clone().zip(course.held_end);
-            return Duration::ZERO;
-        }
-        let is_invalidated = matches!(error, UpstreamError::SlotInvalidated { .. });
-        if is_invalidated && self.settings.create_slot && course.slot_created_at != course.held_end {
-            // What it kept may be there still. If not, that shows when the next one is used.
-            tracing::warn!(error = %error.chain(), "the replication slot is made again");
-            course.slot_to_drop = true;
-            return course.backoff.next_delay(Advice::RetryLater, random());
+        if let Some(delay) = self.judge_slot(&error, course) {
+            return delay;
         }
         let (mut advice, mut text) = (course.advice(&error), error.chain());
         if is_corrupt && course.has_only_corrupt() {
             advice = Advice::TellAHuman;
             text.push_str("; it is the same each time it is sent");
         }
+        course.awaits_a_person = advice == Advice::TellAHuman;
         let needs_a_person = advice == Advice::TellAHuman || error.needs_a_person();
         if course.is_news(advice, &text) {
             if needs_a_person {
@@ -82,5 +75,24 @@ impl Upstream {
             status.last_error = Some(text);
         });
         course.backoff.next_delay(advice, random())
+    }
+
+    /// How long to wait, if all that is wrong is the slot at that server, which is to be dropped there.
+    fn judge_slot(&self, error: &UpstreamError, course: &mut Course) -> Option<Duration> {
+        let server = course.host.as_deref()?;
+        let is_new = course.slots.was_created_at(server, course.held_end);
+        match error {
+            UpstreamError::WalRemoved { .. } if is_new => {
+                course.slots.note_in_vain(server, course.held_end);
+                Some(Duration::ZERO)
+            }
+            UpstreamError::SlotInvalidated { .. } if self.settings.create_slot && !is_new => {
+                // What it kept may be there still. If not, that shows when the next one is used.
+                tracing::warn!(error = %error.chain(), "the replication slot is made again");
+                course.slots.note_useless(server);
+                Some(course.backoff.next_delay(Advice::RetryLater, random()))
+            }
+            _ => None,
+        }
     }
 }

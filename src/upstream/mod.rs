@@ -27,6 +27,8 @@ mod seen;
 mod slot;
 mod slot_advance;
 mod slot_cost;
+mod slot_memory;
+mod slot_use;
 #[cfg(test)]
 mod tests;
 mod walreceiver;
@@ -56,10 +58,7 @@ use crate::upstream::connect::{Beginning, Connected, Order, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
-use crate::upstream::retained::{Retained, SlotMover};
-use crate::upstream::slot::{SlotOrigin, WhenAbsent};
-use crate::upstream::slot_advance::SlotAdvance;
-use crate::upstream::slot_cost::SlotWatch;
+use crate::upstream::retained::Retained;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -74,7 +73,8 @@ pub struct UpstreamSettings {
     pub patroni: Vec<PatroniUrl>,
     /// Slot on the upstream.
     pub slot: Option<String>,
-    /// Whether WAL is streamed by the slot, so that what is acknowledged moves it; else it is moved by what is durable here.
+    /// Whether WAL is streamed by the slot, so that what is acknowledged moves it; else it is moved by what is durable here,
+    /// but at a relay, which has no SQL for that.
     pub streams_by_slot: bool,
     /// Whether an absent slot is created.
     pub create_slot: bool,
@@ -150,7 +150,7 @@ impl Upstream {
 
     /// One session, and the pause behind it; `leave` ends both.
     async fn attempt(&mut self, course: &mut Course, leave: &CancellationToken) {
-        self.wait_for_room(leave).await;
+        self.wait_for_room(course, leave).await;
         let started = Instant::now();
         let outcome = self.session(course, leave).await;
         self.metrics.streaming.set(0.0);
@@ -159,14 +159,18 @@ impl Upstream {
         }
         let delay = self.judge(outcome, course);
         tokio::select! {
+            () = leave.cancelled() => return,
+            () = self.drop_slot_made_in_vain(course) => {}
+        }
+        tokio::select! {
             () = leave.cancelled() => {}
             () = tokio::time::sleep(delay) => {}
+            () = self.keep_watching_slot(&mut course.slot_watch), if course.awaits_a_person => {}
         }
     }
 
     /// While the store can take nothing, a connection would only make the primary wait.
-    async fn wait_for_room(&mut self, leave: &CancellationToken) {
-        let mut watch = SlotWatch::default();
+    async fn wait_for_room(&mut self, course: &mut Course, leave: &CancellationToken) {
         while !self.writer.has_room() && !leave.is_cancelled() {
             tokio::select! {
                 () = leave.cancelled() => {}
@@ -176,7 +180,7 @@ impl Upstream {
             }
             tokio::select! {
                 () = leave.cancelled() => {}
-                () = self.watch_slot(&mut watch) => {}
+                () = self.watch_slot(&mut course.slot_watch) => {}
             }
         }
     }
@@ -241,24 +245,6 @@ impl Upstream {
         })
     }
 
-    /// What moves the slot while the stream does not, and where it hears how far.
-    fn slot_advance(
-        &self,
-        opened: &Opened,
-    ) -> (watch::Sender<Option<Lsn>>, impl Future<Output = ()> + use<>) {
-        let (sender, durable) = watch::channel(None);
-        let slot = self.settings.slot.clone().filter(|_| !self.settings.streams_by_slot);
-        let (conninfo, host) = (self.settings.sql_conninfo.clone(), opened.host.clone());
-        let advance = slot.map(|slot| SlotAdvance { conninfo, host, slot, durable });
-        let future = async move {
-            match advance {
-                Some(advance) => advance.run().await,
-                None => std::future::pending().await,
-            }
-        };
-        (sender, future)
-    }
-
     async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
         let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
         let order = Order {
@@ -284,6 +270,7 @@ impl Upstream {
         histories::store_missing(&mut connected, &self.store, newest).await?;
         self.follow(&history, course)?;
         let slot = self.slot(&mut connected, course).await?;
+        self.free_slot_of_feedback(&mut connected, slot, course).await?;
         let (store, writer) = (&self.store, &mut self.writer);
         let planned = connect::plan_stream(&connected, store, writer, slot, course.beginning)?;
         course.replaces = course.replaces.or(planned.replaces);
@@ -305,9 +292,11 @@ impl Upstream {
         let introduction = connected.dialog.introduction.clone();
         let upstream_end = connected.system.flushed;
         course.upstream_end = Some(upstream_end);
-        let mover = if self.settings.streams_by_slot { SlotMover::Reports } else { SlotMover::Sql };
-        let retained =
-            self.settings.slot.as_ref().map(|_| Retained::new(slot.restart_lsn, upstream_end, mover));
+        let mover = slot_use::mover(&self.settings, &introduction);
+        let retained = self.settings.slot.as_ref().map(|_| {
+            let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
+            Arc::new(retained)
+        });
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
@@ -359,48 +348,6 @@ impl Upstream {
         self.store.begin().map_or(start, |begin| start.max(begin))
     }
 
-    /// The slot to use; one that an earlier session created in vain is dropped, and not created again.
-    async fn slot(
-        &self,
-        connected: &mut connect::Connected,
-        course: &mut Course,
-    ) -> Result<slot::UpstreamSlot, UpstreamError> {
-        if course.slot_to_drop {
-            slot::drop_slot(connected, &self.settings).await?;
-            course.slot_to_drop = false;
-        }
-        let held_end = self.writer.plan().map(|plan| plan.held_end);
-        let here = held_end.map(|held_end| (connected.host.clone(), held_end));
-        let is_in_vain = here.is_some() && course.slot_in_vain_at == here;
-        course.host = Some(connected.host.clone());
-        let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
-        let mut slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
-        if slot.keeps_nothing(connected) && self.settings.create_slot {
-            // It was invalidated, or made by hand and never used: from 16 on the first never keeps anything again.
-            slot::drop_slot(connected, &self.settings).await?;
-            slot = slot::ensure_slot(connected, &self.settings, when_absent).await?;
-        }
-        match slot.origin {
-            SlotOrigin::Created => {
-                course.slot_created_at = held_end;
-                course.slot_created_with = slot.restart_lsn;
-            }
-            // The last attempt may have created it, and got no further.
-            SlotOrigin::Found if held_end.is_some() && course.slot_created_at == held_end => {
-                slot.origin = SlotOrigin::Created;
-            }
-            SlotOrigin::Found
-                if course.slot_created_with.is_some_and(|lsn| slot.restart_lsn == Some(lsn)) =>
-            {
-                // Nothing was acknowledged by it: it is still ours to drop.
-                course.slot_created_at = held_end;
-                slot.origin = SlotOrigin::Created;
-            }
-            SlotOrigin::Found | SlotOrigin::Unknown => course.slot_created_at = None,
-        }
-        Ok(slot)
-    }
-
     /// The upstream has removed what comes next: whoever waits for it here waits in vain.
     fn tell_removed(&self, course: &Course) {
         let Some(Positions { timeline, verified: from, .. }) = *self.positions.borrow() else { return };
@@ -426,7 +373,7 @@ struct Opened {
     /// What the slot says was acknowledged, and is not held.
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
-    retained: Option<Retained>,
+    retained: Option<Arc<Retained>>,
 }
 
 /// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.

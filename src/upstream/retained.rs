@@ -3,16 +3,18 @@
 //! Owns the one figure by which an operator sees that the relay fills the primary's disk. As far as the upstream has told:
 //! while there is no stream it grows unseen.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
 use crate::metrics::{UpstreamMetrics, bytes_value};
 use crate::wal::Lsn;
 
-/// WAL that the upstream keeps for our slot.
-#[derive(Clone, Copy, Debug)]
+/// WAL that the upstream keeps for our slot. Told by the stream, and by what moves the slot beside it.
 pub(super) struct Retained {
-    /// Where the slot is; `None` until it is known (servers before 15 do not tell it).
-    slot: Option<Lsn>,
-    upstream_end: Lsn,
+    /// Where the slot is; 0 until it is known (servers before 15 do not tell it).
+    slot: AtomicU64,
+    upstream_end: AtomicU64,
     mover: SlotMover,
+    metrics: UpstreamMetrics,
 }
 
 /// What moves the slot.
@@ -25,32 +27,53 @@ pub(super) enum SlotMover {
 }
 
 impl Retained {
-    pub(super) fn new(slot: Option<Lsn>, upstream_end: Lsn, mover: SlotMover) -> Self {
-        Self { slot, upstream_end, mover }
+    pub(super) fn new(
+        slot: Option<Lsn>,
+        upstream_end: Lsn,
+        mover: SlotMover,
+        metrics: UpstreamMetrics,
+    ) -> Self {
+        let retained = Self {
+            slot: AtomicU64::new(slot.map_or(0, Lsn::get)),
+            upstream_end: AtomicU64::new(upstream_end.get()),
+            mover,
+            metrics,
+        };
+        retained.publish();
+        retained
+    }
+
+    /// What moves the slot.
+    pub(super) fn mover(&self) -> SlotMover {
+        self.mover
     }
 
     /// The upstream told how far it is.
-    pub(super) fn note_upstream_end(&mut self, end: Lsn) {
-        self.upstream_end = self.upstream_end.max(end);
+    pub(super) fn note_upstream_end(&self, end: Lsn) {
+        self.upstream_end.fetch_max(end.get(), Relaxed);
+        self.publish();
     }
 
     /// A flush position goes to the upstream, which moves the slot of the stream there, forward or back.
-    pub(super) fn note_reported(&mut self, flush: Lsn) {
+    pub(super) fn note_reported(&self, flush: Lsn) {
         if self.mover == SlotMover::Reports {
-            self.slot = Some(flush);
+            self.slot.store(flush.get(), Relaxed);
+            self.publish();
         }
     }
 
-    /// This is durable here: where the slot is moved by SQL, it will be there in a moment.
-    pub(super) fn note_durable(&mut self, flushed: Lsn) {
+    /// SQL has moved the slot there: not what was asked for, but what the upstream said.
+    pub(super) fn note_moved(&self, reached: Lsn) {
         if self.mover == SlotMover::Sql {
-            self.slot = self.slot.max(Some(flushed));
+            self.slot.store(reached.get(), Relaxed);
+            self.publish();
         }
     }
 
-    pub(super) fn publish(&self, metrics: &UpstreamMetrics) {
-        if let Some(slot) = self.slot {
-            metrics.slot_retained.set(bytes_value(self.upstream_end.bytes_since(slot)));
+    fn publish(&self) {
+        let (slot, end) = (self.slot.load(Relaxed), self.upstream_end.load(Relaxed));
+        if slot != 0 {
+            self.metrics.slot_retained.set(bytes_value(end.saturating_sub(slot)));
         }
     }
 }
@@ -64,28 +87,31 @@ mod tests {
     fn it_is_what_lies_between_the_slot_and_the_upstreams_end() {
         let lsn = |raw| Lsn::new(raw).unwrap();
         let all = AllMetrics::default();
-        let shown = |retained: &Retained| {
-            retained.publish(&all.upstream);
+        let shown = || {
             let text = all.registry.render();
             let value =
                 |line: &str| line.strip_prefix("walrelay_upstream_slot_retained_bytes ")?.parse().ok();
             text.lines().find_map(value).unwrap_or(-1.0)
         };
-        let mut retained = Retained::new(None, lsn(5000), SlotMover::Reports);
-        assert_eq!(shown(&retained), 0.0);
+        let retained = Retained::new(None, lsn(5000), SlotMover::Reports, all.upstream.clone());
+        assert_eq!(shown(), 0.0);
         retained.note_reported(lsn(1000));
-        assert_eq!(shown(&retained), 4000.0);
+        assert_eq!(shown(), 4000.0);
         retained.note_upstream_end(lsn(9000));
         retained.note_upstream_end(lsn(8000));
-        assert_eq!(shown(&retained), 8000.0);
+        assert_eq!(shown(), 8000.0);
         retained.note_reported(lsn(500));
-        assert_eq!(shown(&retained), 8500.0);
+        assert_eq!(shown(), 8500.0);
         // One ahead of what was heard leaves nothing.
         retained.note_reported(lsn(9500));
-        assert_eq!(shown(&retained), 0.0);
-        let mut retained = Retained::new(Some(lsn(1000)), lsn(5000), SlotMover::Sql);
+        assert_eq!(shown(), 0.0);
+        retained.note_moved(lsn(2000));
+        assert_eq!(shown(), 0.0, "the stream moves it");
+        let retained = Retained::new(Some(lsn(1000)), lsn(5000), SlotMover::Sql, all.upstream.clone());
+        assert_eq!(shown(), 4000.0);
         retained.note_reported(lsn(4000));
-        retained.note_durable(lsn(2000));
-        assert_eq!(shown(&retained), 3000.0);
+        assert_eq!(shown(), 4000.0, "what is reported does not move it");
+        retained.note_moved(lsn(2000));
+        assert_eq!(shown(), 3000.0);
     }
 }

@@ -2,12 +2,20 @@
 //!
 //! Owns finding, creating and dropping it. Never lets a slot keep WAL on the primary that this relay cannot use.
 
-use crate::protocol::command::{CreateReplicationSlot, CreateSlotKind, Persistence, WhenActive};
-use crate::protocol::{Command, SqlState};
+use std::time::SystemTime;
+
+use bytes::BytesMut;
+
+use crate::protocol::command::{
+    CreateReplicationSlot, CreateSlotKind, Persistence, StartReplication, StreamKind, WhenActive,
+};
+use crate::protocol::feedback::Feedback;
+use crate::protocol::{Command, ServerError, SqlState};
 use crate::upstream::connect::Connected;
 use crate::upstream::dialog::Dialog;
+use crate::upstream::slot_memory::Useless;
 use crate::upstream::{UpstreamError, UpstreamSettings};
-use crate::wal::Lsn;
+use crate::wal::{Lsn, PgTimestamp};
 
 /// The slot on the upstream.
 #[derive(Clone, Copy, Debug)]
@@ -100,8 +108,59 @@ async fn read_slot(dialog: &mut Dialog, slot: &str) -> Result<Option<Option<Lsn>
     Ok(exists.then_some(restart_lsn))
 }
 
-/// Drops the slot, which keeps nothing that we need: an earlier session created it in vain, or the upstream has invalidated
-/// it.
+/// Takes back what was said by the slot of the transactions that standbys read. Only who streams by a slot can do that.
+pub(crate) async fn take_feedback_back(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+) -> Result<(), UpstreamError> {
+    let Some(slot) = &settings.slot else { return Ok(()) };
+    // As little as possible is sent for it, and nothing of that is used.
+    let stream = Command::StartReplication(StartReplication {
+        slot: Some(slot.clone()),
+        start: Some(connected.system.flushed),
+        kind: StreamKind::Physical { timeline: Some(connected.system.timeline) },
+    });
+    let mut said = BytesMut::new();
+    Feedback::default().message(PgTimestamp::from_system_time(SystemTime::now())).encode(&mut said);
+    match connected.dialog.say_in_copy(&stream, &said).await {
+        Err(UpstreamError::Server(error)) => Err(slot_refused(error, connected.facts.version_num, slot)),
+        outcome => outcome,
+    }
+}
+
+/// What an error means with which a server refuses to stream by a slot.
+pub(crate) fn slot_refused(error: Box<ServerError>, version_num: u32, slot: &str) -> UpstreamError {
+    if version_num >= INVALIDATION_TOLD_SINCE && error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) {
+        return UpstreamError::SlotInvalidated { slot: slot.to_owned(), source: error };
+    }
+    UpstreamError::Server(error)
+}
+
+/// Drops a slot that keeps nothing we need: an earlier session created it in vain, or the upstream has invalidated it. One that
+/// keeps WAL from elsewhere by now is another, and stays.
+pub(crate) async fn drop_useless_slot(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+    useless: Useless,
+) -> Result<(), UpstreamError> {
+    let Some(slot) = &settings.slot else { return Ok(()) };
+    if connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE {
+        match read_slot(&mut connected.dialog, slot).await? {
+            Some(restart_lsn) if restart_lsn == useless.restart_lsn => {}
+            Some(_) => {
+                tracing::info!(
+                    slot,
+                    "the replication slot on the upstream is not the one that was of no use"
+                );
+                return Ok(());
+            }
+            None => return Ok(()),
+        }
+    }
+    drop_slot(connected, settings).await
+}
+
+/// Drops the slot, whatever it keeps.
 pub(crate) async fn drop_slot(
     connected: &mut Connected,
     settings: &UpstreamSettings,
@@ -109,9 +168,7 @@ pub(crate) async fn drop_slot(
     let Some(slot) = settings.slot.clone() else { return Ok(()) };
     let drop = Command::DropReplicationSlot { slot: slot.clone(), when_active: WhenActive::Fail };
     match connected.dialog.query(&drop).await {
-        Ok(_) => {
-            tracing::warn!(slot, "dropped the replication slot on the upstream: it keeps nothing we need")
-        }
+        Ok(_) => tracing::warn!(slot, host = connected.host, "dropped the replication slot on the upstream"),
         Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_OBJECT) => {}
         Err(error) => return Err(error),
     }
@@ -120,3 +177,7 @@ pub(crate) async fn drop_slot(
 
 /// First version that has READ_REPLICATION_SLOT.
 const READ_REPLICATION_SLOT_SINCE: u32 = 150_000;
+
+/// First version that refuses to stream by a slot that was invalidated. Before, the same code means that the slot is a logical
+/// one, which since then is refused when the slot is looked at.
+const INVALIDATION_TOLD_SINCE: u32 = 180_000;

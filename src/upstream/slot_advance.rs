@@ -2,16 +2,22 @@
 //!
 //! What is acknowledged by standbys far away says when commits may return; what the primary must keep for us is another
 //! matter, and ends where WAL is durable here. So with such a policy the stream uses no slot, and the slot is moved by SQL.
-//! Owns that second connection. Must never move the slot beyond what was compared with the upstream and is durable here.
+//! Owns that second connection, which ends each time: a primary's smart shutdown waits for sessions. Must never move the slot
+//! beyond what was compared with the upstream and is durable here, nor claim that it moved when the upstream did not say so.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use crate::conninfo::{Conninfo, ProcessSurroundings};
+use crate::metrics::UpstreamMetrics;
+use crate::protocol::SqlState;
+use crate::status::UpstreamStatus;
 use crate::upstream::UpstreamError;
 use crate::upstream::dial::log_in;
 use crate::upstream::dialog::Dialog;
+use crate::upstream::retained::Retained;
 use crate::wal::Lsn;
 
 /// Moves the slot as long as it is polled.
@@ -21,59 +27,201 @@ pub(super) struct SlotAdvance {
     /// The host of the stream.
     pub(super) host: String,
     pub(super) slot: String,
+    /// Whether it is made again when it is gone.
+    pub(super) create_slot: bool,
     /// What is durable here; `None` until it was compared with the upstream.
     pub(super) durable: watch::Receiver<Option<Lsn>>,
+    /// Hears where the slot is.
+    pub(super) retained: Arc<Retained>,
+    pub(super) status: watch::Sender<UpstreamStatus>,
+    pub(super) metrics: UpstreamMetrics,
 }
 
 impl SlotAdvance {
     /// Never comes back.
     pub(super) async fn run(mut self) {
-        let mut dialog = None;
-        let mut advanced_to = None;
-        let mut told = None;
+        let mut reached = None;
+        let mut failures = Failures::default();
         loop {
             let durable = *self.durable.borrow_and_update();
-            if let Some(durable) = durable.filter(|durable| advanced_to.is_none_or(|to| *durable > to)) {
-                match self.advance(&mut dialog, durable).await {
-                    Ok(()) => (advanced_to, told) = (Some(durable), None),
-                    Err(error) => {
-                        dialog = None;
-                        let text = error.chain();
-                        if told.as_ref() != Some(&text) {
-                            tracing::warn!(slot = self.slot, error = %text, "could not advance the replication slot on the upstream");
-                            told = Some(text);
-                        }
-                    }
+            let Some(durable) = durable.filter(|durable| reached.is_none_or(|reached| *durable > reached))
+            else {
+                if self.durable.changed().await.is_err() {
+                    // The stream has ended, and with it this.
+                    std::future::pending().await
                 }
-                tokio::time::sleep(ADVANCE_INTERVAL).await;
-            }
-            if self.durable.changed().await.is_err() {
-                // The stream has ended, and with it this.
-                std::future::pending().await
-            }
+                continue;
+            };
+            let moved = timeout(ADVANCE_TIME_MAX, self.advance(durable)).await;
+            let pause = match moved.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
+                Ok(position) => {
+                    reached = Some(position);
+                    self.retained.note_moved(position);
+                    failures = Failures::default();
+                    show_slot_error(None, &self.status, &self.metrics);
+                    ADVANCE_INTERVAL
+                }
+                Err(error) => self.note_failure(&error, &mut failures),
+            };
+            tokio::time::sleep(pause).await;
         }
     }
 
-    async fn advance(&self, dialog: &mut Option<Dialog>, durable: Lsn) -> Result<(), UpstreamError> {
-        let dialog = match dialog {
-            Some(dialog) => dialog,
-            None => dialog.insert(self.connect().await?),
-        };
-        // The name holds nothing that would have to be quoted.
-        let text = format!(
-            "SELECT pg_catalog.pg_replication_slot_advance('{}', '{durable}'::pg_catalog.pg_lsn)",
-            self.slot
-        );
-        dialog.query_text(&text).await.map(drop)
+    /// Returns how long to wait before the next attempt.
+    fn note_failure(&self, error: &UpstreamError, failures: &mut Failures) -> Duration {
+        let now = Instant::now();
+        let pause = failures.note(error.is_refusal());
+        let text = error.chain();
+        if failures.is_to_be_told(now) {
+            tracing::warn!(slot = self.slot, error = %text, "could not advance the replication slot on the upstream, which keeps WAL for it");
+        }
+        if failures.in_a_row >= FAILURES_MAX {
+            show_slot_error(Some(text), &self.status, &self.metrics);
+        }
+        pause
     }
 
-    async fn connect(&self) -> Result<Dialog, UpstreamError> {
+    /// Moves the slot. Returns where the upstream says that it is.
+    async fn advance(&self, durable: Lsn) -> Result<Lsn, UpstreamError> {
         let mut conninfo = self.conninfo.clone();
         conninfo.reread_passwords(&ProcessSurroundings);
         let host = conninfo.hosts.iter().find(|host| host.to_string() == self.host);
-        log_in(&conninfo, host.ok_or(UpstreamError::NoHost)?).await
+        let mut dialog = log_in(&conninfo, host.ok_or(UpstreamError::NoHost)?).await?;
+        let moved = self.advance_or_make(&mut dialog, durable).await;
+        dialog.terminate().await;
+        moved
+    }
+
+    async fn advance_or_make(&self, dialog: &mut Dialog, durable: Lsn) -> Result<Lsn, UpstreamError> {
+        let absent = || UpstreamError::SlotAbsent(self.slot.clone());
+        match self.ask_to_advance(dialog, durable).await {
+            Ok(Some(reached)) => return Ok(reached),
+            Ok(None) if self.create_slot => {}
+            Ok(None) => return Err(absent()),
+            // It was invalidated, or never used: it keeps nothing, and may never do so again.
+            Err(UpstreamError::Server(error))
+                if self.create_slot && error.is(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE) =>
+            {
+                tracing::warn!(slot = self.slot, error = %error, "the replication slot on the upstream is of no use any more");
+                dialog
+                    .query_text(&format!("SELECT pg_catalog.pg_drop_replication_slot('{}')", self.slot))
+                    .await?;
+            }
+            Err(error) => return Err(error),
+        }
+        let create = format!("SELECT pg_catalog.pg_create_physical_replication_slot('{}', true)", self.slot);
+        dialog.query_text(&create).await?;
+        tracing::warn!(
+            slot = self.slot,
+            "the replication slot on the upstream was gone while WAL was streamed: it was made again"
+        );
+        self.ask_to_advance(dialog, durable).await?.ok_or_else(absent)
+    }
+
+    /// Where the slot is then; `None`: there is none.
+    async fn ask_to_advance(&self, dialog: &mut Dialog, durable: Lsn) -> Result<Option<Lsn>, UpstreamError> {
+        // The name holds nothing that would have to be quoted. One that is ahead, as a new one may be, stays there.
+        let text = format!(
+            "SELECT slot_type, CASE WHEN slot_type <> 'physical' THEN NULL WHEN restart_lsn >= '{durable}' THEN restart_lsn \
+             ELSE (pg_catalog.pg_replication_slot_advance(slot_name, '{durable}')).end_lsn END \
+             FROM pg_catalog.pg_replication_slots WHERE slot_name = '{}'",
+            self.slot
+        );
+        let rows = dialog.query_text(&text).await?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        let column = |at: usize| row.text(at).unwrap_or_default().to_owned();
+        match (column(0).as_str(), column(1).parse()) {
+            ("physical", Ok(reached)) => Ok(Some(reached)),
+            ("physical", Err(_)) => Err(invalid_answer("end_lsn", column(1))),
+            (other, _) => Err(invalid_answer("slot_type", other.to_owned())),
+        }
     }
 }
 
-/// The slot is moved at most so often.
-const ADVANCE_INTERVAL: Duration = Duration::from_secs(1);
+fn invalid_answer(field: &'static str, value: String) -> UpstreamError {
+    UpstreamError::InvalidAnswer { command: "pg_replication_slot_advance", field, value }
+}
+
+/// Shows why the slot cannot be moved, which asks for a person; `None`: it can.
+pub(super) fn show_slot_error(
+    error: Option<String>,
+    status: &watch::Sender<UpstreamStatus>,
+    metrics: &UpstreamMetrics,
+) {
+    status.send_if_modified(|status| {
+        if status.slot_error == error {
+            return false;
+        }
+        status.slot_error = error;
+        status.needs_attention = status.is_hurt();
+        metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+        true
+    });
+}
+
+/// Attempts that failed, one after the other.
+#[derive(Debug, Default)]
+struct Failures {
+    in_a_row: u32,
+    told_at: Option<Instant>,
+}
+
+impl Failures {
+    /// One more. Returns how long to wait: each attempt that is refused is a line in the server's log.
+    fn note(&mut self, is_refusal: bool) -> Duration {
+        let grown = FAILED_DELAY_MIN.saturating_mul(1 << self.in_a_row.min(DOUBLINGS_MAX));
+        self.in_a_row = self.in_a_row.saturating_add(1);
+        grown.min(if is_refusal { REFUSED_DELAY_MAX } else { FAILED_DELAY_MAX })
+    }
+
+    /// Whether the failure is to be logged; counts as told then.
+    fn is_to_be_told(&mut self, now: Instant) -> bool {
+        let is_due = self.told_at.is_none_or(|at| now.saturating_duration_since(at) >= TELL_INTERVAL);
+        if is_due {
+            self.told_at = Some(now);
+        }
+        is_due
+    }
+}
+
+/// The slot is moved at most so often, for each time is a login.
+const ADVANCE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Longest time for one attempt.
+const ADVANCE_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Delay after a first failure; it doubles up to the bounds below.
+const FAILED_DELAY_MIN: Duration = Duration::from_secs(1);
+const DOUBLINGS_MAX: u32 = 10;
+
+/// Longest delay between attempts.
+const FAILED_DELAY_MAX: Duration = Duration::from_secs(60);
+
+/// The same where the server does not let us in.
+const REFUSED_DELAY_MAX: Duration = Duration::from_secs(600);
+
+/// Failures in a row, over a quarter of a minute, after which a person is asked for.
+const FAILURES_MAX: u32 = 5;
+
+/// That it still fails is logged this often.
+const TELL_INTERVAL: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_that_fail_become_rare_and_are_told_now_and_then() {
+        let mut failures = Failures::default();
+        let delays: Vec<u64> = (0..12).map(|_| failures.note(true).as_secs()).collect();
+        assert_eq!(delays, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 600, 600]);
+        let mut failures = Failures::default();
+        let delays: Vec<u64> = (0..8).map(|_| failures.note(false).as_secs()).collect();
+        assert_eq!(delays, [1, 2, 4, 8, 16, 32, 60, 60]);
+        let start = Instant::now();
+        let told =
+            |failures: &mut Failures, seconds| failures.is_to_be_told(start + Duration::from_secs(seconds));
+        assert!(told(&mut failures, 0) && !told(&mut failures, 59) && told(&mut failures, 60));
+        assert!(!told(&mut failures, 61));
+    }
+}

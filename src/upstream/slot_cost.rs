@@ -1,15 +1,15 @@
-//! What our slot may cost the primary while we can take nothing.
+//! What our slot may cost a server while no WAL is taken from it.
 //!
-//! As long as the disk here is full, or stands still, the slot keeps all that is written there. Owns the look at it from time
-//! to time, and the decision, where one was configured, that the primary comes first: beyond the limit the slot is dropped, and
-//! made again when WAL can be taken. Whether all that is needed is still there then shows then, and is told.
+//! As long as the disk here is full or stands still, the relay is fenced, or what the server has must not be followed, the slot
+//! keeps all that is written there. Owns the look at it from time to time, and the decision, where one was configured, that
+//! the server comes first: beyond the limit the slot is dropped, and made again when WAL is taken. Whether all that is needed
+//! is still there then shows then, and is told.
 
 use std::time::{Duration, Instant};
 
 use tokio::time::timeout;
 
-use crate::upstream::{Upstream, UpstreamError, connect, random, slot};
-use crate::wal::Lsn;
+use crate::upstream::{Upstream, UpstreamError, connect, slot};
 
 /// When the slot was looked at.
 #[derive(Debug, Default)]
@@ -22,10 +22,23 @@ impl SlotWatch {
     fn is_due(&self) -> bool {
         self.looked_at.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL)
     }
+
+    /// A stream begins: what went wrong before is told when it goes wrong again.
+    pub(super) fn note_streaming(&mut self) {
+        self.told = false;
+    }
 }
 
 impl Upstream {
-    /// To be called now and then while nothing can be taken. Asks the upstream at most every [`LOOK_INTERVAL`].
+    /// Watches as long as it is polled, and no WAL is taken meanwhile. Never comes back.
+    pub(super) async fn keep_watching_slot(&self, watch: &mut SlotWatch) {
+        loop {
+            self.watch_slot(watch).await;
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// To be called now and then while no WAL is taken. Asks each server at most every [`LOOK_INTERVAL`].
     pub(super) async fn watch_slot(&self, watch: &mut SlotWatch) {
         let (Some(keep_max), Some(name)) = (self.settings.slot_wal_keep_max, &self.settings.slot) else {
             return;
@@ -34,38 +47,41 @@ impl Upstream {
             return;
         }
         watch.looked_at = Some(Instant::now());
-        let looked = timeout(connect::OPENING_TIME_MAX, self.drop_costly_slot(keep_max)).await;
-        match looked.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
-            Ok(Some(retained_bytes)) => {
-                tracing::error!(
-                    slot = name,
-                    retained_bytes,
-                    keep_max,
-                    "WAL cannot be taken here, and the slot made the upstream keep too much: it was dropped"
-                );
+        // On each of them a slot of ours may keep WAL.
+        for host in &self.settings.conninfo.hosts {
+            let host = host.to_string();
+            let looked = timeout(connect::OPENING_TIME_MAX, self.drop_costly_slot(&host, keep_max)).await;
+            match looked.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
+                Ok(Some(retained_bytes)) => {
+                    tracing::error!(
+                        slot = name,
+                        host,
+                        retained_bytes,
+                        keep_max,
+                        "WAL is not taken here, and the slot made the upstream keep too much: it was dropped"
+                    );
+                }
+                Ok(None) => {}
+                Err(error) if !watch.told => {
+                    watch.told = true;
+                    tracing::warn!(host, error = %error.chain(), "could not see what the slot makes the upstream keep");
+                }
+                Err(_) => {}
             }
-            Ok(None) => {}
-            Err(error) if !watch.told => {
-                watch.told = true;
-                tracing::warn!(error = %error.chain(), "could not see what the slot makes the upstream keep");
-            }
-            Err(_) => {}
         }
     }
 
     /// How much it kept, if it was dropped.
-    async fn drop_costly_slot(&self, keep_max: u64) -> Result<Option<u64>, UpstreamError> {
-        let order = connect::Order { random: random(), ..connect::Order::default() };
-        let (mut connected, _) = connect::connect(&self.settings, &self.store, &self.writer, order).await?;
-        let kept_from: Option<Lsn> = slot::look_at_slot(&mut connected, &self.settings).await?;
+    async fn drop_costly_slot(&self, host: &str, keep_max: u64) -> Result<Option<u64>, UpstreamError> {
+        let mut connected = connect::connect_to(&self.settings, &self.store, host).await?;
+        let kept_from = slot::look_at_slot(&mut connected, &self.settings).await?;
         let retained = kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from));
-        let Some(retained) = retained.filter(|retained| *retained > keep_max) else {
-            connected.dialog.terminate().await;
-            return Ok(None);
-        };
-        slot::drop_slot(&mut connected, &self.settings).await?;
+        let costly = retained.filter(|retained| *retained > keep_max);
+        if costly.is_some() {
+            slot::drop_slot(&mut connected, &self.settings).await?;
+        }
         connected.dialog.terminate().await;
-        Ok(Some(retained))
+        Ok(costly)
     }
 }
 

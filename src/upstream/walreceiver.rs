@@ -90,7 +90,7 @@ pub(crate) struct WalReceiver<'a> {
     /// What the slot says was acknowledged, and is not held yet.
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
-    retained: Option<Retained>,
+    retained: Option<Arc<Retained>>,
     /// What the server said at the login.
     introduction: Introduction,
     gathering: Gathering,
@@ -105,6 +105,15 @@ pub(crate) struct WalReceiver<'a> {
     unsent: BytesMut,
     held_end: Lsn,
     no_room_since: Option<Instant>,
+    leaving: Option<Leaving>,
+}
+
+/// The relay stops, or is to leave the upstream alone.
+#[derive(Clone, Copy)]
+struct Leaving {
+    /// This is to be durable before the last report, if it gets so in time.
+    wanted: Option<Lsn>,
+    deadline: Instant,
 }
 
 enum Event {
@@ -134,9 +143,6 @@ impl<'a> WalReceiver<'a> {
         if let Some(lost) = lost {
             session.vouch_only_from(lost.to);
         }
-        if let Some(retained) = &retained {
-            retained.publish(context.metrics);
-        }
         Self {
             session,
             lost,
@@ -153,6 +159,7 @@ impl<'a> WalReceiver<'a> {
             unsent: BytesMut::new(),
             held_end: streaming.held_end,
             no_room_since: None,
+            leaving: None,
         }
     }
 
@@ -164,10 +171,18 @@ impl<'a> WalReceiver<'a> {
         let mut dialog = None;
         match outcome {
             Ok(StreamEnd::StopRequested) => self.say_goodbye().await,
-            Ok(StreamEnd::TimelineEnded) => match self.end_copy().await {
-                Ok(ready) => dialog = Some(ready),
-                Err(error) => outcome = Err(error),
-            },
+            Ok(StreamEnd::TimelineEnded) => {
+                let leave = self.context.leave.clone();
+                tokio::select! {
+                    // The server may be gone; whoever stops or fences the relay does not wait for it.
+                    () = leave.cancelled() => outcome = Ok(StreamEnd::StopRequested),
+                    ended = tokio::time::timeout(END_COPY_TIME_MAX, self.end_copy()) => match ended {
+                        Ok(Ok(ready)) => dialog = Some(ready),
+                        Ok(Err(error)) => outcome = Err(error),
+                        Err(_) => outcome = Err(UpstreamError::Io(std::io::ErrorKind::TimedOut.into())),
+                    },
+                }
+            }
             _ => {}
         }
         Streamed { outcome, block, dialog }
@@ -188,7 +203,7 @@ impl<'a> WalReceiver<'a> {
         }
         let mut timer = Box::pin(tokio::time::sleep(Duration::ZERO));
         self.look_at_feedback();
-        loop {
+        while !self.has_left() {
             self.tell_feedback();
             while let Some(output) = self.session.poll_output(Instant::now()) {
                 match output {
@@ -219,10 +234,26 @@ impl<'a> WalReceiver<'a> {
                     self.hand_over();
                     self.handle_progress();
                 }
-                Event::StopRequested => return Ok(StreamEnd::StopRequested),
+                Event::StopRequested => self.begin_to_leave(),
             }
             self.watch_room();
         }
+        Ok(StreamEnd::StopRequested)
+    }
+
+    /// The last report is to tell of what was received until now. Until it does, or for a bounded time, the session goes on as
+    /// ever: a primary that wants to stop meanwhile must not wait for our disk.
+    fn begin_to_leave(&mut self) {
+        self.context.writer.submit();
+        let is_stopping = self.context.shutdown.is_cancelled();
+        let sync_time_max = if is_stopping { LAST_SYNC_TIME_MAX } else { LEAVING_SYNC_TIME_MAX };
+        let wanted = self.context.positions.borrow().map(|positions| positions.verified);
+        self.leaving = Some(Leaving { wanted, deadline: Instant::now() + sync_time_max });
+    }
+
+    fn has_left(&self) -> bool {
+        let flushed = self.context.positions.borrow().map(|positions| positions.flushed);
+        self.leaving.is_some_and(|leaving| flushed >= leaving.wanted || Instant::now() >= leaving.deadline)
     }
 
     /// The only wait. Every branch is cancel-safe: reads and writes keep what they have done in `self`.
@@ -230,7 +261,7 @@ impl<'a> WalReceiver<'a> {
         let has_room = self.no_room_since.is_none();
         tokio::select! {
             biased;
-            () = self.context.leave.cancelled() => Ok(Event::StopRequested),
+            () = self.context.leave.cancelled(), if self.leaving.is_none() => Ok(Event::StopRequested),
             _ = self.context.positions.changed() => Ok(Event::Progressed),
             _ = self.context.condition.changed() => Ok(Event::Progressed),
             () = self.context.acknowledging.changed() => Ok(Event::StandbysMoved),
@@ -247,6 +278,7 @@ impl<'a> WalReceiver<'a> {
 
     fn set_timer(&self, timer: std::pin::Pin<&mut Sleep>) {
         let stall = self.no_room_since.map(|since| since + NO_ROOM_TIME_MAX);
+        let stall = stall.into_iter().chain(self.leaving.map(|leaving| leaving.deadline)).min();
         let acknowledging = self.context.acknowledging.deadline();
         let feedback = self.feedback.due(self.held_back).filter(|_| self.has_room_for_feedback());
         let deadlines =
@@ -312,9 +344,8 @@ impl<'a> WalReceiver<'a> {
     fn note_wal_end(&mut self, wal_end: Lsn) {
         self.gathering.handle_upstream_end(wal_end);
         self.context.metrics.wal_end.set(position_value(wal_end));
-        if let Some(retained) = &mut self.retained {
+        if let Some(retained) = &self.retained {
             retained.note_upstream_end(wal_end);
-            retained.publish(self.context.metrics);
         }
     }
 
@@ -340,7 +371,7 @@ impl<'a> WalReceiver<'a> {
         if let Some(progress) = progress(&mut self.context) {
             self.session.handle_progress(progress);
             self.tell_durable();
-            self.note_regained(progress.flushed);
+            self.note_regained();
             let held = *self.context.positions.borrow();
             let is_filled = |removed: RemovedWal| {
                 held.is_some_and(|held| held.timeline != removed.timeline || held.verified > removed.from)
@@ -364,16 +395,15 @@ impl<'a> WalReceiver<'a> {
         let flushed = self.context.positions.borrow().map(|positions| positions.flushed);
         if self.session.is_reporting() && *self.context.durable.borrow() != flushed {
             self.context.durable.send_replace(flushed);
-            if let (Some(retained), Some(flushed)) = (&mut self.retained, flushed) {
-                retained.note_durable(flushed);
-                retained.publish(self.context.metrics);
-            }
         }
     }
 
-    /// What was lost comes back from the upstream, if it still has it.
-    fn note_regained(&mut self, flushed: Lsn) {
+    /// What was lost comes back from the upstream, if it still has it; whether standbys have it too is another matter.
+    fn note_regained(&mut self) {
         let Some(lost) = self.lost else { return };
+        let Some(flushed) = self.context.positions.borrow().map(|positions| positions.flushed) else {
+            return;
+        };
         let metrics = self.context.metrics;
         metrics.lost.set(bytes_value(lost.to.bytes_since(flushed)));
         if flushed < lost.to {
@@ -408,9 +438,8 @@ impl<'a> WalReceiver<'a> {
     }
 
     fn queue_report(&mut self, report: Report) {
-        if let (Some(retained), Some(flush)) = (&mut self.retained, report.flush) {
+        if let (Some(retained), Some(flush)) = (&self.retained, report.flush) {
             retained.note_reported(flush);
-            retained.publish(self.context.metrics);
         }
         let update = StandbyStatusUpdate {
             write: report.write,
@@ -441,17 +470,10 @@ impl<'a> WalReceiver<'a> {
         self.no_room_since.is_some_and(|since| since.elapsed() >= NO_ROOM_TIME_MAX)
     }
 
-    /// Waits a bounded time until everything received is flushed, tells the upstream, and ends the copy. When that was asked
-    /// for while the relay goes on, what was said last has been heard on return, if the upstream is there at all.
+    /// Tells the upstream what is durable now, and ends the copy. When the relay goes on, what was said last has been heard on
+    /// return, if the upstream is there at all.
     async fn say_goodbye(mut self) {
-        let everything_flushed = |positions: &Option<Positions>| {
-            positions.is_none_or(|positions| positions.flushed >= positions.verified)
-        };
         let is_stopping = self.context.shutdown.is_cancelled();
-        let sync_time_max = if is_stopping { LAST_SYNC_TIME_MAX } else { LEAVING_SYNC_TIME_MAX };
-        // Whether the wait succeeded does not matter: what is reported is true either way.
-        let _ =
-            tokio::time::timeout(sync_time_max, self.context.positions.wait_for(everything_flushed)).await;
         self.handle_progress();
         while let Some(Output::Send(report)) = self.session.poll_output(Instant::now()) {
             self.queue_report(report);
@@ -515,6 +537,9 @@ const LAST_SYNC_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// The same when the upstream is left although the relay goes on: a primary that stops meanwhile waits for it.
 const LEAVING_SYNC_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// Time for the answer with which a server ends the copy at the end of a timeline.
+const END_COPY_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// Time for the last message, and for the upstream to close.
 const LAST_SEND_TIME_MAX: Duration = Duration::from_secs(1);

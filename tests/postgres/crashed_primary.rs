@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use crate::support::MB;
 use crate::support::compare::{
     assert_equal_clusters, assert_same_wal, same_wal, table_checksums, wal_files, waldump,
 };
@@ -15,6 +14,7 @@ use crate::support::raw::RawClient;
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn_text};
 
 fn chain() -> Option<(Postgres, Proxy, Relay)> {
     Some(chain_on(&Installation::any()?))
@@ -137,11 +137,57 @@ fn other_history(lost_bytes: u64, told: &[&str]) {
     wait_until("the relay to ask for a person", || relay.status()["upstream"]["needs_attention"] == true);
     hold("not mixed with other bytes", Duration::from_secs(3), || relay.flushed() == held);
     let vouched_for = proxy.passed(|passed| passed.flush_max_of[streams..].to_vec());
-    assert!(vouched_for.len() > 1, "it was never streamed from");
+    assert!(!vouched_for.is_empty(), "it was never streamed from");
     assert!(vouched_for.iter().all(|flush| *flush == 0), "acknowledged another history: {vouched_for:X?}");
     same_wal(&relay.wal_dir(), &lost.join("pg_wal"), MB, held)
         .unwrap_or_else(|complaint| panic!("{complaint}"));
     relay.assert_running();
+}
+
+#[test]
+fn a_primary_that_lost_wal_and_is_idle_is_refused_with_both_positions_and_the_next_host_is_used() {
+    on_every_major(|installation| {
+        let mut primary = Settings::new().segment_size_mb(1).start(&installation);
+        let (proxy, feed) = (Proxy::to(primary.port), Proxy::to(primary.port));
+        let mut good = primary.standby("good", feed.port, "");
+        let ports = format!("{},{}", proxy.port, good.port);
+        let mut relay = Relay::new("relay", 1)
+            .with_conninfo(&format!("host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable"));
+        relay.start();
+        primary.sql("checkpoint");
+        primary.stop(Stop::Fast);
+        let old = primary.data().with_extension("old");
+        copy_folder(&primary.data(), &old);
+        primary.start();
+        // Less than a page.
+        primary.sql("select pg_logical_emit_message(true, 'lost', repeat('x', 200))");
+        let lost = primary.flushed();
+        relay.wait_flushed(lost);
+        good.wait_replayed(lost);
+        primary.stop(Stop::Kill);
+        feed.close();
+        std::fs::rename(primary.data(), primary.data().with_extension("lost")).unwrap();
+        std::fs::rename(&old, primary.data()).unwrap();
+        let streams = proxy.passed(|passed| passed.starts.len());
+        primary.start();
+        relay.restart_after_kill();
+        let host = || relay.status()["upstream"]["host"].as_str().unwrap_or_default().to_owned();
+        wait_until("the good one to be used", || host().contains(&good.port.to_string()));
+        let held = relay.flushed();
+        assert!(held >= lost && primary.flushed() < held);
+        good.stop(Stop::Fast);
+        wait_until("the reason to be told", || {
+            let words = format!(
+                "the WAL flush position of the upstream {} is behind {}, the end of what this relay holds on timeline 1",
+                lsn_text(primary.flushed()),
+                lsn_text(held)
+            );
+            let told = relay.status()["upstream"]["last_error"].as_str().unwrap_or_default().to_owned();
+            told.contains(&words) && relay.needs_attention()
+        });
+        assert_eq!(proxy.passed(|passed| passed.starts.len()), streams, "it was streamed from");
+        assert_eq!(relay.flushed(), held);
+    });
 }
 
 #[test]

@@ -182,6 +182,22 @@ fn the_host_with_the_wanted_session_attributes_is_found() {
 }
 
 #[test]
+fn a_server_that_was_demoted_is_refused_with_the_reason() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let standby = primary.standby("standby", primary.port, "");
+    let proxy = Proxy::to(standby.port);
+    let relay = launched("relay", &at(proxy.port, "user=postgres target_session_attrs=read-write"));
+    wait_until("the reason to be told", || {
+        relay.status()["upstream"]["last_error"] == "session is read-only"
+    });
+    relay.wait_logged("session is read-only");
+    // It may become the primary in a moment.
+    standby.promote();
+    wait_until("it to be streamed from", || relay.status()["upstream"]["state"] == "streaming");
+}
+
+#[test]
 fn a_resolver_that_hangs_holds_up_one_host_and_not_the_others() {
     let Some(installation) = Installation::any() else { return };
     let primary = Settings::new().segment_size_mb(1).start(&installation);

@@ -41,6 +41,7 @@ mod seen;
 mod segment_sizes;
 mod sessions;
 mod shutdown;
+mod slot_by_sql;
 mod slot_space;
 mod slots;
 mod state_files;

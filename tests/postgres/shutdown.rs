@@ -1,18 +1,21 @@
 //! The primary's fast shutdown is never held up, whatever state the relay is in; the relay's own end is an orderly one.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use crate::support::MB;
+use crate::support::compare::assert_same_wal;
 use crate::support::faults::{Faults, SmallDisk};
 use crate::support::lab::{Installation, chosen_majors, may_mount};
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Verdict};
 use crate::support::raw::{Event, RawClient, tags_of};
 use crate::support::relay::Relay;
-use crate::support::wait::{wait_at_most, wait_until};
+use crate::support::wait::{hold, wait_at_most, wait_until};
+use crate::support::{MB, lsn_text};
 
 /// A fast stop of the primary takes less than this with the relay attached.
 const STOP_MAX: Duration = Duration::from_secs(2);
@@ -55,7 +58,7 @@ fn the_primary_stops_at_once_with_an_idle_relay_that_then_has_everything() {
         let delivered = proxy.passed(|passed| passed.delivered);
         relay.wait_flushed(delivered);
         primary.start();
-        assert_eq!(crate::support::compare::assert_same_wal(&relay.wal_dir(), &primary, delivered) % MB, 0);
+        assert_eq!(assert_same_wal(&relay.wal_dir(), &primary, delivered) % MB, 0);
     });
 }
 
@@ -72,16 +75,125 @@ fn the_primary_stops_at_once_under_load() {
     }
 }
 
+/// The same while nothing that comes after `durable` can be made durable.
+fn stops_truthfully(primary: &mut Postgres, proxy: &Proxy, durable: u64) {
+    stops_in_time(primary, proxy);
+    let told = proxy.passed(|passed| passed.flush_max);
+    assert!(told <= durable, "{} was acknowledged, {} is durable", lsn_text(told), lsn_text(durable));
+}
+
+/// From now on the fault is there. Returns the end of what may have become durable before.
+fn break_disk(fault: &str, faults: &Faults, primary: &Postgres, relay: &Relay) -> u64 {
+    relay.wait_flushed(primary.flushed());
+    faults.set(fault, 0);
+    primary.flushed()
+}
+
 #[test]
 fn the_primary_stops_at_once_while_the_relays_sync_hangs() {
     on_every_major(|installation| {
         let faults = Faults::new();
-        let (mut primary, proxy, _relay) = chain_on(&installation, |relay| relay.with_faults(&faults));
-        faults.set("sync_hangs", 0);
+        let (mut primary, proxy, relay) = chain_on(&installation, |relay| relay.with_faults(&faults));
+        let durable = break_disk("sync_hangs", &faults, &primary, &relay);
         write_wal(&primary, 2 * MB);
-        stops_in_time(&mut primary, &proxy);
+        stops_truthfully(&mut primary, &proxy, durable);
         faults.clear("sync_hangs");
     });
+}
+
+#[test]
+fn the_primary_stops_at_once_while_the_relay_stops_too_and_its_sync_hangs() {
+    on_every_major(|installation| {
+        let faults = Faults::new();
+        let (mut primary, proxy, relay) = chain_on(&installation, |relay| relay.with_faults(&faults));
+        let durable = break_disk("sync_hangs", &faults, &primary, &relay);
+        write_wal(&primary, 2 * MB);
+        let upto = primary.flushed();
+        wait_until("the relay to have received it", || relay.position("/store/verified") >= upto);
+        relay.process().signal(Signal::TERM);
+        stops_truthfully(&mut primary, &proxy, durable);
+        faults.clear("sync_hangs");
+    });
+}
+
+#[test]
+fn the_primary_stops_at_once_while_the_relays_writes_hang() {
+    on_every_major(|installation| {
+        // What fits into the relay's memory, and what does not.
+        for bytes in [MB / 2, 8 * MB] {
+            let faults = Faults::new();
+            let small = |relay: Relay| {
+                relay.with("store.tail_size", "\"1MB\"").with("store.unwritten_size", "\"1MB\"")
+            };
+            let (mut primary, proxy, relay) =
+                chain_on(&installation, |relay| small(relay.with_faults(&faults)));
+            let durable = break_disk("write_hangs", &faults, &primary, &relay);
+            write_wal(&primary, bytes);
+            stops_truthfully(&mut primary, &proxy, durable);
+            faults.clear("write_hangs");
+        }
+    });
+}
+
+#[test]
+fn what_is_not_written_yet_is_not_reported_as_written() {
+    on_every_major(|installation| {
+        let faults = Faults::new();
+        let primary = Settings::new()
+            .segment_size_mb(1)
+            .line("synchronous_standby_names = 'relay'")
+            .line("synchronous_commit = remote_write")
+            .start(&installation);
+        let proxy = Proxy::to(primary.port);
+        let mut relay = Relay::new("relay", proxy.port).with_faults(&faults);
+        relay.start();
+        let load = Load::start_waiting(&primary);
+        wait_until("some commits", || load.committed() > 10);
+        drop(load);
+        let written = break_disk("write_hangs", &faults, &primary, &relay);
+        let load = Load::start_waiting(&primary);
+        wait_until("more to be received", || proxy.passed(|passed| passed.delivered) > written);
+        hold("a commit waits for the write", Duration::from_secs(1), || load.committed() == 0);
+        let told = proxy.passed(|passed| passed.write_max);
+        assert!(told <= written, "{} was told, {} is written", lsn_text(told), lsn_text(written));
+        faults.clear("write_hangs");
+        wait_until("commits to go on", || load.committed() > 10);
+        drop(load);
+        proxy.assert_honest();
+    });
+}
+
+#[test]
+fn a_server_that_vanishes_at_the_end_of_its_timeline_holds_up_neither_a_fence_nor_the_end() {
+    let Some(installation) = Installation::any() else { return };
+    for is_fenced in [true, false] {
+        let primary = Settings::new().segment_size_mb(1).start(&installation);
+        let upstream = primary.standby("upstream", primary.port, "");
+        let proxy = Proxy::to(upstream.port);
+        let mut relay = Relay::new("relay", proxy.port).with_token();
+        relay.start();
+        let is_silent = Arc::new(AtomicBool::new(false));
+        let (mut has_ended, silent) = (false, Arc::clone(&is_silent));
+        proxy.edit(move |message| {
+            if has_ended {
+                silent.store(true, Ordering::SeqCst);
+                return Verdict::Drop;
+            }
+            // CopyDone; the relay answers it, and hears nothing more.
+            has_ended = message.first() == Some(&b'c');
+            Verdict::Forward
+        });
+        upstream.promote();
+        wait_until("the server to be silent", || is_silent.load(Ordering::SeqCst));
+        let started = Instant::now();
+        if is_fenced {
+            relay.fence();
+        } else {
+            assert!(relay.terminate().success());
+        }
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(3), "that took {took:?}");
+    }
 }
 
 #[test]
@@ -99,6 +211,10 @@ fn the_primary_stops_at_once_while_the_relays_disk_is_full() {
     write_wal(&primary, 12 * MB);
     wait_until("the store to notice", || relay.condition() != "healthy");
     stops_in_time(&mut primary, &proxy);
+    // What was acknowledged is in the files.
+    let told = proxy.passed(|passed| passed.flush_max);
+    primary.start();
+    assert_same_wal(&relay.wal_dir(), &primary, told);
 }
 
 #[test]
@@ -122,7 +238,7 @@ fn sigterm_ends_streams_as_a_primary_does_with_everything_durable() {
     client.read_wal(from, upto);
     client.send_status(upto, upto, 0).unwrap();
     standby.wait_replayed(upto);
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     let status = relay.terminate();
     let took = started.elapsed();
     assert!(status.success(), "{status}");

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::support::compare::{assert_equal_clusters, assert_same_wal, wal_files};
@@ -14,7 +15,7 @@ use crate::support::raw::{RawClient, ServerError, error_in, identify_system};
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::support::{MB, lsn_text};
+use crate::support::{MB, lsn, lsn_text};
 
 /// A relay that was cut off, with its slot idle.
 fn cut_off(installation: &Installation, settings: Settings, prepare: impl FnOnce(Relay) -> Relay) -> Chain {
@@ -164,6 +165,8 @@ fn clients_that_wait_at_a_gap_hear_of_it_and_go_on_when_it_is_filled() {
     wait_until("the standby to be told", || standby.log().contains(&told));
     wait_until("pg_receivewal to be told", || receiver.log().contains(&told));
 
+    primary.wait_for_sql("select count(*) from pg_replication_slots", "0");
+
     // The primary forgets what it has removed only with its process.
     primary.stop(Stop::Fast);
     for (path, content) in &archive {
@@ -283,4 +286,98 @@ fn what_the_primary_keeps_for_the_relay_is_shown() {
     wait_until("it to grow", || retained() >= megabytes(3));
     faults.clear("sync_hangs");
     wait_until("next to nothing to be kept again", || (0.0..megabytes(1)).contains(&retained()));
+}
+
+#[test]
+fn a_slot_made_in_vain_is_dropped_where_it_was_made_and_no_other_is_touched() {
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let proxy = Arc::new(Proxy::to(primary.port));
+    let mut relay = Relay::new("relay", proxy.port);
+    relay.start();
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    relay.terminate();
+    proxy.close();
+    let kept = "select restart_lsn from pg_replication_slots where slot_name = 'relay'";
+    let kept_from = lsn(&primary.sql(kept));
+    // A standby that was made later has nothing of what follows at the relay.
+    for _ in 0..2 {
+        write_wal(&primary, 3 * MB);
+        primary.switch_wal();
+        primary.checkpoint();
+    }
+    let late = primary.standby("late", primary.port, "");
+    late.wait_replayed(primary.flushed());
+    let to_late = Proxy::to(late.port);
+    let again = Arc::clone(&proxy);
+    // The primary is back just when the other one has refused.
+    to_late.edit(move |message| {
+        if message.first() == Some(&b'E') && message.windows(5).any(|code| code == b"58P01") {
+            again.open();
+        }
+        Verdict::Forward
+    });
+    let ports = format!("{},{}", proxy.port, to_late.port);
+    relay =
+        relay.with_conninfo(&format!("host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable"));
+    relay.launch();
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+    assert!(!to_late.passed(|passed| passed.starts.is_empty()), "the other one was never asked");
+    assert!(lsn(&primary.sql(kept)) >= kept_from);
+    assert!(!primary.log().contains("DROP_REPLICATION_SLOT"), "the slot that kept the WAL was dropped");
+    let made = late.log().matches("CREATE_REPLICATION_SLOT \"relay\"").count();
+    assert!(made >= 1, "no slot was made there:\n{}", late.log());
+    late.wait_for_sql("select count(*) from pg_replication_slots", "0");
+    assert!(!relay.needs_attention());
+}
+
+const SLOTS: &str = "select count(*) from pg_replication_slots where slot_name = 'relay'";
+
+#[test]
+fn a_slot_that_costs_too_much_is_dropped_while_the_relay_is_fenced() {
+    // Servers before 15 do not tell where a slot is.
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let mut relay = Relay::new("relay", primary.port).with_token();
+    relay.set("upstream.slot_wal_keep_max", "\"6MB\"");
+    relay.start();
+    relay.fence();
+    write_wal(&primary, 2 * MB);
+    hold("it may keep so much", Duration::from_secs(1), || primary.sql(SLOTS) == "1");
+    write_wal(&primary, 8 * MB);
+    primary.wait_for_sql(SLOTS, "0");
+    relay.wait_logged("the slot made the upstream keep too much: it was dropped");
+    relay.unfence();
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    primary.wait_for_sql(SLOTS, "1");
+    assert_same_wal(&relay.wal_dir(), &primary, upto);
+}
+
+#[test]
+fn a_slot_that_costs_too_much_is_dropped_at_a_server_that_must_not_be_followed() {
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let heir = primary.standby("heir", primary.port, "");
+    let mut relay = Relay::streaming_from("relay", primary.port);
+    heir.promote();
+    let conninfo = |port| format!("host=127.0.0.1 port={port} user=postgres sslmode=disable");
+    relay.terminate();
+    relay = relay.with_conninfo(&conninfo(heir.port));
+    relay.start();
+    wait_until("the relay to follow", || relay.status()["store"]["timeline"] == 2);
+    relay.terminate();
+    // The old primary has no say any more, and keeps WAL for a relay that must not take it.
+    relay = relay.with_conninfo(&conninfo(primary.port));
+    relay.set("upstream.slot_wal_keep_max", "\"6MB\"");
+    write_wal(&primary, 2 * MB);
+    relay.launch();
+    relay.wait_needs_attention();
+    assert_eq!(primary.sql(SLOTS), "1");
+    write_wal(&primary, 8 * MB);
+    primary.wait_for_sql(SLOTS, "0");
+    relay.wait_logged("the slot made the upstream keep too much: it was dropped");
 }

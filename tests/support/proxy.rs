@@ -49,6 +49,8 @@ pub(crate) struct Passed {
     /// Highest flush position told so far, and in each stream.
     pub(crate) flush_max: u64,
     pub(crate) flush_max_of: Vec<u64>,
+    /// Highest write position told beside a flush position; with flush 0 nothing is vouched for.
+    pub(crate) write_max: u64,
     /// What the client told that it may never tell.
     pub(crate) violations: Vec<String>,
 }
@@ -373,6 +375,9 @@ impl Session {
             passed.reported = Some(now);
             passed.status_updates += 1;
             passed.flush_max = passed.flush_max.max(now.flush);
+            if now.flush != 0 {
+                passed.write_max = passed.write_max.max(now.write);
+            }
             if let Some(most) = self.stream.and_then(|stream| passed.flush_max_of.get_mut(stream)) {
                 *most = now.flush.max(*most);
             }

@@ -9,6 +9,7 @@
  *   sync_slow      they take that many milliseconds
  *   sync_hangs     they return when the fault is switched off
  *   sync_dir_fails fsync of a directory fails with EIO
+ *   write_hangs    writes return when the fault is switched off
  *   write_full     writes fail with ENOSPC, and so does making or growing a file
  *   read_only      whatever would change a file fails with EROFS, as after the kernel has remounted the file system
  *   send_faults    sending that many bytes or more at once to a socket fails with EFAULT: how the kernel tells that a page of
@@ -125,10 +126,15 @@ static int full(void) {
   return 1;
 }
 
+static void hang_in_write(void) {
+  while (trigger("write_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
+}
+
 #define SPOILED_WRITE(type, name, parameters, arguments) \
   type name parameters {                                 \
     if (!ours(fd)) return NEXT(name) arguments;          \
     if (full()) return -1;                               \
+    hang_in_write();                                     \
     step("write", "before");                             \
     type result = NEXT(name) arguments;                  \
     step("write", "after");                              \
@@ -152,6 +158,7 @@ ssize_t writev(int fd, const struct iovec *parts, int count) {
     return NEXT(writev)(fd, parts, count);
   }
   if (full()) return -1;
+  hang_in_write();
   step("write", "before");
   ssize_t result = NEXT(writev)(fd, parts, count);
   step("write", "after");

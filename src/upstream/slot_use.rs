@@ -1,0 +1,125 @@
+//! Which slot a session uses on the upstream, and how.
+//!
+//! Owns what is decided about the slot from session to session: created, taken as found, dropped where it is of no use,
+//! streamed by or moved by SQL. Never touches a slot at one server for what was learned of another.
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::protocol::instances::PARAMETER;
+use crate::upstream::connect::{self, Connected};
+use crate::upstream::course::Course;
+use crate::upstream::dialog::Introduction;
+use crate::upstream::retained::SlotMover;
+use crate::upstream::slot::{self, SlotOrigin, UpstreamSlot, WhenAbsent};
+use crate::upstream::slot_advance::{SlotAdvance, show_slot_error};
+use crate::upstream::{Opened, Upstream, UpstreamError, UpstreamSettings};
+use crate::wal::Lsn;
+
+/// What moves the slot at this server. A relay takes no SQL; WAL that is streamed from it by the slot stays on its disk, and
+/// costs the primary nothing.
+pub(super) fn mover(settings: &UpstreamSettings, introduction: &Introduction) -> SlotMover {
+    let is_relay = introduction.parameters.contains_key(PARAMETER);
+    if settings.streams_by_slot || is_relay { SlotMover::Reports } else { SlotMover::Sql }
+}
+
+impl Upstream {
+    /// The slot to use; one that an earlier session created in vain here is dropped, and not created again.
+    pub(super) async fn slot(
+        &self,
+        connected: &mut Connected,
+        course: &mut Course,
+    ) -> Result<UpstreamSlot, UpstreamError> {
+        let (server, settings) = (connected.host.clone(), &self.settings);
+        if let Some(useless) = course.slots.useless(&server) {
+            slot::drop_useless_slot(connected, settings, useless).await?;
+            course.slots.forget_useless(&server);
+        }
+        let held_end = self.writer.plan().map(|plan| plan.held_end);
+        let is_in_vain = course.slots.is_in_vain(&server, held_end);
+        course.host = Some(server.clone());
+        let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
+        let mut slot = slot::ensure_slot(connected, settings, when_absent).await?;
+        if slot.keeps_nothing(connected) && settings.create_slot {
+            // It was invalidated, or made by hand and never used: from 16 on the first never keeps anything again.
+            slot::drop_slot(connected, settings).await?;
+            slot = slot::ensure_slot(connected, settings, when_absent).await?;
+        }
+        match slot.origin {
+            SlotOrigin::Created => course.slots.note_created(&server, held_end, slot.restart_lsn),
+            SlotOrigin::Found if course.slots.note_found(&server, held_end, slot.restart_lsn) => {
+                slot.origin = SlotOrigin::Created;
+            }
+            SlotOrigin::Found => {}
+            SlotOrigin::Unknown => course.slots.note_none(&server),
+        }
+        Ok(slot)
+    }
+
+    /// Takes back what an earlier process said by the slot of the transactions that standbys read, where WAL is not streamed by
+    /// it any more: nothing else would ever do so.
+    pub(super) async fn free_slot_of_feedback(
+        &self,
+        connected: &mut Connected,
+        slot: UpstreamSlot,
+        course: &mut Course,
+    ) -> Result<(), UpstreamError> {
+        let mover = mover(&self.settings, &connected.dialog.introduction);
+        let server = connected.host.clone();
+        let may_be_held = mover == SlotMover::Sql && slot.origin == SlotOrigin::Found;
+        if may_be_held && !course.slots.is_free_of_feedback(&server) {
+            slot::take_feedback_back(connected, &self.settings).await?;
+            course.slots.note_free_of_feedback(&server);
+        }
+        Ok(())
+    }
+
+    /// Where the last session has made a slot in vain it is dropped at once: the next session may be at another server, and
+    /// would leave it there to keep WAL for nobody. If that fails it is done when that server is used again.
+    pub(super) async fn drop_slot_made_in_vain(&self, course: &mut Course) {
+        let Some(server) = course.host.clone() else { return };
+        let Some(useless) = course.slots.made_in_vain(&server) else { return };
+        let drop = async {
+            let mut connected = connect::connect_to(&self.settings, &self.store, &server).await?;
+            let dropped = slot::drop_useless_slot(&mut connected, &self.settings, useless).await;
+            connected.dialog.terminate().await;
+            dropped
+        };
+        match timeout(connect::OPENING_TIME_MAX, drop).await.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
+            Ok(()) => course.slots.forget_useless(&server),
+            Err(error) => {
+                tracing::warn!(server, error = %error.chain(), "could not drop the replication slot that was created in vain");
+            }
+        }
+    }
+
+    /// What moves the slot while the stream does not, and where it hears how far.
+    pub(super) fn slot_advance(
+        &self,
+        opened: &Opened,
+    ) -> (watch::Sender<Option<Lsn>>, impl Future<Output = ()> + use<>) {
+        let (sender, durable) = watch::channel(None);
+        let retained = opened.retained.clone().filter(|retained| retained.mover() == SlotMover::Sql);
+        let advance = self.settings.slot.clone().zip(retained).map(|(slot, retained)| SlotAdvance {
+            conninfo: self.settings.sql_conninfo.clone(),
+            host: opened.host.clone(),
+            slot,
+            create_slot: self.settings.create_slot,
+            durable,
+            retained,
+            status: self.status.clone(),
+            metrics: self.metrics.clone(),
+        });
+        if advance.is_none() {
+            // Of a server that was left.
+            show_slot_error(None, &self.status, &self.metrics);
+        }
+        let future = async move {
+            match advance {
+                Some(advance) => advance.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        (sender, future)
+    }
+}

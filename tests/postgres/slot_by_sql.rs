@@ -1,0 +1,192 @@
+//! A slot that SQL moves, because commits wait for standbys behind the relay: it moves, or that it does not is told.
+
+use std::time::Duration;
+
+use crate::support::lab::{Installation, chosen_majors};
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
+use crate::support::relay::Relay;
+use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn};
+
+/// A primary, and a relay whose policy nobody fulfils: so the slot is not where WAL was acknowledged.
+fn chain_on(installation: &Installation, prepare: impl FnOnce(Relay) -> Relay) -> (Postgres, Relay) {
+    let primary = Settings::new().segment_size_mb(1).start(installation);
+    let mut relay = prepare(waiting(Relay::new("relay", primary.port)));
+    relay.start();
+    (primary, relay)
+}
+
+fn waiting(relay: Relay) -> Relay {
+    relay.with("upstream.acknowledge", "\"ANY 1 (far)\"").with("upstream.slot", "\"relay\"")
+}
+
+fn slot_position(primary: &Postgres) -> u64 {
+    lsn(&primary
+        .sql("select coalesce(max(restart_lsn), '0/0') from pg_replication_slots where slot_name = 'relay'"))
+}
+
+fn retained(relay: &Relay) -> u64 {
+    relay.metric("walrelay_upstream_slot_retained_bytes").unwrap_or(-1.0) as u64
+}
+
+fn wait_moved(primary: &Postgres, upto: u64) {
+    wait_until("the slot to follow what is durable at the relay", || slot_position(primary) >= upto);
+}
+
+#[test]
+fn a_slot_that_cannot_be_moved_is_told_and_its_cost_is_shown() {
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    primary.sql("create role replicator replication login");
+    primary.sql("create role turned_away login");
+    // The usual rules: for replication, and for nothing else.
+    let rules = "host replication replicator 127.0.0.1/32 trust\n\
+        host all replicator 127.0.0.1/32 reject\nhost replication turned_away 127.0.0.1/32 reject";
+    primary.demand(rules, "turned_away");
+    let mut relay = waiting(Relay::new("relay", 1))
+        .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", primary.port));
+    relay.start();
+    write_wal(&primary, 4 * MB);
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    relay.wait_logged("could not advance the replication slot on the upstream");
+    let stays_at = slot_position(&primary);
+    assert!(stays_at + 4 * MB <= upto);
+    wait_until("the metric to show what is kept", || retained(&relay) >= 4 * MB);
+    relay.wait_needs_attention();
+    let told = relay.status()["upstream"]["slot_error"].as_str().unwrap_or_default().to_owned();
+    assert!(told.contains("pg_hba.conf rejects connection"), "{told}");
+    assert!(relay.times_logged("could not advance the replication slot") <= 2, "{}", relay.log());
+    let refused = primary.log().matches("pg_hba.conf rejects connection").count();
+    assert!(refused < 12, "{refused} attempts in a quarter of a minute");
+    assert!(retained(&relay) >= 4 * MB && slot_position(&primary) == stays_at);
+    // It is tried again by itself, with nothing written meanwhile.
+    primary.demand("host all replicator 127.0.0.1/32 trust", "turned_away");
+    wait_moved(&primary, upto);
+    wait_until("nobody to be needed", || {
+        !relay.needs_attention() && relay.status()["upstream"]["slot_error"].is_null()
+    });
+    wait_until("next to nothing to be kept", || retained(&relay) < MB);
+}
+
+#[test]
+fn a_slot_that_is_dropped_while_wal_is_streamed_is_made_again() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (primary, relay) = chain_on(&installation, |relay| relay);
+        write_wal(&primary, MB);
+        wait_moved(&primary, primary.flushed());
+        let sessions = relay.status()["upstream"]["sessions"].clone();
+        primary.sql("select pg_drop_replication_slot('relay')");
+        write_wal(&primary, 2 * MB);
+        wait_moved(&primary, primary.flushed());
+        relay.wait_logged("was gone while WAL was streamed: it was made again");
+        assert_eq!(relay.status()["upstream"]["sessions"], sessions, "the stream was disturbed");
+        assert!(!relay.needs_attention());
+    }
+}
+
+#[test]
+fn a_slot_that_is_dropped_and_may_not_be_made_again_is_told() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    primary.sql("select pg_create_physical_replication_slot('relay', true)");
+    let mut relay = waiting(Relay::new("relay", primary.port)).with("upstream.create_slot", "false");
+    relay.start();
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    primary.sql("select pg_drop_replication_slot('relay')");
+    write_wal(&primary, MB);
+    relay.wait_logged("replication slot \\\"relay\\\" does not exist on the upstream");
+    relay.wait_needs_attention();
+    assert_eq!(primary.sql("select count(*) from pg_replication_slots"), "0");
+}
+
+#[test]
+fn what_was_lost_and_is_here_again_is_told_no_more_although_no_standby_has_it() {
+    let Some(installation) = Installation::since(15) else { return };
+    let (primary, mut relay) = chain_on(&installation, |relay| relay);
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    relay.terminate();
+    let (data, old) = (relay.data_dir().to_owned(), relay.data_dir().with_extension("old"));
+    copy_folder(&data, &old);
+    relay.start();
+    write_wal(&primary, 2 * MB);
+    let upto = primary.flushed();
+    wait_moved(&primary, upto);
+    relay.terminate();
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::rename(&old, &data).unwrap();
+    relay.start();
+    relay.wait_logged("WAL that was acknowledged has been lost here");
+    relay.wait_flushed(upto);
+    relay.wait_logged("the WAL that had been lost is here again");
+    wait_until("nobody to be needed", || {
+        !relay.needs_attention() && relay.status()["upstream"]["lost"].is_null()
+    });
+    assert_eq!(relay.metric("walrelay_upstream_lost_bytes"), Some(0.0));
+}
+
+#[test]
+fn a_slot_of_a_policy_that_was_local_holds_back_no_transaction_any_more() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let primary = Settings::new().segment_size_mb(1).start(&installation);
+        let mut relay = Relay::new("relay", primary.port);
+        relay.start();
+        let feedback = "hot_standby_feedback = on\nwal_receiver_status_interval = 1s";
+        let _standby = primary.standby("standby", relay.port, feedback);
+        let xmin = "select coalesce(xmin::text, 'none') from pg_replication_slots where slot_name = 'relay'";
+        wait_until("the slot to hold back what the standby reads", || primary.sql(xmin) != "none");
+        let held = primary.sql(xmin);
+        relay.terminate();
+        assert_eq!(primary.sql(xmin), held, "a slot keeps it");
+        let mut relay = waiting(relay);
+        relay.start();
+        primary.wait_for_sql(xmin, "none");
+        // What standbys read now is held back by the stream.
+        primary.wait_for_sql(
+            "select count(backend_xmin) from pg_stat_replication where application_name = 'relay'",
+            "1",
+        );
+        write_wal(&primary, MB);
+        wait_moved(&primary, primary.flushed());
+    }
+}
+
+#[test]
+fn a_smart_shutdown_of_the_primary_is_not_held_up() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let (mut primary, relay) = chain_on(&installation, |relay| relay);
+        write_wal(&primary, MB);
+        wait_moved(&primary, primary.flushed());
+        let took = primary.stop(Stop::Smart);
+        assert!(took < Duration::from_secs(5), "the primary's smart stop took {took:?}");
+        drop(relay);
+    }
+}
+
+#[test]
+fn a_relay_that_is_streamed_from_takes_no_sql_and_its_slot_follows_what_is_acknowledged() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let near = Relay::streaming_from("near", primary.port);
+    let mut far = Relay::new("far", near.port)
+        .with("upstream.acknowledge", "\"ANY 1 (heir)\"")
+        .with("upstream.slot", "\"far\"");
+    far.start();
+    write_wal(&primary, 2 * MB);
+    far.wait_flushed(primary.flushed());
+    let position = || near.slot("far").and_then(|slot| slot["restart_lsn"].as_str().map(lsn)).unwrap_or(0);
+    let before = position();
+    hold("what no standby has is kept", Duration::from_secs(1), || position() == before);
+    let heir = primary.standby("heir", far.port, "wal_receiver_status_interval = 1s");
+    let upto = primary.flushed();
+    heir.wait_replayed(upto);
+    wait_until("the slot to follow", || position() >= upto);
+    assert!(!far.log().contains("could not advance"), "{}", far.log());
+    assert!(!far.needs_attention());
+}
