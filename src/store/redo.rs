@@ -39,7 +39,11 @@ impl Redo {
         health: Arc<Health>,
         line: Option<(&Lineage, Lsn)>,
     ) -> Result<Self, StoreError> {
-        let saved: Option<CheckpointPlace> = CHECKPOINT_FILE.read(&*disk, &layout.data_dir)?;
+        let saved: Option<CheckpointPlace> = match CHECKPOINT_FILE.read(&*disk, &layout.data_dir) {
+            // The next checkpoint tells it again: what is held is to be served all the same.
+            Err(StoreError::Damaged { .. }) => None,
+            read => read?,
+        };
         let newest = saved.filter(|saved| line.is_some_and(|(line, end)| saved.is_on(line, end)));
         let known = Mutex::new(Known { newest, saved, saved_at: None });
         Ok(Self { disk, layout, health, known })
@@ -108,7 +112,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::store::disk::RealDisk;
+    use crate::store::disk::{RealDisk, replace_durably};
     use crate::store::small::Deaf;
     use crate::wal::{SegmentSize, TimelineId};
 
@@ -145,6 +149,17 @@ mod tests {
         assert_eq!(open(dir.path(), 1300).get(), Some(at(900)), "it may be behind");
         first.save_now(at(1300)).unwrap();
         assert_eq!(open(dir.path(), 1300).get(), Some(at(1200)));
+    }
+
+    #[test]
+    fn a_damaged_file_says_nothing_and_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        replace_durably(&RealDisk, dir.path(), CHECKPOINT_FILE.name, b"WRCHKPT\0 torn").unwrap();
+        let redo = open(dir.path(), 1000);
+        assert_eq!(redo.get(), None);
+        redo.note(place(900, 1000));
+        redo.save_now(at(1000)).unwrap();
+        assert_eq!(open(dir.path(), 1000).get(), Some(at(900)));
     }
 
     #[test]
