@@ -180,7 +180,7 @@ bootstrap:
       {slot}: {{type: physical}}
     postgresql:
       use_pg_rewind: true
-      parameters: {{wal_keep_size: 1GB, autovacuum: "off", fsync: "off", shared_buffers: 16MB, wal_log_hints: "on"}}
+      parameters: {{wal_keep_size: 1GB, autovacuum: "off", jit: "off", fsync: "off", shared_buffers: 16MB, wal_log_hints: "on"}}
   initdb: [{{encoding: UTF8}}, {{locale: C}}, {{wal-segsize: "1"}}, no-sync]
 postgresql:
   listen: "127.0.0.1:{port}"
