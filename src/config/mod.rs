@@ -83,7 +83,7 @@ pub struct Upstream {
     pub slot: Option<String>,
     /// Whether it is created when it is absent.
     pub create_slot: bool,
-    /// WAL that it may make the upstream keep while none can be taken here; `None`: any amount.
+    /// WAL that it may make the upstream keep while none is taken here; `None`: any amount.
     pub slot_wal_keep_max: Option<u64>,
     /// When WAL is acknowledged there.
     pub acknowledge: AcknowledgePolicy,

@@ -80,7 +80,7 @@ pub struct UpstreamSettings {
     pub create_slot: bool,
     /// Whether the primary is expected to wait for this relay.
     pub expect_sync: bool,
-    /// WAL that the slot may make the upstream keep while none can be taken here; `None`: any amount.
+    /// WAL that the slot may make the upstream keep while none is taken here; `None`: any amount.
     pub slot_wal_keep_max: Option<u64>,
     /// `wal_receiver_timeout`; `None` waits for ever.
     pub receiver_timeout: Option<Duration>,
@@ -170,18 +170,24 @@ impl Upstream {
     }
 
     /// While the store can take nothing, a connection would only make the primary wait.
-    async fn wait_for_room(&mut self, course: &mut Course, leave: &CancellationToken) {
-        while !self.writer.has_room() && !leave.is_cancelled() {
-            tokio::select! {
-                () = leave.cancelled() => {}
-                _ = self.positions.changed() => {}
-                _ = self.condition.changed() => {}
-                () = tokio::time::sleep(ROOM_CHECK_INTERVAL) => {}
+    async fn wait_for_room(&self, course: &mut Course, leave: &CancellationToken) {
+        if self.writer.has_room() {
+            return;
+        }
+        let (mut positions, mut condition) = (self.positions.clone(), self.condition.clone());
+        let room = async {
+            while !self.writer.has_room() {
+                tokio::select! {
+                    _ = positions.changed() => {}
+                    _ = condition.changed() => {}
+                    () = tokio::time::sleep(ROOM_CHECK_INTERVAL) => {}
+                }
             }
-            tokio::select! {
-                () = leave.cancelled() => {}
-                () = self.watch_slot(&mut course.slot_watch) => {}
-            }
+        };
+        tokio::select! {
+            () = leave.cancelled() => {}
+            () = room => {}
+            () = self.keep_watching_slot(&mut course.slot_watch) => {}
         }
     }
 

@@ -3,6 +3,8 @@
 //! Owns what is decided about the slot from session to session: created, taken as found, dropped where it is of no use,
 //! streamed by or moved by SQL. Never touches a slot at one server for what was learned of another.
 
+use std::time::Duration;
+
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -85,7 +87,7 @@ impl Upstream {
             connected.dialog.terminate().await;
             dropped
         };
-        match timeout(connect::OPENING_TIME_MAX, drop).await.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
+        match timeout(DROP_TIME_MAX, drop).await.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
             Ok(()) => course.slots.forget_useless(&server),
             Err(error) => {
                 tracing::warn!(server, error = %error.chain(), "could not drop the replication slot that was created in vain");
@@ -123,3 +125,6 @@ impl Upstream {
         (sender, future)
     }
 }
+
+/// Longest time for dropping a slot before another server is tried.
+const DROP_TIME_MAX: Duration = Duration::from_secs(5);

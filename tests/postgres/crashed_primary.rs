@@ -9,7 +9,7 @@ use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Verdict, wal_in};
 use crate::support::raw::RawClient;
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
@@ -188,6 +188,36 @@ fn a_primary_that_lost_wal_and_is_idle_is_refused_with_both_positions_and_the_ne
         assert_eq!(proxy.passed(|passed| passed.starts.len()), streams, "it was streamed from");
         assert_eq!(relay.flushed(), held);
     });
+}
+
+#[test]
+fn a_relay_that_lost_what_it_had_not_written_is_waited_for_by_the_one_behind_it() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let (proxy, faults) = (Proxy::to(primary.port), Faults::new());
+    let mut near = Relay::new("near", proxy.port).with_faults(&faults);
+    near.start();
+    let far = Relay::streaming_from("far", near.port);
+    near.wait_flushed(primary.flushed());
+    faults.set("write_hangs", 0);
+    write_wal(&primary, MB / 2);
+    let upto = primary.flushed();
+    far.wait_flushed(upto);
+    near.kill();
+    faults.clear("write_hangs");
+    // It streams again from a primary that takes writes, and gets nothing yet.
+    proxy.edit(|message| if wal_in(message).is_some() { Verdict::Drop } else { Verdict::Forward });
+    near.launch();
+    wait_until("it to stream", || near.status()["upstream"]["is_writable"] == true);
+    assert!(near.flushed() < upto);
+    let told = || far.status()["upstream"]["last_error"].as_str().unwrap_or_default().to_owned();
+    wait_until("the one behind to see that it is late", || told().contains("is behind"));
+    hold("nobody is needed", Duration::from_secs(2), || !far.needs_attention());
+    proxy.edit_nothing();
+    proxy.cut();
+    write_wal(&primary, MB);
+    far.wait_flushed(primary.flushed());
+    assert_same_wal(&far.wal_dir(), &primary, primary.flushed());
 }
 
 #[test]

@@ -104,6 +104,63 @@ fn a_slot_that_is_dropped_and_may_not_be_made_again_is_told() {
 }
 
 #[test]
+fn a_slot_that_is_invalidated_while_wal_is_streamed_is_made_again() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let primary = Settings::new()
+            .segment_size_mb(1)
+            .line("wal_keep_size = 0")
+            .line("max_wal_size = 32MB")
+            .line("min_wal_size = 2MB")
+            .line("max_slot_wal_keep_size = 2MB")
+            .start(&installation);
+        primary.sql("create role replicator replication login");
+        primary.sql("create role turned_away login");
+        let mut relay = waiting(Relay::new("relay", 1))
+            .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", primary.port));
+        relay.start();
+        write_wal(&primary, MB);
+        wait_moved(&primary, primary.flushed());
+        // Meanwhile it cannot be moved.
+        let rules = "host replication replicator 127.0.0.1/32 trust\n\
+            host all replicator 127.0.0.1/32 reject\nhost replication turned_away 127.0.0.1/32 reject";
+        primary.demand(rules, "turned_away");
+        let state = "select wal_status from pg_replication_slots where slot_name = 'relay'";
+        wait_until("the slot to be lost", || {
+            write_wal(&primary, 3 * MB);
+            primary.switch_wal();
+            primary.checkpoint();
+            primary.sql(state) == "lost"
+        });
+        let sessions = relay.status()["upstream"]["sessions"].clone();
+        primary.demand("host all replicator 127.0.0.1/32 trust", "turned_away");
+        wait_until("another slot to keep WAL", || primary.sql(state) != "lost");
+        wait_moved(&primary, primary.flushed());
+        assert_eq!(relay.status()["upstream"]["sessions"], sessions, "the stream was disturbed");
+        wait_until("nobody to be needed", || !relay.needs_attention());
+    }
+}
+
+#[test]
+fn a_logical_slot_that_takes_the_name_is_never_moved() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).line("wal_level = logical").start(&installation);
+    let mut relay = waiting(Relay::new("relay", primary.port));
+    relay.start();
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    primary.sql("select pg_drop_replication_slot('relay')");
+    primary.sql("select pg_create_logical_replication_slot('relay', 'pgoutput')");
+    let confirmed = "select slot_type || confirmed_flush_lsn from pg_replication_slots";
+    let before = primary.sql(confirmed);
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    relay.wait_logged("invalid slot_type");
+    relay.wait_needs_attention();
+    assert_eq!(primary.sql(confirmed), before);
+}
+
+#[test]
 fn what_was_lost_and_is_here_again_is_told_no_more_although_no_standby_has_it() {
     let Some(installation) = Installation::since(15) else { return };
     let (primary, mut relay) = chain_on(&installation, |relay| relay);
