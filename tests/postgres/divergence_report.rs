@@ -56,7 +56,10 @@ fn what_is_told_of_a_dead_branch_is_what_pg_waldump_finds_there() {
         assert_eq!(status["bytes"].as_u64(), Some(end - fork));
         assert!(prepared.is_subset(&found.transactions), "{prepared:?} ended there: {found:?}");
         assert_eq!(status["has_more_transactions"], false);
-        let file = std::fs::read(relay.data_dir().join(status["report"].as_str().unwrap())).unwrap();
+        // It is written when the new timeline is followed already.
+        let report = relay.data_dir().join(status["report"].as_str().unwrap());
+        wait_until("the report", || report.exists());
+        let file = std::fs::read(report).unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&file).unwrap(), status);
         check_log(&relay, &status);
     }
