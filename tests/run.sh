@@ -4,7 +4,8 @@
 #   tests/run.sh [arguments for the runner, for instance a name]
 #
 #   WALRELAY_PG="13 14 15 16 17 18"   PostgreSQL majors (default "15 17 18")
-#   WALRELAY_POWERCUTS=1000           power cuts in the durability test (default 25); WALRELAY_KILLS likewise
+#   WALRELAY_POWERCUTS=1000           power cuts in the durability test (default 25); WALRELAY_KILLS likewise,
+#                                     WALRELAY_PRIMARY_KILLS of primaries while clients commit (default 20)
 #   CI=true                           a missing server or tool fails instead of skipping
 set -euo pipefail
 cd "$(dirname "$0")/.."

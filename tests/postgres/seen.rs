@@ -226,8 +226,8 @@ fn a_relay_that_may_not_be_the_only_copy_for_long_acknowledges_nothing_more_unti
         wait_until("commits to go on", || load.committed() > before + 10 && !held_back());
     };
     go_on();
-    standby.stop(Stop::Fast);
     let left = Instant::now();
+    standby.stop(Stop::Fast);
     wait_until("nothing more to be acknowledged", held_back);
     assert!(left.elapsed() >= Duration::from_secs(2), "too early");
     assert_eq!(relay.metric("walrelay_upstream_acknowledge_held_back"), Some(1.0));
