@@ -78,7 +78,9 @@ impl PowerCuts<'_> {
             disk.mount();
             if let Err(complaint) = receiver.check(disk.path(), outcome.acknowledged) {
                 let acknowledged = lsn_text(outcome.acknowledged);
-                outcome.lost.push(format!("cut {cut}, acknowledged {acknowledged}: {complaint}"));
+                let loss = format!("cut {cut}, acknowledged {acknowledged}: {complaint}");
+                eprintln!("{loss}");
+                outcome.lost.push(loss);
                 receiver.kill();
                 if stop_at_loss {
                     break;
