@@ -63,47 +63,57 @@ fn killed_under_load_it_loses_nothing_and_asks_for_nothing_twice() {
 
 #[test]
 fn killed_at_a_step_of_a_new_segment_it_recovers() {
-    // Before and after a file is made, written, synced, renamed: the states that `store` writes down.
-    killed_at(&[
-        "create:1:after",
-        "create:3:before",
-        "create:4:after",
-        "create:6:after",
-        "write:2:after",
-        "write:9:before",
-    ]);
+    // Before and after a file is made, written, synced, renamed: the states that `store` writes down. Each segment's file is
+    // new, for all is kept.
+    killed_at(
+        "64MB",
+        &[
+            "create:1:after",
+            "create:3:before",
+            "create:4:after",
+            "create:6:after",
+            "write:2:after",
+            "write:9:before",
+        ],
+    );
 }
 
 #[test]
 fn killed_around_a_sync_it_recovers() {
-    killed_at(&[
-        "sync:1:before",
-        "sync:2:after",
-        "sync:5:before",
-        "sync:9:after",
-        "sync:17:before",
-        "sync:33:after",
-    ]);
+    killed_at(
+        "2MB",
+        &[
+            "sync:1:before",
+            "sync:2:after",
+            "sync:5:before",
+            "sync:9:after",
+            "sync:17:before",
+            "sync:33:after",
+        ],
+    );
 }
 
 #[test]
 fn killed_around_a_rename_or_a_removal_it_recovers() {
-    killed_at(&[
-        "rename:1:before",
-        "rename:2:after",
-        "rename:3:before",
-        "rename:5:after",
-        "unlink:1:before",
-        "unlink:1:after",
-        "unlink:2:after",
-    ]);
+    killed_at(
+        "2MB",
+        &[
+            "rename:1:before",
+            "rename:2:after",
+            "rename:3:before",
+            "rename:5:after",
+            "unlink:1:before",
+            "unlink:1:after",
+            "unlink:2:after",
+        ],
+    );
 }
 
 /// Lets the relay die at each of these steps, of a start or of streaming, and checks what it holds after each.
-fn killed_at(plans: &[&str]) {
+fn killed_at(wal_keep_size: &str, plans: &[&str]) {
     let Some(installation) = Installation::any() else { return };
     let (primary, proxy, mut relay) = small_chain(&installation);
-    relay.set("store.wal_keep_size", "\"2MB\"");
+    relay.set("store.wal_keep_size", &format!("{wal_keep_size:?}"));
     relay.terminate();
     for plan in plans {
         let faults = Faults::kill_at(plan);

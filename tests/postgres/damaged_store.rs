@@ -159,8 +159,10 @@ fn a_page_that_cannot_be_read_a_second_time_ends_the_connection_that_wanted_it_a
     // It was brought in, evicted before it was sent, and is gone: the kernel says so when it is sent.
     faults.set("send_faults", 32 << 10);
     let mut client = RawClient::replication(relay.port).unwrap();
-    client.start_replication(None, relay.oldest(), 1).unwrap();
-    while !matches!(client.next_event(std::time::Duration::from_secs(30)), Event::Closed) {}
+    // The answer may be in the same call as the first WAL.
+    if client.start_replication(None, relay.oldest(), 1).is_ok() {
+        while !matches!(client.next_event(std::time::Duration::from_secs(30)), Event::Closed) {}
+    }
     wait_until("the session to go", || relay.downstream("raw").is_empty());
     faults.clear("send_faults");
     relay.assert_running();

@@ -46,10 +46,34 @@ pub(crate) fn same_wal(
     segment_bytes: u64,
     upto: u64,
 ) -> Result<u64, String> {
-    // A relay that runs may seal (rename) a segment, or remove the oldest, between our look at the names and the read.
+    // A relay that runs may seal (rename) a segment, or remove the oldest, while we look at the names, and between that and
+    // the read. A hole is there at every look.
     let patience = std::time::Duration::from_secs(10);
-    wait_at_most(patience, || compare_as_listed(folder, primary_wal, segment_bytes, upto))
-        .unwrap_or_else(|| Err(format!("files in {} are named but not there", folder.display())))
+    let mut hole = format!("files in {} are named but not there", folder.display());
+    wait_at_most(patience, || match compare_as_listed(folder, primary_wal, segment_bytes, upto) {
+        Listed::Same { first } => Some(Ok(first)),
+        Listed::Different(complaint) => Some(Err(complaint)),
+        Listed::Missing { start } => {
+            hole = format!("the segment at {} is missing", lsn_text(start));
+            None
+        }
+        Listed::Gone => None,
+    })
+    .unwrap_or_else(|| Err(hole.clone()))
+}
+
+/// What the files that a listing names were found to be.
+enum Listed {
+    Same {
+        first: u64,
+    },
+    Different(String),
+    /// The listing does not have it.
+    Missing {
+        start: u64,
+    },
+    /// The listing has something that was not there any more.
+    Gone,
 }
 
 /// Name of a segment on the first timeline.
@@ -57,52 +81,46 @@ fn segment_name(start: u64, segment_bytes: u64) -> String {
     format!("{:08X}{:08X}{:08X}", 1, start >> 32, (start & 0xFFFF_FFFF) / segment_bytes)
 }
 
-/// `None` when a file that was listed has gone.
-fn compare_as_listed(
-    folder: &Path,
-    primary_wal: &Path,
-    segment_bytes: u64,
-    upto: u64,
-) -> Option<Result<u64, String>> {
+fn compare_as_listed(folder: &Path, primary_wal: &Path, segment_bytes: u64, upto: u64) -> Listed {
     let held = wal_files(folder, segment_bytes, 1);
     let original = wal_files(primary_wal, segment_bytes, 1);
     let Some(&first) = held.keys().next() else {
-        return Some(Err(format!("{} holds no WAL", folder.display())));
+        return Listed::Different(format!("{} holds no WAL", folder.display()));
     };
     let mut start = first;
     while start < upto {
         let Some(file) = held.get(&start) else {
-            return Some(Err(format!("the segment at {} is missing", lsn_text(start))));
+            return Listed::Missing { start };
         };
         // A listing may miss a name while the primary, which goes on, recycles others.
         let by_name = primary_wal.join(segment_name(start, segment_bytes));
         let reference = original.get(&start).unwrap_or(&by_name);
         let wanted = usize::try_from(segment_bytes.min(upto - start)).unwrap();
         let ours = match std::fs::read(file) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Listed::Gone,
             content => content.unwrap(),
         };
         let theirs = std::fs::read(reference)
             .unwrap_or_else(|error| panic!("the primary no longer has {}: {error}", lsn_text(start)));
         if ours.len() < wanted {
-            return Some(Err(format!(
+            return Listed::Different(format!(
                 "{} ends at {}, acknowledged was {}",
                 file.display(),
                 lsn_text(start + ours.len() as u64),
                 lsn_text(upto)
-            )));
+            ));
         }
         if let Some(at) = ours[..wanted].iter().zip(&theirs[..wanted]).position(|(a, b)| a != b) {
-            return Some(Err(format!(
+            return Listed::Different(format!(
                 "{} differs at {} (wanted up to {})",
                 file.display(),
                 lsn_text(start + at as u64),
                 lsn_text(upto)
-            )));
+            ));
         }
         start += segment_bytes;
     }
-    Some(Ok(first))
+    Listed::Same { first }
 }
 
 /// As `same_wal`, and panics.
