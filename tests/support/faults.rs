@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use tempfile::TempDir;
 
 use super::lab;
+use super::wait::wait_until;
 
 /// The switches of one process under test.
 pub(crate) struct Faults {
@@ -103,10 +104,13 @@ impl SmallDisk {
         self.mounted = true;
     }
 
-    /// Unmounts; nothing may use the disk any more.
+    /// Unmounts; nothing may use the disk any more. On return it has gone: while a copy of the mount is left anywhere, the next
+    /// mount would find the file system as it was, with its power cut.
     pub(crate) fn unmount(&mut self) {
         run("umount", &[self.mountpoint.to_str().unwrap()]);
         self.mounted = false;
+        let device = || output("losetup", &["--noheadings", "--associated", self.image.to_str().unwrap()]);
+        wait_until("the disk to be detached", || device().is_empty());
     }
 
     /// Remounts with an option such as `ro`.
@@ -183,8 +187,13 @@ impl Drop for SmallDisk {
 }
 
 fn run(program: &str, arguments: &[&str]) {
+    output(program, arguments);
+}
+
+fn output(program: &str, arguments: &[&str]) -> String {
     let search = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let output = Command::new(program).env("PATH", search).args(arguments).output();
     let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
     assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
