@@ -174,10 +174,12 @@ pub enum AppendError {
     #[error("invalid WAL arrived")]
     Corrupt(#[source] ScanError),
     /// It is valid, but other WAL is held for the same positions on the same timeline.
-    #[error("WAL at {at} on timeline {timeline} differs from what is held")]
+    #[error("WAL at {at} on timeline {timeline} differs from what is held (up to {held_end})")]
     Diverged {
         /// First byte that differs.
         at: Lsn,
+        /// End of what is held.
+        held_end: Lsn,
         /// The timeline.
         timeline: TimelineId,
     },

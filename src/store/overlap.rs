@@ -6,6 +6,7 @@
 //! nothing (see `unproven`), a difference is a tear: the delivered bytes are to replace the held ones, if the delivered
 //! WAL verifies, and everything else that is held, to its end, is the same. Writes nothing itself.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -20,8 +21,9 @@ use crate::wal::{Lsn, LsnRange};
 pub(super) struct Overlap {
     held: HeldWal,
     unwritten_bytes_max: u64,
-    /// Where the session began.
+    /// Where the session began, and the end of what was held then.
     start: Lsn,
+    held_end: Lsn,
     dispute: Option<Dispute>,
     /// Proved by nothing.
     unproven: Vec<LsnRange>,
@@ -60,13 +62,14 @@ pub(super) enum Verdict {
 impl Overlap {
     pub(super) fn new(
         shared: Arc<Shared>,
-        start: Lsn,
+        range: Range<Lsn>,
         context: ScanContext,
         unproven: Vec<LsnRange>,
     ) -> Self {
         let unwritten_bytes_max = shared.settings.unwritten_bytes_max;
         let held = HeldWal::new(shared, context);
-        Self { held, unwritten_bytes_max, start, dispute: None, unproven, tears: Tears::default() }
+        let Range { start, end: held_end } = range;
+        Self { held, unwritten_bytes_max, start, held_end, dispute: None, unproven, tears: Tears::default() }
     }
 
     pub(super) fn is_disputed(&self) -> bool {
@@ -110,7 +113,8 @@ impl Overlap {
         let Some(dispute) = &mut self.dispute else { return Ok(Verdict::Same) };
         dispute.scanner.feed(whole, &mut ()).map_err(AppendError::Corrupt)?;
         if dispute.scanner.verified_end() > dispute.at {
-            return Err(AppendError::Diverged { at: dispute.at, timeline: self.held.timeline() });
+            let (at, timeline) = (dispute.at, self.held.timeline());
+            return Err(AppendError::Diverged { at, held_end: self.held_end, timeline });
         }
         Ok(Verdict::Disputed)
     }

@@ -142,7 +142,7 @@ impl WalWriter {
         let is_chain_to_prove = start == held_end && scanner.last_record().is_some();
         let epoch = self.shared.tail.lock().begin(held_end);
         let unproven = self.shared.unproven.begin(epoch);
-        let overlap = Overlap::new(self.shared.clone(), start, scanner.context(), unproven);
+        let overlap = Overlap::new(self.shared.clone(), start..held_end, scanner.context(), unproven);
         self.session = Some(Session {
             received: start,
             held_end,

@@ -100,13 +100,15 @@ fn the_way_to_cut_off_a_record_works() {
 #[test]
 fn a_primary_that_lost_segments_the_relay_holds_is_not_followed_and_nothing_is_overwritten() {
     // What is compared begins within the other history, where it may look like WAL that was spoiled on the way.
-    other_history(2 * MB, &["differs from what is held", "it is the same each time it is sent"]);
+    other_history(2 * MB, &[DIFFERS, "it is the same each time it is sent"]);
 }
 
 #[test]
 fn a_primary_that_lost_a_little_wal_the_relay_holds_is_known_to_have_other_wal() {
-    other_history(100_000, &["differs from what is held"]);
+    other_history(100_000, &[DIFFERS]);
 }
+
+const DIFFERS: &str = "differs from what is held";
 
 /// A primary comes back as it was before it sent so much WAL, and writes other WAL on the same timeline.
 fn other_history(lost_bytes: u64, told: &[&str]) {
@@ -134,6 +136,10 @@ fn other_history(lost_bytes: u64, told: &[&str]) {
     write_wal(&primary, 4 * MB);
     assert!(primary.flushed() > held);
     wait_until("the relay to tell", || told.iter().any(|text| relay.log().contains(text)));
+    if relay.log().contains(DIFFERS) {
+        let range = format!("{DIFFERS} (up to {})", lsn_text(held));
+        assert!(relay.log().contains(&range), "{}", relay.log());
+    }
     wait_until("the relay to ask for a person", || relay.status()["upstream"]["needs_attention"] == true);
     hold("not mixed with other bytes", Duration::from_secs(3), || relay.flushed() == held);
     let vouched_for = proxy.passed(|passed| passed.flush_max_of[streams..].to_vec());

@@ -86,6 +86,33 @@ fn no_commit_is_confirmed_behind_a_fence_and_all_before_are_on_the_standby_that_
 }
 
 #[test]
+fn a_relay_whose_primary_is_dead_is_fenced_at_once_and_follows_the_heir_when_that_is_over() {
+    let Some((mut primary, proxy, mut relay)) = chain(|relay| relay) else { return };
+    let heir = standby(&primary, "heir", &relay);
+    let load = Load::start(&primary, Duration::ZERO);
+    wait_until("some commits", || load.committed() > 100);
+    primary.stop(Stop::Kill);
+    proxy.close();
+    let confirmed = load.committed();
+    drop(load);
+    let begun = std::time::Instant::now();
+    let stated = relay.fence();
+    assert!(begun.elapsed() < Duration::from_secs(3), "it took {:?}", begun.elapsed());
+    assert!(stated >= proxy.passed(|passed| passed.flush_max));
+    heir.wait_replayed(stated);
+    heir.promote();
+    assert_has_confirmed(&heir, confirmed);
+    assert_eq!(relay.flushed(), stated);
+    relay.unfence();
+    relay.terminate();
+    let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", heir.port);
+    relay.set("upstream.conninfo", &conninfo);
+    relay.start();
+    write_wal(&heir, MB);
+    relay.wait_flushed(heir.flushed());
+}
+
+#[test]
 fn a_fence_stands_across_restarts_and_promotions_until_it_is_taken_away() {
     let Some(installation) = Installation::any() else { return };
     let mut old =
