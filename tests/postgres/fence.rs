@@ -134,9 +134,11 @@ fn a_fence_stands_across_restarts_and_promotions_until_it_is_taken_away() {
     assert_eq!((identity().0, identity().1), (before.0.clone(), before.1));
     heir.wait_replayed(stated);
     old.stop(Stop::Kill);
-    heir.promote();
+    // Before it takes commits, so that the first of them waits.
     heir.add_settings("synchronous_standby_names = 'relay'");
     heir.reload();
+    heir.wait_for_sql("show synchronous_standby_names", "relay");
+    heir.promote();
     let is_apart = |relay: &Relay| {
         let status = relay.status();
         let is_still =
