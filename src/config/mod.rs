@@ -13,6 +13,7 @@ mod listen;
 mod patroni;
 mod raw;
 mod standbys;
+mod tls;
 #[cfg(test)]
 mod tests;
 mod units;
@@ -34,6 +35,7 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 pub use error::{ConfigError, FileKind, Place, Problem};
 pub use listen::ListenAddress;
 pub use patroni::PatroniUrl;
+pub use tls::Tls;
 pub use users::Users;
 
 use check::Loaded;
@@ -337,7 +339,7 @@ const WORLD_BITS: u32 = 0o007;
 impl FileKind {
     fn read(self, path: &Path, surroundings: &dyn Surroundings) -> Result<ReadFile, ConfigError> {
         match surroundings.read(path) {
-            Ok(FoundFile::Plain { mode, text }) => Ok(ReadFile { text, mode }),
+            Ok(FoundFile::Plain { mode, text, .. }) => Ok(ReadFile { text, mode }),
             Ok(FoundFile::NotPlain) => Err(ConfigError::NotPlain { kind: self, file: path.to_owned() }),
             Err(source) => Err(ConfigError::Read { kind: self, file: path.to_owned(), source }),
         }

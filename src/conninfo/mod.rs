@@ -42,7 +42,8 @@ pub use error::{ConninfoError, REDACTED};
 pub use password_file::PasswordFileWarning;
 pub use require_auth::{AuthRequest, RequireAuth};
 pub use settings::Settings;
-pub use surroundings::{FixedSurroundings, FoundFile, ProcessSurroundings, Surroundings};
+pub(crate) use surroundings::home_directory;
+pub use surroundings::{FixedSurroundings, FoundFile, LISTED_FILES_MAX, ProcessSurroundings, Surroundings};
 pub use values::{
     ChannelBinding, GssEncMode, LoadBalanceHosts, ProtocolVersion, SslCertMode, SslMode, SslNegotiation,
     TargetSessionAttrs, TlsVersion,

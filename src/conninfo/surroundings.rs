@@ -25,6 +25,9 @@ pub trait Surroundings {
 
     /// The file at `path`.
     fn read(&self, path: &Path) -> io::Result<FoundFile>;
+
+    /// The files in the directory at `path`, at most [`LISTED_FILES_MAX`], by name; none if it is not there.
+    fn list(&self, path: &Path) -> Vec<PathBuf>;
 }
 
 /// The home directory by libpq's rule: `HOME`, else what the operating system knows.
@@ -42,6 +45,8 @@ pub enum FoundFile {
     Plain {
         /// Permission bits.
         mode: u32,
+        /// The user it belongs to.
+        owner: u32,
         /// Content; bytes that are not UTF-8 are replaced, which spoils only the lines they stand in.
         text: String,
     },
@@ -75,6 +80,10 @@ impl Surroundings for ProcessSurroundings {
     fn read(&self, path: &Path) -> io::Result<FoundFile> {
         read_file(path)
     }
+
+    fn list(&self, path: &Path) -> Vec<PathBuf> {
+        list_files(path)
+    }
 }
 
 impl ProcessSurroundings {
@@ -96,7 +105,7 @@ impl ProcessSurroundings {
 // Files of the store belong to store/disk.rs; these are not the store's, and are only read.
 #[allow(clippy::disallowed_methods)]
 fn read_file(path: &Path) -> io::Result<FoundFile> {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
     // Looked at before it is opened: opening a pipe would block.
     let metadata = std::fs::metadata(path)?;
@@ -107,8 +116,22 @@ fn read_file(path: &Path) -> io::Result<FoundFile> {
         return Err(io::Error::from(io::ErrorKind::FileTooLarge));
     }
     let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
-    Ok(FoundFile::Plain { mode: metadata.permissions().mode() & 0o7777, text })
+    let mode = metadata.permissions().mode() & 0o7777;
+    Ok(FoundFile::Plain { mode, owner: metadata.uid(), text })
 }
+
+// As above.
+#[allow(clippy::disallowed_methods)]
+fn list_files(path: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
+    let plain = entries.filter_map(Result::ok).map(|entry| entry.path()).filter(|path| path.is_file());
+    let mut files: Vec<_> = plain.take(LISTED_FILES_MAX).collect();
+    files.sort();
+    files
+}
+
+/// Most files of a directory that are looked at.
+pub const LISTED_FILES_MAX: usize = 1024;
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -142,7 +165,7 @@ impl FixedSurroundings {
     /// Adds a plain file.
     #[must_use]
     pub fn with_file(mut self, path: &str, mode: u32, text: &str) -> Self {
-        self.files.insert(PathBuf::from(path), FoundFile::Plain { mode, text: text.to_owned() });
+        self.files.insert(PathBuf::from(path), FoundFile::Plain { mode, owner: 1000, text: text.to_owned() });
         self
     }
 }
@@ -166,6 +189,10 @@ impl Surroundings for FixedSurroundings {
 
     fn read(&self, path: &Path) -> io::Result<FoundFile> {
         self.files.get(path).cloned().ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    }
+
+    fn list(&self, path: &Path) -> Vec<PathBuf> {
+        self.files.keys().filter(|file| file.parent() == Some(path)).cloned().collect()
     }
 }
 

@@ -1,10 +1,12 @@
 //! Connections: sockets of either family, and the blocks into which WAL is received.
 //!
-//! Owns the choice between TCP and Unix sockets (and is the place where TLS joins them), socket options, and the receive
-//! buffers. Knows no message of the protocol and makes no decision about a peer.
+//! Owns the choice between TCP and Unix sockets, TLS over the former, socket options, and the receive buffers. Knows no message of the protocol and makes no decision about a peer.
 
 pub mod blocks;
 pub mod socket;
+pub mod tls;
+mod tls_facts;
 
 pub use blocks::BlockReader;
 pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};
+pub use tls_facts::{ClientCertificate, TlsFacts};

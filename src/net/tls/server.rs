@@ -1,0 +1,239 @@
+//! TLS as a server, as PostgreSQL offers it.
+//!
+//! Owns the certificate that clients see and the roots of theirs, both replaced while the relay runs: each connection keeps
+//! what it began with. A client's certificate is asked for when there are roots, and must be right if it is shown; whether
+//! one is needed is for the rules about clients to say. TLS 1.2 is the least.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::CryptoProvider,
+    pki_types::{CertificateDer, UnixTime},
+    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, danger::{ClientCertVerified, ClientCertVerifier}},
+    sign::CertifiedKey,
+    version::{TLS12, TLS13},
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+use crate::config;
+use crate::conninfo::{Surroundings, TlsVersion};
+use crate::net::TlsFacts;
+use crate::net::tls::{
+    ALPN, TlsError,
+    certificate::{Parsed, end_point_binding},
+    files, own_key, provider,
+    trust::{Role, TlsSignature, Trust, verify_handshake},
+};
+use crate::protocol::scram::ChannelBinding;
+
+/// What a listener needs for TLS; shared by all its connections.
+#[derive(Debug)]
+pub struct ServerTls {
+    settings: config::Tls,
+    current: ArcSwap<Loaded>,
+}
+
+/// The files as they were read at one time.
+#[derive(Debug)]
+struct Loaded {
+    config: Arc<ServerConfig>,
+    binding: ChannelBinding,
+    /// Last second of the certificate's validity, since 1970.
+    expires_at: u64,
+    /// All that was read, to see whether it has changed.
+    content: Content,
+}
+
+/// What stood in the files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Content(Vec<(PathBuf, [u8; 32])>);
+
+/// What a reload did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reloaded {
+    /// The files are as before.
+    Unchanged,
+    /// New connections see what is new.
+    Changed,
+}
+
+/// How a client began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsStart {
+    /// By asking in PostgreSQL's protocol.
+    Requested,
+    /// At once; then the client must name PostgreSQL's protocol.
+    Direct,
+}
+
+impl ServerTls {
+    /// Reads the files.
+    pub fn read(settings: &config::Tls, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
+        let current = ArcSwap::from_pointee(Loaded::read(settings, surroundings)?);
+        Ok(Self { settings: settings.clone(), current })
+    }
+
+    /// Reads the files again if they have changed. What cannot be used changes nothing.
+    pub fn reload(&self, surroundings: &dyn Surroundings) -> Result<Reloaded, TlsError> {
+        if Content::of(&self.settings, surroundings) == self.current.load().content {
+            return Ok(Reloaded::Unchanged);
+        }
+        self.current.store(Arc::new(Loaded::read(&self.settings, surroundings)?));
+        Ok(Reloaded::Changed)
+    }
+
+    /// Last second of the certificate's validity, since 1970.
+    pub fn expires_at(&self) -> u64 {
+        self.current.load().expires_at
+    }
+
+    /// Goes through the handshake; the caller bounds the time.
+    pub async fn accept<S>(&self, stream: S, start: TlsStart) -> Result<(TlsStream<S>, TlsFacts), TlsError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let loaded = self.current.load_full();
+        let acceptor = TlsAcceptor::from(Arc::clone(&loaded.config));
+        let accepted = acceptor.accept(stream).await.map_err(TlsError::of_handshake)?;
+        let (_, session) = accepted.get_ref();
+        if start == TlsStart::Direct && session.alpn_protocol() != Some(ALPN) {
+            return Err(TlsError::NoAlpn);
+        }
+        let shown = session.peer_certificates().and_then(|chain| chain.first());
+        let client_certificate = match shown {
+            Some(leaf) => {
+                let parsed = Parsed::of(leaf).ok_or(TlsError::UnreadableClientCertificate)?;
+                Some(parsed.client().ok_or(TlsError::EmbeddedNul)?)
+            }
+            None => None,
+        };
+        Ok((accepted, TlsFacts { client_certificate, binding: loaded.binding.clone() }))
+    }
+}
+
+impl Loaded {
+    fn read(settings: &config::Tls, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
+        let provider = provider();
+        let content = Content::of(settings, surroundings);
+        let chain = files::certificates(surroundings, "server certificate file", &settings.cert)?;
+        let key = files::private_key(surroundings, &settings.key, None)?;
+        let leaf = chain.first().cloned().ok_or(TlsError::NoServerCertificate)?;
+        let own = own_key(chain, key, &settings.key, &provider)?;
+        let versions: &[_] = match settings.min_version {
+            TlsVersion::V1_3 => &[&TLS13],
+            _ => &[&TLS12, &TLS13],
+        };
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider));
+        let builder = builder.with_protocol_versions(versions).map_err(TlsError::Library)?;
+        let builder = match &settings.client_ca {
+            Some(path) => {
+                let verifier = ClientVerifier::read(path, settings.client_crl.as_deref(), surroundings, provider)?;
+                builder.with_client_cert_verifier(Arc::new(verifier))
+            }
+            None => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_cert_resolver(Arc::new(Fixed(Arc::new(own))));
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        // As PostgreSQL: sessions last so long that taking one up again is worth nothing.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        let expires_at = Parsed::of(&leaf).map_or(0, |parsed| parsed.expires_at());
+        Ok(Self { config: Arc::new(config), binding: end_point_binding(&leaf), expires_at, content })
+    }
+}
+
+impl Content {
+    fn of(settings: &config::Tls, surroundings: &dyn Surroundings) -> Self {
+        let optional = settings.client_ca.iter().chain(&settings.client_crl);
+        let paths = [&settings.cert, &settings.key].into_iter().chain(optional);
+        Self(paths.map(|path| (path.clone(), files::fingerprint(surroundings, path))).collect())
+    }
+}
+
+/// One certificate for whoever asks.
+#[derive(Debug)]
+struct Fixed(Arc<CertifiedKey>);
+
+impl ResolvesServerCert for Fixed {
+    fn resolve(&self, _client_hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+/// Checks certificates of clients that show one.
+#[derive(Debug)]
+struct ClientVerifier {
+    trust: Trust,
+    /// The roots' names, which the client is told.
+    hints: Vec<DistinguishedName>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ClientVerifier {
+    fn read(
+        roots: &Path,
+        revocations: Option<&Path>,
+        surroundings: &dyn Surroundings,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Self, TlsError> {
+        let roots = files::certificates(surroundings, "root certificate file", roots)?;
+        let revocations = match revocations {
+            Some(path) => files::revocations(surroundings, path)?,
+            None => Vec::new(),
+        };
+        let mut store = rustls::RootCertStore::empty();
+        store.add_parsable_certificates(roots.iter().cloned());
+        Ok(Self { trust: Trust::new(&roots, revocations, &provider)?, hints: store.subjects(), provider })
+    }
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &self.hints
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.trust.check(Role::Client, end_entity, intermediates, now)?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_handshake(TlsSignature::V1_2, message, certificate, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_handshake(TlsSignature::V1_3, message, certificate, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
