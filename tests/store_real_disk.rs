@@ -17,7 +17,7 @@ use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
 use walrelay::store::disk::OpenMode;
 use walrelay::store::{
-    AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
+    Access, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
     RetentionLimits, ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter, WhenInvalid,
 };
 use walrelay::wal::builder::WalBuilder;
@@ -124,8 +124,15 @@ fn deliver(opened: &mut Opened, wal: &WalBuilder) {
     assert!(opened.writer.is_overlap_proven());
 }
 
+/// By both ways of reading files, which must agree.
 fn read(store: &Store, start: Lsn, end: Lsn) -> Result<Vec<u8>, ReadError> {
-    let mut reader = store.reader(TimelineId::FIRST);
+    let mapped = read_by(store, Access::Mapped, start, end)?;
+    assert!(read_by(store, Access::Copied, start, end)? == mapped, "copied and mapped bytes differ");
+    Ok(mapped)
+}
+
+fn read_by(store: &Store, access: Access, start: Lsn, end: Lsn) -> Result<Vec<u8>, ReadError> {
+    let mut reader = store.reader(TimelineId::FIRST, access);
     let mut all = Vec::new();
     let mut at = start;
     while at < end {
@@ -365,7 +372,7 @@ fn bytes_in_the_hands_of_a_reader_do_not_change_when_their_segment_goes() {
     opened.store.slots().create("reader", SlotKind::Permanent, Some(wal.start())).unwrap();
     deliver(&mut opened, &wal);
     opened.watch.wait_until("all", |now| now.flushed == wal.end());
-    let mut reader = opened.store.reader(TimelineId::FIRST);
+    let mut reader = opened.store.reader(TimelineId::FIRST, Access::Mapped);
     let mut held = Vec::new();
     for segment in 0..3 {
         let start = wal.start().advance(segment << 20);

@@ -12,7 +12,7 @@ use crate::config::{
     error::Problem,
     listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
-    standbys,
+    standbys, tls,
     units::{Size, Span},
 };
 use crate::conninfo::{Conninfo, Surroundings};
@@ -36,7 +36,7 @@ impl TryFrom<Loaded<'_>> for Config {
         let relay = relay(&raw.relay, directory)?;
         let upstream = upstream(&raw.upstream, &relay.name, surroundings)?;
         standbys::check(&upstream.acknowledge, &upstream.acknowledge_users, users.as_ref())?;
-        let downstream = downstream(&raw.downstream, users)?;
+        let downstream = downstream(&raw.downstream, users, directory)?;
         let store = store(&raw.store)?;
         let admin = admin(&raw.admin, token)?;
         if let Some(address) = admin.listen.map(ListenAddress::Tcp)
@@ -71,8 +71,6 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         "conninfo = \"host=10.1.0.10,10.1.0.11 user=replicator target_session_attrs=read-write\"",
     )?;
     let conninfo = Conninfo::parse_for_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
-    // Said at start, not at every attempt to connect.
-    conninfo.check_without_tls().map_err(Problem::Conninfo)?;
     let sql_conninfo =
         Conninfo::parse_beside_replication(text, name, surroundings).map_err(Problem::Conninfo)?;
     if let Some(slot) = &raw.slot {
@@ -137,7 +135,7 @@ fn check_slot_name(name: &str) -> Result<(), Problem> {
     Err(Problem::invalid("upstream.slot", name, advice))
 }
 
-fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, Problem> {
+fn downstream(raw: &RawDownstream, users: Option<Users>, directory: &Path) -> Result<Downstream, Problem> {
     const LISTEN: &str = "downstream.listen";
     let listen = listen::parse_list(&raw.listen.0)
         .map_err(|wrong| Problem::invalid(LISTEN, &wrong, listen::ADVICE))?;
@@ -168,6 +166,7 @@ fn downstream(raw: &RawDownstream, users: Option<Users>) -> Result<Downstream, P
     Ok(Downstream {
         listen,
         authentication,
+        tls: raw.tls.as_ref().map(|raw| tls::tls(raw, directory)).transpose()?,
         send: send_policies(raw)?,
         create_slots: raw.create_slots,
         wal_sender_timeout: timeout("downstream.wal_sender_timeout", &raw.wal_sender_timeout)?,

@@ -13,9 +13,9 @@ mod listen;
 mod patroni;
 mod raw;
 mod standbys;
-mod tls;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod units;
 mod users;
 
@@ -125,6 +125,8 @@ pub struct Downstream {
     pub listen: Vec<ListenAddress>,
     /// How clients prove who they are.
     pub authentication: Authentication,
+    /// What TLS is spoken with, if it is.
+    pub tls: Option<Tls>,
     /// When WAL may be sent.
     pub send: SendPolicies,
     /// Whether a slot that a client wants to use is created when it is absent.

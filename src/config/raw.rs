@@ -10,6 +10,8 @@ use serde::{
     de::{Error, SeqAccess, Visitor},
 };
 
+use crate::config::tls::RawTls;
+
 /// The whole file.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -58,6 +60,7 @@ pub(crate) struct RawUpstream {
 pub(crate) struct RawDownstream {
     pub(crate) listen: OneOrMany,
     pub(crate) users: Option<String>,
+    pub(crate) tls: Option<RawTls>,
     pub(crate) trust_local: bool,
     pub(crate) send: String,
     pub(crate) send_to: BTreeMap<String, String>,
@@ -130,6 +133,7 @@ impl Default for RawDownstream {
         Self {
             listen: OneOrMany(vec!["127.0.0.1:5433".to_owned()]),
             users: None,
+            tls: None,
             trust_local: true,
             send: "received".to_owned(),
             send_to: BTreeMap::new(),

@@ -130,14 +130,6 @@ pub enum ConninfoError {
     /// The system's roots vouch for anyone: the name must be checked too.
     #[error("weak sslmode \"{0}\" may not be used with sslrootcert=system (use \"verify-full\")")]
     WeakForSystemRoots(&'static str),
-    /// Asks for TLS, which this build has not.
-    #[error("{keyword} value \"{value}\" invalid when SSL support is not compiled in")]
-    NoTls {
-        /// libpq's keyword.
-        keyword: &'static str,
-        /// The value given.
-        value: String,
-    },
     /// Asks for GSSAPI, which this program has not.
     #[error("gssencmode value \"{0}\" invalid when GSSAPI support is not compiled in")]
     NoGssapi(String),

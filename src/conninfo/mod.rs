@@ -257,23 +257,6 @@ impl Conninfo {
         order
     }
 
-    /// Refuses what cannot be had without TLS, in the words of a libpq built without it.
-    pub fn check_without_tls(&self) -> Result<(), ConninfoError> {
-        let ssl = &self.ssl;
-        let (keyword, value) = if ssl.root_cert.as_deref() == Some("system") {
-            ("sslrootcert", "system")
-        } else if ssl.mode.is_tls_required() {
-            ("sslmode", ssl.mode.as_str())
-        } else if ssl.negotiation == SslNegotiation::Direct {
-            ("sslnegotiation", ssl.negotiation.as_str())
-        } else if ssl.cert_mode == SslCertMode::Require {
-            ("sslcertmode", ssl.cert_mode.as_str())
-        } else {
-            return Ok(());
-        };
-        Err(ConninfoError::NoTls { keyword, value: value.to_owned() })
-    }
-
     /// Whether a password, or a key made from one, stands in the string itself, and so wherever the string is kept.
     pub fn is_password_given_in_string(&self) -> bool {
         let secrets = ["password", "scram_client_key", "scram_server_key"];

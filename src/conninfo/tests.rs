@@ -195,20 +195,6 @@ fn errors_are_libpqs() {
 }
 
 #[test]
-fn what_needs_tls_is_refused_in_the_words_of_a_libpq_without_it() {
-    let refusal = |text: &str| parse(text).check_without_tls().map_err(|error| error.to_string());
-    assert_eq!(refusal("sslmode=prefer"), Ok(()));
-    assert_eq!(
-        refusal("sslmode=require"),
-        Err(r#"sslmode value "require" invalid when SSL support is not compiled in"#.to_owned())
-    );
-    assert_eq!(
-        refusal("sslrootcert=system"),
-        Err(r#"sslrootcert value "system" invalid when SSL support is not compiled in"#.to_owned())
-    );
-}
-
-#[test]
 fn application_names_and_environment_reach_the_startup_packet() {
     let surroundings = nobody()
         .with_variable("PGAPPNAME", "app")

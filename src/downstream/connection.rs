@@ -17,18 +17,47 @@ use bytes::{Buf, Bytes, BytesMut};
 use rustix::{fs::MemfdFlags, io::retry_on_intr};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use crate::net::tls::{ServerTls, TlsError, TlsStart};
+use crate::net::{Socket, TlsFacts};
 use crate::protocol::{DecodeError, QUERY_BYTES_MAX, STARTUP_PACKET_BYTES_MAX, frontend};
 
 /// What a connection runs over.
-pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
+pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {
+    /// Whether TLS may be spoken over it.
+    fn may_be_encrypted(&self) -> bool;
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for T {}
+    /// Goes through a TLS handshake; `early` came off the stream before. After a failure the stream is of no more use.
+    fn accept_tls(
+        &mut self,
+        early: Bytes,
+        tls: &ServerTls,
+        start: TlsStart,
+    ) -> impl Future<Output = Result<TlsFacts, TlsError>> + Send;
+}
+
+impl Stream for Socket {
+    fn may_be_encrypted(&self) -> bool {
+        Self::may_be_encrypted(self)
+    }
+
+    async fn accept_tls(
+        &mut self,
+        early: Bytes,
+        tls: &ServerTls,
+        start: TlsStart,
+    ) -> Result<TlsFacts, TlsError> {
+        Self::accept_tls(self, early, tls, start).await
+    }
+}
 
 /// A client's connection.
 pub(super) struct Connection<S> {
     stream: S,
     incoming: BytesMut,
     pub(super) outgoing: Outgoing,
+    /// What the stream has taken may still be in its own buffer.
+    is_unflushed: bool,
+    is_encrypted: bool,
 }
 
 /// Why a connection cannot go on.
@@ -64,7 +93,34 @@ pub(super) enum Reading {
 
 impl<S: Stream> Connection<S> {
     pub(super) fn new(stream: S) -> Self {
-        Self { stream, incoming: BytesMut::new(), outgoing: Outgoing::default() }
+        Self {
+            stream,
+            incoming: BytesMut::new(),
+            outgoing: Outgoing::default(),
+            is_unflushed: false,
+            is_encrypted: false,
+        }
+    }
+
+    /// Whether TLS may be spoken over it.
+    pub(super) fn may_be_encrypted(&self) -> bool {
+        self.stream.may_be_encrypted()
+    }
+
+    /// Whether TLS is spoken over it: then what is sent is looked at, and not only handed to the kernel.
+    pub(super) fn is_encrypted(&self) -> bool {
+        self.is_encrypted
+    }
+
+    /// Goes through a TLS handshake, which begins with what came in and was not decoded. Everything must be sent.
+    pub(super) async fn accept_tls(
+        &mut self,
+        tls: &ServerTls,
+        start: TlsStart,
+    ) -> Result<TlsFacts, TlsError> {
+        let early = self.incoming.split().freeze();
+        self.is_encrypted = true;
+        self.stream.accept_tls(early, tls, start).await
     }
 
     /// Reads until a message is there whole; what is waiting to be sent stays where it is. Cancel-safe.
@@ -120,7 +176,7 @@ impl<S: Stream> Connection<S> {
                 let exchanged = if read == 0 { Exchanged::Closed } else { Exchanged::Received };
                 return Poll::Ready(Ok(exchanged));
             }
-            if self.outgoing.is_empty() {
+            if self.outgoing.is_empty() && !self.is_unflushed {
                 return Poll::Pending;
             }
             ready!(self.poll_send(context))?;
@@ -157,8 +213,11 @@ impl<S: Stream> Connection<S> {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.outgoing.advance(written);
+            self.is_unflushed = true;
         }
-        Pin::new(&mut self.stream).poll_flush(context)
+        ready!(Pin::new(&mut self.stream).poll_flush(context))?;
+        self.is_unflushed = false;
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -289,6 +348,16 @@ mod tests {
 
     use super::*;
     use crate::store::{Disk, RealDisk};
+
+    impl Stream for tokio::io::DuplexStream {
+        fn may_be_encrypted(&self) -> bool {
+            false
+        }
+
+        async fn accept_tls(&mut self, _: Bytes, _: &ServerTls, _: TlsStart) -> Result<TlsFacts, TlsError> {
+            Err(TlsError::NoAlpn)
+        }
+    }
 
     #[tokio::test]
     async fn pieces_and_messages_go_out_in_order_through_a_narrow_pipe() {

@@ -4,7 +4,7 @@
 //! is told before the client is known, but whether there is a server at all. Errors are PostgreSQL's, and a client that
 //! never completes a startup packet gets none, as there.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::downstream::{
     Authentication, DownstreamContext,
@@ -13,7 +13,8 @@ use crate::downstream::{
     registry::{Client, Registration, TooManySessions},
     server::Server,
 };
-use crate::net::Peer;
+use crate::net::tls::{ServerTls, TlsError, TlsStart};
+use crate::net::{Peer, TlsFacts};
 use crate::protocol::{
     DecodeError, PASSWORD_BYTES_MAX, ServerError, SqlState,
     backend::{self, Authentication as Request, encode_authentication},
@@ -23,11 +24,23 @@ use crate::protocol::{
     scram::{self, ChannelBinding, NONCE_BYTES, ServerScramError},
 };
 
-/// How the bytes of a connection are protected. TLS becomes another variant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How the bytes of a connection are protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Encryption {
     /// Not at all.
     None,
+    /// By TLS, which tells this of the client.
+    Tls(TlsFacts),
+}
+
+impl Encryption {
+    /// What SCRAM can be bound to.
+    fn binding(&self) -> ChannelBinding {
+        match self {
+            Self::None => ChannelBinding::Unsupported,
+            Self::Tls(facts) => facts.binding.clone(),
+        }
+    }
 }
 
 /// A client that is known, and what it asked for.
@@ -54,6 +67,8 @@ pub(super) enum HandshakeError {
     /// TLS was begun without asking; there is none here.
     #[error("direct TLS connection refused: TLS is not configured")]
     DirectTls,
+    #[error("could not accept SSL connection")]
+    Tls(#[from] TlsError),
     #[error("could not generate random bytes")]
     Random,
     #[error(transparent)]
@@ -86,7 +101,7 @@ impl<S: Stream> Handshake<'_, S> {
             let text = "no PostgreSQL user name specified in startup packet";
             ServerError::fatal(SqlState::INVALID_AUTHORIZATION_SPECIFICATION, text)
         })?;
-        let identity = Identity { user, startup: &startup, mode, peer: self.peer, encryption };
+        let identity = Identity { user, startup: &startup, mode, peer: self.peer, encryption: &encryption };
         if mode == ReplicationMode::Off {
             return Err(identity.no_entry().with_detail(NO_SQL_DETAIL).into());
         }
@@ -114,23 +129,28 @@ impl<S: Stream> Handshake<'_, S> {
         })
     }
 
-    /// Reads up to the startup packet. Encryption may be asked for before, once of each kind, and is refused.
+    /// Reads up to the startup packet. Encryption may be asked for before, once of each kind.
     async fn startup(&mut self) -> Result<(Startup, Encryption), HandshakeError> {
-        let (mut has_asked_ssl, mut has_asked_gss) = (false, false);
+        let mut encryption = self.direct_tls().await?;
+        let (mut has_asked_ssl, mut has_asked_gss) = (encryption != Encryption::None, false);
         loop {
             match self.first_packet().await? {
-                FirstPacket::Startup(startup) => return Ok((startup, Encryption::None)),
+                FirstPacket::Startup(startup) => return Ok((startup, encryption)),
                 FirstPacket::Cancel(request) => {
                     self.context.registry.cancel(&request);
                     return Err(HandshakeError::Cancel);
                 }
                 FirstPacket::SslRequest if !has_asked_ssl => {
                     has_asked_ssl = true;
-                    self.refuse_encryption("received unencrypted data after SSL request").await?;
+                    if let Some(facts) = self.requested_tls().await? {
+                        encryption = Encryption::Tls(facts);
+                        // There is nothing left to protect.
+                        has_asked_gss = true;
+                    }
                 }
                 FirstPacket::GssEncRequest if !has_asked_gss => {
                     has_asked_gss = true;
-                    self.refuse_encryption("received unencrypted data after GSSAPI encryption request")
+                    self.answer_encryption(b"N", "received unencrypted data after GSSAPI encryption request")
                         .await?;
                 }
                 // Asked for again, it is taken for a protocol version, as PostgreSQL does.
@@ -140,13 +160,40 @@ impl<S: Stream> Handshake<'_, S> {
         }
     }
 
+    /// Looks at the very first byte: TLS may begin without asking (since PostgreSQL 17).
+    async fn direct_tls(&mut self) -> Result<Encryption, HandshakeError> {
+        while self.connection.incoming().is_empty() {
+            self.connection.fill().await?;
+        }
+        if self.connection.incoming().first() != Some(&TLS_HANDSHAKE_RECORD) {
+            return Ok(Encryption::None);
+        }
+        let Some(tls) = self.tls() else {
+            self.connection.outgoing.encode(|out| out.extend_from_slice(&TLS_HANDSHAKE_FAILURE));
+            self.connection.flush().await.map_err(ConnectionError::Io)?;
+            return Err(HandshakeError::DirectTls);
+        };
+        Ok(Encryption::Tls(self.connection.accept_tls(&tls, TlsStart::Direct).await?))
+    }
+
+    /// TLS was asked for; `None`: there is none here.
+    async fn requested_tls(&mut self) -> Result<Option<TlsFacts>, HandshakeError> {
+        const STUFFED: &str = "received unencrypted data after SSL request";
+        let Some(tls) = self.tls() else {
+            self.answer_encryption(b"N", STUFFED).await?;
+            return Ok(None);
+        };
+        self.answer_encryption(b"S", STUFFED).await?;
+        Ok(Some(self.connection.accept_tls(&tls, TlsStart::Requested).await?))
+    }
+
+    /// What TLS is spoken with, if it is over this connection.
+    fn tls(&self) -> Option<Arc<ServerTls>> {
+        self.context.tls.clone().filter(|_| self.connection.may_be_encrypted())
+    }
+
     async fn first_packet(&mut self) -> Result<FirstPacket, HandshakeError> {
         loop {
-            if self.connection.incoming().first() == Some(&TLS_HANDSHAKE_RECORD) {
-                self.connection.outgoing.encode(|out| out.extend_from_slice(&TLS_HANDSHAKE_FAILURE));
-                self.connection.flush().await.map_err(ConnectionError::Io)?;
-                return Err(HandshakeError::DirectTls);
-            }
             match FirstPacket::decode(self.connection.incoming()) {
                 Ok(Some(packet)) => return Ok(packet),
                 Ok(None) => self.connection.fill().await?,
@@ -163,10 +210,14 @@ impl<S: Stream> Handshake<'_, S> {
     }
 
     /// Bytes that came with the request cannot belong to what follows the answer: somebody put them there.
-    async fn refuse_encryption(&mut self, stuffed: &'static str) -> Result<(), HandshakeError> {
-        self.connection.outgoing.encode(|out| out.extend_from_slice(b"N"));
-        self.connection.flush().await.map_err(ConnectionError::Io)?;
+    async fn answer_encryption(
+        &mut self,
+        answer: &[u8; 1],
+        stuffed: &'static str,
+    ) -> Result<(), HandshakeError> {
         if self.connection.incoming().is_empty() {
+            self.connection.outgoing.encode(|out| out.extend_from_slice(answer));
+            self.connection.flush().await.map_err(ConnectionError::Io)?;
             return Ok(());
         }
         Err(ServerError::fatal(SqlState::PROTOCOL_VIOLATION, stuffed).with_detail(STUFFED_DETAIL).into())
@@ -176,7 +227,8 @@ impl<S: Stream> Handshake<'_, S> {
     async fn authenticate(&mut self, identity: &Identity<'_>) -> Result<(), HandshakeError> {
         match &self.context.authentication {
             Authentication::Scram(users) => {
-                self.authenticate_by_scram(users.credentials(identity.user), identity.user).await?;
+                let credentials = users.credentials(identity.user);
+                self.authenticate_by_scram(credentials, identity).await?;
             }
             Authentication::TrustLocal if self.peer.is_local() => {}
             Authentication::TrustLocal => return Err(identity.no_entry().into()),
@@ -188,10 +240,10 @@ impl<S: Stream> Handshake<'_, S> {
     async fn authenticate_by_scram(
         &mut self,
         credentials: scram::Credentials,
-        user: &str,
+        identity: &Identity<'_>,
     ) -> Result<(), HandshakeError> {
-        let refuse = |error: ServerScramError| HandshakeError::Refused(error.to_server_error(user));
-        let server = scram::Server::new(credentials, ChannelBinding::Unsupported);
+        let refuse = |error: ServerScramError| HandshakeError::Refused(error.to_server_error(identity.user));
+        let server = scram::Server::new(credentials, identity.encryption.binding());
         let mechanisms = server.mechanisms().iter().map(|&mechanism| mechanism.to_owned()).collect();
         self.ask(&Request::Sasl(mechanisms)).await?;
         let (mechanism, first) = self.password().await?.sasl_initial().map_err(malformed)?;
@@ -250,7 +302,7 @@ struct Identity<'a> {
     startup: &'a Startup,
     mode: ReplicationMode,
     peer: &'a Peer,
-    encryption: Encryption,
+    encryption: &'a Encryption,
 }
 
 impl Identity<'_> {
@@ -263,6 +315,7 @@ impl Identity<'_> {
         let Self { user, .. } = self;
         let encryption = match self.encryption {
             Encryption::None => "no encryption",
+            Encryption::Tls(_) => "SSL encryption",
         };
         let text = match self.mode {
             ReplicationMode::Physical => format!(

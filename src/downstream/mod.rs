@@ -42,7 +42,7 @@ use crate::downstream::{
     walsender::now,
 };
 use crate::metrics::DownstreamMetrics;
-use crate::net::{Listener, Peer};
+use crate::net::{Listener, Peer, tls::ServerTls};
 use crate::protocol::feedback::Feedback;
 use crate::protocol::instances::Instances;
 use crate::protocol::{ServerError, SqlState, backend::encode_error_response};
@@ -69,6 +69,8 @@ pub struct DownstreamContext {
     pub settings: DownstreamSettings,
     /// How clients prove who they are.
     pub authentication: Authentication,
+    /// What TLS is spoken with; `None`: it is not.
+    pub tls: Option<Arc<ServerTls>>,
     /// Whether the upstream that is streamed from now is writable.
     pub upstream_writable: Arc<AtomicBool>,
     /// WAL that follows what is held, and that the upstream has removed.
@@ -330,7 +332,10 @@ async fn end_handshake<S: Stream>(
             // The client may be gone, and is not waited for.
             let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;
         }
-        HandshakeError::DirectTls | HandshakeError::Random | HandshakeError::Connection(_) => {
+        HandshakeError::DirectTls
+        | HandshakeError::Tls(_)
+        | HandshakeError::Random
+        | HandshakeError::Connection(_) => {
             context.metrics.refused.increment(1);
             if let Some(left_out) = guest.may_log() {
                 info!(error = &error as &dyn std::error::Error, left_out, "handshake failed");

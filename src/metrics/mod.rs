@@ -279,6 +279,8 @@ pub struct DownstreamMetrics {
     pub cold_bytes: Counter,
     /// WAL bytes copied in user space, for clients that take nothing.
     pub copied_bytes: Counter,
+    /// Last second of the TLS certificate's validity, since 1970; 0 without TLS.
+    pub certificate_expires_at: Gauge,
 }
 
 impl DownstreamMetrics {
@@ -294,6 +296,11 @@ impl DownstreamMetrics {
             copied_bytes: metrics.counter(
                 "walrelay_downstream_copied_bytes_total",
                 "WAL copied for clients that take nothing, in bytes",
+            ),
+            certificate_expires_at: metrics.gauge(
+                "walrelay_downstream_tls_certificate_expires_timestamp_seconds",
+                None,
+                "End of the TLS certificate's validity, in seconds since 1970",
             ),
         }
     }

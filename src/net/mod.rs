@@ -3,6 +3,7 @@
 //! Owns the choice between TCP and Unix sockets, TLS over the former, socket options, and the receive buffers. Knows no message of the protocol and makes no decision about a peer.
 
 pub mod blocks;
+mod rewound;
 pub mod socket;
 pub mod tls;
 mod tls_facts;

@@ -1,4 +1,4 @@
-//! TCP and Unix sockets behind one type.
+//! TCP and Unix sockets behind one type, and TLS over the former.
 //!
 //! Owns connecting, listening, socket options and halves that read and write independently. Never interprets bytes.
 
@@ -12,22 +12,33 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix},
 };
+use tokio_rustls::TlsStream;
 
 use crate::config::ListenAddress;
+use crate::net::TlsFacts;
+use crate::net::rewound::Rewound;
+use crate::net::tls::{ClientTls, ServerTls, ServerTlsFacts, TlsError, TlsStart};
 
-/// A connected socket. TLS becomes a third variant.
+/// A connected socket.
 #[derive(Debug)]
 pub enum Socket {
     /// Over TCP, in clear.
     Tcp(TcpStream),
+    /// Over TCP, encrypted.
+    Tls(Encrypted),
     /// Over a Unix socket.
     Unix(UnixStream),
+    /// Lost in a handshake that failed.
+    Lost,
 }
+
+type Encrypted = Box<TlsStream<Rewound<TcpStream>>>;
 
 /// Who is at the other end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -124,14 +135,55 @@ impl Socket {
     /// The operating system user at the other end; `None` where that cannot be known.
     pub fn peer_user_id(&self) -> io::Result<Option<u32>> {
         match self {
-            Self::Tcp(_) => Ok(None),
+            Self::Tcp(_) | Self::Tls(_) | Self::Lost => Ok(None),
             Self::Unix(stream) => stream.peer_cred().map(|credentials| Some(credentials.uid())),
         }
     }
 
-    /// Two halves that read and write independently, without a lock.
+    /// Whether TLS may be spoken over it: PostgreSQL has it over TCP only, and once.
+    pub fn may_be_encrypted(&self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+
+    /// Goes through a TLS handshake as the server. `early` was read from the socket already. On failure the socket is lost.
+    pub async fn accept_tls(
+        &mut self,
+        early: Bytes,
+        tls: &ServerTls,
+        start: TlsStart,
+    ) -> Result<TlsFacts, TlsError> {
+        let stream = self.take_tcp()?;
+        let (stream, facts) = tls.accept(Rewound::new(early, stream), start).await?;
+        *self = Self::Tls(Box::new(stream.into()));
+        Ok(facts)
+    }
+
+    /// Goes through a TLS handshake as the client. On failure the socket is lost.
+    pub async fn connect_tls(&mut self, tls: &ClientTls) -> Result<ServerTlsFacts, TlsError> {
+        let stream = self.take_tcp()?;
+        let (stream, facts) = tls.connect(Rewound::new(Bytes::new(), stream)).await?;
+        *self = Self::Tls(Box::new(stream.into()));
+        Ok(facts)
+    }
+
+    fn take_tcp(&mut self) -> Result<TcpStream, TlsError> {
+        match std::mem::replace(self, Self::Lost) {
+            Self::Tcp(stream) => Ok(stream),
+            other => {
+                *self = other;
+                Err(TlsError::Io(io::ErrorKind::Unsupported.into()))
+            }
+        }
+    }
+
+    /// Two halves that read and write independently; those of a TLS connection take turns at its state.
     pub fn into_split(self) -> (ReadHalf, WriteHalf) {
         match self {
+            Self::Tls(stream) => {
+                let (read, write) = tokio::io::split(stream);
+                (ReadHalf::Tls(read), WriteHalf::Tls(write))
+            }
+            Self::Lost => (ReadHalf::Lost, WriteHalf::Lost),
             Self::Tcp(stream) => {
                 let (read, write) = stream.into_split();
                 (ReadHalf::Tcp(read), WriteHalf::Tcp(write))
@@ -149,6 +201,9 @@ pub fn reunite(read: ReadHalf, write: WriteHalf) -> Option<Socket> {
     match (read, write) {
         (ReadHalf::Tcp(read), WriteHalf::Tcp(write)) => read.reunite(write).ok().map(Socket::Tcp),
         (ReadHalf::Unix(read), WriteHalf::Unix(write)) => read.reunite(write).ok().map(Socket::Unix),
+        (ReadHalf::Tls(read), WriteHalf::Tls(write)) if read.is_pair_of(&write) => {
+            Some(Socket::Tls(read.unsplit(write)))
+        }
         _ => None,
     }
 }
@@ -160,6 +215,10 @@ pub enum ReadHalf {
     Tcp(tcp::OwnedReadHalf),
     /// Of a Unix connection.
     Unix(unix::OwnedReadHalf),
+    /// Of a TLS connection.
+    Tls(tokio::io::ReadHalf<Encrypted>),
+    /// Of none.
+    Lost,
 }
 
 /// The sending half of a [`Socket`].
@@ -169,6 +228,10 @@ pub enum WriteHalf {
     Tcp(tcp::OwnedWriteHalf),
     /// Of a Unix connection.
     Unix(unix::OwnedWriteHalf),
+    /// Of a TLS connection.
+    Tls(tokio::io::WriteHalf<Encrypted>),
+    /// Of none.
+    Lost,
 }
 
 macro_rules! delegate_read {
@@ -182,6 +245,8 @@ macro_rules! delegate_read {
                 match self.get_mut() {
                     Self::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
                     Self::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+                    Self::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
+                    Self::Lost => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
                 }
             }
         }
@@ -199,6 +264,8 @@ macro_rules! delegate_write {
                 match self.get_mut() {
                     Self::Tcp(stream) => Pin::new(stream).poll_write(context, bytes),
                     Self::Unix(stream) => Pin::new(stream).poll_write(context, bytes),
+                    Self::Tls(stream) => Pin::new(stream).poll_write(context, bytes),
+                    Self::Lost => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
                 }
             }
 
@@ -210,6 +277,8 @@ macro_rules! delegate_write {
                 match self.get_mut() {
                     Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, slices),
                     Self::Unix(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+                    Self::Tls(stream) => Pin::new(stream).poll_write_vectored(context, slices),
+                    Self::Lost => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
                 }
             }
 
@@ -221,6 +290,8 @@ macro_rules! delegate_write {
                 match self.get_mut() {
                     Self::Tcp(stream) => Pin::new(stream).poll_flush(context),
                     Self::Unix(stream) => Pin::new(stream).poll_flush(context),
+                    Self::Tls(stream) => Pin::new(stream).poll_flush(context),
+                    Self::Lost => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
                 }
             }
 
@@ -228,6 +299,8 @@ macro_rules! delegate_write {
                 match self.get_mut() {
                     Self::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
                     Self::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+                    Self::Tls(stream) => Pin::new(stream).poll_shutdown(context),
+                    Self::Lost => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
                 }
             }
         }

@@ -8,6 +8,7 @@ mod observer;
 mod only_copy;
 mod operations;
 mod pages;
+mod tls;
 
 use std::{
     sync::{
@@ -30,7 +31,7 @@ use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
 use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
-use crate::net::{Listener, TcpOptions};
+use crate::net::{Listener, TcpOptions, tls::TlsError};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::instances::Instances;
 use crate::relay::descriptors::TooFewDescriptors;
@@ -70,6 +71,9 @@ pub enum RelayError {
     /// A line of the users file cannot be read.
     #[error(transparent)]
     User(#[from] InvalidUser),
+    /// What TLS needs cannot be used.
+    #[error("could not set up TLS: {0}")]
+    Tls(TlsError),
     /// An address could not be listened on.
     #[error("could not listen on \"{address}\"")]
     Listen {
@@ -141,6 +145,7 @@ impl Relay {
             registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
             authentication: Authentication::try_from(&config.downstream.authentication)?,
+            tls: config.downstream.tls.as_ref().map(|tls| tls::read(tls, &metrics.downstream)).transpose()?,
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
             instances: instances.subscribe(),
@@ -204,7 +209,7 @@ impl Relay {
             .run(),
         );
         let mut downstream =
-            tokio::spawn(downstream::serve(self.downstream, self.listeners, shutdown.clone()));
+            tokio::spawn(downstream::serve(Arc::clone(&self.downstream), self.listeners, shutdown.clone()));
         let admin_shutdown = CancellationToken::new();
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
@@ -212,6 +217,11 @@ impl Relay {
         let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
         let until = shutdown.clone();
         tokio::spawn(async move { until.run_until_cancelled(reminder).await });
+        if let Some(tls) = &self.downstream.tls {
+            let watch = tls::watch(Arc::clone(tls), self.metrics.downstream.clone());
+            let until = shutdown.clone();
+            tokio::spawn(async move { until.run_until_cancelled(watch).await });
+        }
         spawn_upkeep(Arc::clone(&self.metrics.registry), shutdown.clone());
         tracing::info!(name = %self.config.relay.name, "walrelay is running");
 

@@ -70,6 +70,8 @@ pub trait Mapping: Send + Sync {
     fn is_resident(&self, range: Range<usize>) -> bool;
     /// Brings the range into memory; blocks. A disk error is an error here, not a signal later.
     fn populate(&self, range: Range<usize>) -> io::Result<()>;
+    /// Copies the range out of the file, without touching the mapping; blocks. A disk error is an error.
+    fn copy(&self, range: Range<usize>) -> io::Result<Bytes>;
 }
 
 /// How a file is opened.
@@ -319,6 +321,12 @@ impl Mapping for RealMapping {
             }
             other => other,
         }
+    }
+
+    fn copy(&self, range: Range<usize>) -> io::Result<Bytes> {
+        let mut copied = vec![0; range.len()];
+        FileExt::read_exact_at(&self.file, &mut copied, range.start as u64)?;
+        Ok(copied.into())
     }
 }
 

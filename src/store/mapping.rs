@@ -148,6 +148,12 @@ impl MappedSegment {
         Ok(end)
     }
 
+    /// A copy of the range, after the checksum of the segment was compared; blocks.
+    pub(super) fn copy(&self, shared: &Shared, range: Range<usize>) -> Result<Bytes, ReadError> {
+        self.verify(shared)?;
+        self.mapping.copy(range).map_err(|error| self.tell(shared, Fault::of(error)))
+    }
+
     fn verify(&self, shared: &Shared) -> Result<(), ReadError> {
         if self.is_verified.load(Ordering::Acquire) {
             return Ok(());

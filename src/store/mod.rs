@@ -186,7 +186,7 @@ pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, Stor
 pub use fence::{Fence, FencedDirectory, MustHold, fence_directory};
 pub use health::{Observer, SlotCause, SlotNotice};
 pub use positions::Positions;
-pub use reader::{ColdRead, Read, WalReader};
+pub use reader::{Access, ColdRead, Read, WalReader};
 pub use repair::{DamagedSegment, SegmentRepair};
 pub use slot_limits::{InvalidationReason, RetentionLimits, WalStatus};
 pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable, WhenInvalid};
@@ -322,8 +322,8 @@ impl Store {
     }
 
     /// A reader of one timeline's WAL, for one consumer.
-    pub fn reader(&self, timeline: TimelineId) -> WalReader {
-        WalReader::new(self.shared.clone(), timeline)
+    pub fn reader(&self, timeline: TimelineId, access: Access) -> WalReader {
+        WalReader::new(self.shared.clone(), timeline, access)
     }
 
     /// The transaction id that the primary gives out next, as far as its WAL tells; `None` until this process has received a

@@ -3,6 +3,9 @@
 //! Owns nothing on disk. Looks in memory first, then in the segment files, and never waits for the disk where it is
 //! asked to: what is not in memory comes back as `Cold`, to be loaded where blocking is allowed. The caller asks only
 //! for what is verified.
+//!
+//! Files are handed out as they are mapped, for the kernel to copy, or as copies, for whoever looks at the bytes himself (to
+//! encrypt or to compress them): a page that has left memory, and that the disk does not give back, would end the process.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,9 +23,19 @@ use crate::wal::{Lineage, Lsn, LsnRange, SegmentName, SegmentNo, TimelineId};
 pub struct WalReader {
     shared: Arc<Shared>,
     timeline: TimelineId,
+    access: Access,
     /// Where the timeline's first segment begins.
     begin: Option<Lsn>,
     open: Arc<Mutex<Open>>,
+}
+
+/// How files are handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Mapped: the bytes must only be given to the kernel.
+    Mapped,
+    /// Copied: they may be looked at.
+    Copied,
 }
 
 /// The segments a reader is at and will be at; few, because a range is much shorter than a segment.
@@ -33,7 +46,12 @@ struct Open {
     resident: Option<LsnRange>,
     /// Up to here the files were brought in; `None` until the reader has waited for them once.
     brought_to: Option<Lsn>,
+    /// What was copied last, for [`Access::Copied`].
+    copied: Option<(LsnRange, Bytes)>,
 }
+
+/// How much is copied at a time.
+const COPIED_BYTES_MAX: u64 = 1 << 20;
 
 /// How far the files are brought in before the reader comes there.
 const AHEAD_BYTES: u64 = 2 * COLD_WINDOW_BYTES as u64;
@@ -54,6 +72,7 @@ pub struct ColdRead {
     range: LsnRange,
     open: Arc<Mutex<Open>>,
     purpose: Purpose,
+    access: Access,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +90,11 @@ impl std::fmt::Debug for ColdRead {
 }
 
 impl WalReader {
-    pub(super) fn new(shared: Arc<Shared>, timeline: TimelineId) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, timeline: TimelineId, access: Access) -> Self {
         let first = |lineage: Lineage| lineage.first_segment(timeline);
         let begin = shared.lineage().ok().and_then(first).zip(shared.segment_size().ok());
         let begin = begin.and_then(|(first, size)| first.start(size));
-        Self { shared, timeline, begin, open: Arc::default() }
+        Self { shared, timeline, access, begin, open: Arc::default() }
     }
 
     /// The bytes of `range`, which must be verified; a few hundred kilobytes at most. Does not block.
@@ -98,9 +117,11 @@ impl WalReader {
                 Ok(Read::Ready(bytes))
             }
             None => {
-                let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
-                let purpose = Purpose::Wanted;
-                Ok(Read::Cold(ColdRead { shared, timeline, range: in_files, open, purpose }))
+                let wanted = match self.access {
+                    Access::Mapped => in_files,
+                    Access::Copied => self.copied_at_once(in_files),
+                };
+                Ok(Read::Cold(self.cold(wanted, Purpose::Wanted)))
             }
         }
     }
@@ -108,6 +129,10 @@ impl WalReader {
     /// What to bring in while the bytes before `position` are sent; WAL up to `limit` may be read. `None` when enough is
     /// there, or the reader does not read from files. Its failure means nothing yet: the read that comes there fails, too.
     pub fn ahead(&self, position: Lsn, limit: Lsn) -> Option<ColdRead> {
+        // Reading one after the other is what the kernel reads ahead for by itself.
+        if self.access == Access::Copied {
+            return None;
+        }
         let start = self.open.lock().brought_to?.max(position);
         let size = self.shared.segment_size().ok()?;
         // Not beyond the next segment: each is an open file.
@@ -115,8 +140,24 @@ impl WalReader {
         let wanted = position.advance(AHEAD_BYTES).min(limit).min(next_end);
         let range = LsnRange::new(start, wanted.min(SegmentNo::holding(start, size).end(size)))?;
         let range = self.shared.tail.lock().locate(self.timeline, range).in_files?;
+        Some(self.cold(range, Purpose::Ahead))
+    }
+
+    fn cold(&self, range: LsnRange, purpose: Purpose) -> ColdRead {
         let (shared, timeline, open) = (self.shared.clone(), self.timeline, self.open.clone());
-        Some(ColdRead { shared, timeline, range, open, purpose: Purpose::Ahead })
+        ColdRead { shared, timeline, range, open, purpose, access: self.access }
+    }
+
+    /// The range and some of what follows it: no more than is verified and written, for the rest may still change.
+    fn copied_at_once(&self, range: LsnRange) -> LsnRange {
+        let positions = *self.shared.positions.lock();
+        let of_current = positions.filter(|positions| positions.timeline == self.timeline);
+        let left = || self.shared.lineage().ok()?.left(self.timeline).map(|(left, _)| left);
+        let limit = of_current.map(|positions| positions.verified.min(positions.written)).or_else(left);
+        let (Some(limit), Ok(size)) = (limit, self.shared.segment_size()) else { return range };
+        let segment_end = SegmentNo::holding(range.start(), size).end(size);
+        let end = range.start().advance(COPIED_BYTES_MAX).min(limit).min(segment_end);
+        LsnRange::new(range.start(), end.max(range.end())).unwrap_or(range)
     }
 
     /// What was found in memory may have left since: the next read looks again. To be called after a wait.
@@ -126,6 +167,9 @@ impl WalReader {
 
     /// `None`: some of it is not in memory.
     fn read_files(&self, range: LsnRange) -> Result<Option<Vec<Bytes>>, ReadError> {
+        if self.access == Access::Copied {
+            return Ok(self.open.lock().copied_part(range).map(|part| vec![part]));
+        }
         let parts = self.shared.parts(self.timeline, range)?;
         Ok(self.slices(range, parts))
     }
@@ -154,14 +198,27 @@ impl WalReader {
     }
 }
 
+impl Open {
+    fn copied_part(&self, range: LsnRange) -> Option<Bytes> {
+        let (copied, bytes) = self.copied.as_ref()?;
+        let offset = |position: Lsn| usize::try_from(position.bytes_since(copied.start())).ok();
+        let is_inside = copied.start() <= range.start() && range.end() <= copied.end();
+        is_inside.then_some(())?;
+        Some(bytes.slice(offset(range.start())?..offset(range.end())?))
+    }
+}
+
 impl ColdRead {
     /// Brings the range into memory, and a window behind it; blocks. Then read again.
     pub fn load(self) -> Result<(), ReadError> {
+        if self.access == Access::Copied {
+            return self.copy();
+        }
         let loaded = self.load_parts();
         let mut open = self.open.lock();
         match (loaded, self.purpose) {
             (Ok((segments, end)), Purpose::Wanted) => {
-                *open = Open { segments, resident: Some(self.range), brought_to: Some(end) };
+                *open = Open { segments, resident: Some(self.range), brought_to: Some(end), copied: None };
                 Ok(())
             }
             (Ok((segments, end)), Purpose::Ahead) => {
@@ -178,6 +235,22 @@ impl ColdRead {
                 Err(error)
             }
         }
+    }
+
+    fn copy(self) -> Result<(), ReadError> {
+        let (mut segments, mut parts) = (Vec::new(), Vec::new());
+        for (name, within) in self.shared.parts(self.timeline, self.range)? {
+            let segment = self.shared.mappings.open(&self.shared, name)?;
+            parts.push(segment.copy(&self.shared, within)?);
+            segments.push(segment);
+        }
+        let bytes = match parts.len() {
+            1 => parts.pop().unwrap_or_default(),
+            _ => parts.concat().into(),
+        };
+        // The segments stay open: each opening would compare their checksum again.
+        *self.open.lock() = Open { segments, copied: Some((self.range, bytes)), ..Open::default() };
+        Ok(())
     }
 
     /// Also returns how far more than the range was brought in.

@@ -6,7 +6,8 @@
 use aws_lc_rs::rand;
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::conninfo::{AuthRequest, RequireAuth, ScramKey};
+use crate::conninfo::{AuthRequest, RequireAuth, ScramKey, SslCertMode};
+use crate::net::tls::ServerTlsFacts;
 use crate::protocol::{
     backend::{Authentication, Message, NegotiateProtocolVersion},
     frontend::{self, FirstPacket, Password, ProtocolVersion},
@@ -27,6 +28,10 @@ pub(crate) struct Credentials<'a> {
     pub(crate) require_auth: &'a RequireAuth,
     /// Whether SCRAM has to be bound to TLS.
     pub(crate) channel_binding: ChannelBindingPolicy,
+    /// What TLS told of the server; `None`: there is no TLS.
+    pub(crate) tls: Option<&'a ServerTlsFacts>,
+    /// Whether the server must have asked for our certificate.
+    pub(crate) cert_mode: SslCertMode,
     /// The protocol that the startup packet asks for.
     pub(crate) requested_version: ProtocolVersion,
     /// The oldest that is accepted.
@@ -52,7 +57,7 @@ pub(crate) async fn open_session(
 }
 
 async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Result<(), UpstreamError> {
-    let (mut proved, mut negotiated) = (false, false);
+    let (mut proved, mut negotiated, mut is_bound) = (false, false, false);
     loop {
         let request = match dialog.receive().await? {
             Message::Authentication(request) => request,
@@ -68,10 +73,10 @@ async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Res
             credentials.require_auth.check(asked)?;
         }
         if credentials.channel_binding == ChannelBindingPolicy::Require {
-            check_channel_binding(&request)?;
+            check_channel_binding(&request, credentials.tls.is_some(), is_bound)?;
         }
         match request {
-            Authentication::Ok => return Ok(()),
+            Authentication::Ok => return check_certificate_was_wanted(credentials),
             Authentication::CleartextPassword => {
                 let password = password(credentials)?;
                 let answer = Password::of_text(password.expose_secret());
@@ -82,7 +87,7 @@ async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Res
                 let answer = Password::of_text(md5::password_reply(credentials.user, password, salt));
                 dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
             }
-            Authentication::Sasl(mechanisms) => sasl(dialog, credentials, &mechanisms).await?,
+            Authentication::Sasl(mechanisms) => is_bound = sasl(dialog, credentials, &mechanisms).await?,
             other => {
                 let text = format!("authentication method {} is not supported", other.method_name());
                 return Err(UpstreamError::Unsupported(text));
@@ -118,18 +123,41 @@ fn check_negotiation(
     Err(UpstreamError::Negotiation(reason))
 }
 
-/// `channel_binding=require` where there is no TLS to bind to: whatever the server asks for is refused, before anything
-/// secret is sent.
-fn check_channel_binding(request: &Authentication) -> Result<(), UpstreamError> {
+/// `channel_binding=require`: whatever cannot be bound is refused, before anything secret is sent.
+fn check_channel_binding(
+    request: &Authentication,
+    has_tls: bool,
+    is_bound: bool,
+) -> Result<(), UpstreamError> {
     Err(UpstreamError::NoChannelBinding(match request {
+        Authentication::Sasl(_) | Authentication::SaslContinue(_) | Authentication::SaslFinal(_)
+            if has_tls =>
+        {
+            return Ok(());
+        }
         Authentication::Sasl(_) | Authentication::SaslContinue(_) | Authentication::SaslFinal(_) => {
             "channel binding required, but SSL not in use"
         }
+        Authentication::Ok if is_bound => return Ok(()),
         Authentication::Ok => {
             "channel binding required, but server authenticated client without channel binding"
         }
         _ => "channel binding required but not supported by server's authentication request",
     }))
+}
+
+/// `sslcertmode=require`: the server must have known us by our certificate.
+fn check_certificate_was_wanted(credentials: &Credentials<'_>) -> Result<(), UpstreamError> {
+    if credentials.cert_mode != SslCertMode::Require {
+        return Ok(());
+    }
+    match credentials.tls {
+        Some(tls) if tls.certificate_requested && tls.certificate_sent => Ok(()),
+        Some(tls) if tls.certificate_requested => {
+            Err(UpstreamError::NoCertificate("server accepted connection without a valid SSL certificate"))
+        }
+        _ => Err(UpstreamError::NoCertificate("server did not request an SSL certificate")),
+    }
 }
 
 /// What `require_auth` has to say about; `None` for what is refused anyway.
@@ -147,12 +175,19 @@ fn password<'a>(credentials: &Credentials<'a>) -> Result<&'a SecretString, Upstr
     credentials.password.ok_or(UpstreamError::NoPassword)
 }
 
+/// Whether the exchange was bound to the connection.
 async fn sasl(
     dialog: &mut Dialog,
     credentials: &Credentials<'_>,
     mechanisms: &[String],
-) -> Result<(), UpstreamError> {
+) -> Result<bool, UpstreamError> {
+    let offers_binding = mechanisms.iter().any(|mechanism| mechanism == scram::SCRAM_SHA_256_PLUS);
+    if offers_binding && credentials.tls.is_none() {
+        let text = "server offered SCRAM-SHA-256-PLUS authentication over a non-SSL connection";
+        return Err(UpstreamError::NoChannelBinding(text));
+    }
     let (first, exchange) = scram_client(credentials)?.start(mechanisms, client_nonce()?)?;
+    let is_bound = first.mechanism == scram::SCRAM_SHA_256_PLUS;
     let answer = Password::of_sasl_initial(first.mechanism, first.message.as_bytes());
     dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
     let challenge = match dialog.receive().await? {
@@ -165,14 +200,18 @@ async fn sasl(
     let answer = Password::of_sasl(last.into_bytes());
     dialog.send(|output| frontend::Message::Password(answer).encode(output)).await?;
     match dialog.receive().await? {
-        Message::Authentication(Authentication::SaslFinal(data)) => Ok(exchange.handle(&data)?),
+        Message::Authentication(Authentication::SaslFinal(data)) => {
+            exchange.handle(&data)?;
+            Ok(is_bound)
+        }
         other => Err(unexpected_or_server(other)),
     }
 }
 
 /// As libpq: with a ClientKey the password is not looked at, with a ServerKey the server's is not derived from it.
 fn scram_client(credentials: &Credentials<'_>) -> Result<scram::Client, UpstreamError> {
-    let (binding, policy) = (ChannelBinding::Unsupported, credentials.channel_binding);
+    let binding = credentials.tls.map_or(ChannelBinding::Unsupported, |tls| tls.binding.clone());
+    let policy = credentials.channel_binding;
     let client = match credentials.scram_client_key {
         Some(key) => scram::Client::of_client_key(key.expose_secret(), binding, policy),
         None => scram::Client::new(password(credentials)?.expose_secret().as_bytes(), binding, policy),

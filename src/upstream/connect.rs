@@ -88,7 +88,6 @@ pub(crate) async fn connect(
 ) -> Result<(Connected, NewestHistory), UpstreamError> {
     let mut conninfo = settings.conninfo.clone();
     conninfo.reread_passwords(&ProcessSurroundings);
-    conninfo.check_without_tls()?;
     let wanted = match conninfo.target_session_attrs {
         TargetSessionAttrs::PreferStandby => vec![TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
         other => vec![other],
@@ -163,7 +162,6 @@ pub(crate) async fn connect_to(
 ) -> Result<Connected, UpstreamError> {
     let mut conninfo = settings.conninfo.clone();
     conninfo.reread_passwords(&ProcessSurroundings);
-    conninfo.check_without_tls()?;
     let host = conninfo.hosts.iter().find(|host| host.to_string() == server);
     let host = host.ok_or(UpstreamError::NoHost)?;
     let connected = connect_to_host(&conninfo, host, TargetSessionAttrs::Any).await?;

@@ -17,6 +17,7 @@ use crate::protocol::{
 use crate::upstream::UpstreamError;
 use crate::upstream::authenticate::{Credentials, open_session};
 use crate::upstream::dialog::Dialog;
+use crate::upstream::encryption::{self, Attempt};
 
 enum Address {
     Tcp(SocketAddr),
@@ -51,8 +52,43 @@ async fn addresses(host: &Host) -> Result<Vec<Address>, UpstreamError> {
     }
 }
 
+/// Encrypted or not, in the order that `sslmode` asks for.
 async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Dialog, UpstreamError> {
-    let mut dialog = Dialog::new(dial(conninfo, host, address).await?);
+    let mut errors: Vec<(String, UpstreamError)> = Vec::new();
+    for attempt in encryption::attempts(conninfo.ssl.mode, &host.address) {
+        match log_in_by(*attempt, conninfo, host, address).await {
+            Ok(dialog) => return Ok(dialog),
+            Err(error) => {
+                let goes_on = encryption::may_try_otherwise(&error);
+                let way = match attempt {
+                    Attempt::Plain => "without SSL",
+                    Attempt::Tls => "with SSL",
+                };
+                errors.push((format!("{host}, {way}"), error));
+                if !goes_on {
+                    break;
+                }
+            }
+        }
+    }
+    match errors.len() {
+        0 | 1 => Err(errors.pop().map_or(UpstreamError::NoHost, |(_, error)| error)),
+        _ => Err(UpstreamError::AllHosts(errors)),
+    }
+}
+
+async fn log_in_by(
+    attempt: Attempt,
+    conninfo: &Conninfo,
+    host: &Host,
+    address: &Address,
+) -> Result<Dialog, UpstreamError> {
+    let mut socket = dial(conninfo, host, address).await?;
+    let tls = match attempt {
+        Attempt::Plain => None,
+        Attempt::Tls => encryption::encrypt(&mut socket, conninfo, host).await?,
+    };
+    let mut dialog = Dialog::new(socket);
     let mut startup = Startup::new(conninfo.startup_parameters());
     startup.version = protocol_version(conninfo.max_protocol_version);
     let credentials = Credentials {
@@ -66,6 +102,8 @@ async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Resul
             conninfo::ChannelBinding::Prefer => ChannelBindingPolicy::Prefer,
             conninfo::ChannelBinding::Require => ChannelBindingPolicy::Require,
         },
+        tls: tls.as_ref(),
+        cert_mode: conninfo.ssl.cert_mode,
         requested_version: startup.version,
         min_version: protocol_version(conninfo.min_protocol_version),
     };

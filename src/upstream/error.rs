@@ -5,6 +5,7 @@
 use std::{io, time::Duration};
 
 use crate::conninfo::ConninfoError;
+use crate::net::tls::TlsError;
 use crate::protocol::{DecodeError, ServerError, SqlState, frontend::ProtocolVersion, scram::ClientError};
 use crate::session::timelines::Refusal;
 use crate::store::{AppendError, StoreError};
@@ -62,6 +63,29 @@ pub enum UpstreamError {
     /// `channel_binding=require`, and the server wants to do without.
     #[error("{0}")]
     NoChannelBinding(&'static str),
+    /// TLS cannot be set up, or did not come about.
+    #[error("connection to server {host} failed")]
+    Tls {
+        /// Host and port, as libpq names them.
+        host: String,
+        /// Why.
+        source: Box<TlsError>,
+    },
+    /// TLS is required.
+    #[error("server does not support SSL, but SSL was required")]
+    NoTls,
+    /// TLS that was begun without asking, with a server that does not say whose protocol it speaks.
+    #[error("direct SSL connection was established without ALPN protocol negotiation extension")]
+    NoAlpn,
+    /// An error instead of an answer to the question for TLS.
+    #[error("server sent an error response during SSL exchange")]
+    ErrorBeforeTls,
+    /// Neither yes nor no.
+    #[error("received invalid response to SSL negotiation: {0}")]
+    InvalidTlsAnswer(String),
+    /// `sslcertmode=require`.
+    #[error("{0}")]
+    NoCertificate(&'static str),
     /// The server speaks only older protocols than are accepted.
     #[error("server only supports protocol version {got}, but \"min_protocol_version\" was set to {min}")]
     OldProtocol {
@@ -288,6 +312,12 @@ impl UpstreamError {
             | Self::UnknownPeer(_)
             | Self::WrongPeer { .. }
             | Self::NoChannelBinding(_)
+            | Self::Tls { .. }
+            | Self::NoTls
+            | Self::NoAlpn
+            | Self::ErrorBeforeTls
+            | Self::InvalidTlsAnswer(_)
+            | Self::NoCertificate(_)
             | Self::OldProtocol { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
             Self::Unsupported(_)
@@ -348,7 +378,11 @@ impl UpstreamError {
             | Self::UnknownPeer(_)
             | Self::WrongPeer { .. }
             | Self::NoChannelBinding(_)
+            | Self::NoTls
+            | Self::NoAlpn
+            | Self::NoCertificate(_)
             | Self::OldProtocol { .. } => true,
+            Self::Tls { source, .. } => !matches!(**source, TlsError::Io(_)),
             Self::AllHosts(errors) => errors.iter().all(|(_, error)| error.is_refusal()),
             _ => false,
         }

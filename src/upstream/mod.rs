@@ -11,6 +11,7 @@ mod connect;
 mod course;
 mod dial;
 mod dialog;
+mod encryption;
 mod error;
 mod facts;
 mod fencing;

@@ -50,4 +50,6 @@ mod switchover;
 mod time;
 mod timelines;
 mod timeouts;
+mod tls_downstream;
+mod tls_upstream;
 mod upstream_slot;

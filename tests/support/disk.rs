@@ -105,4 +105,8 @@ impl<H: Hooks> Mapping for HookedMapping<H> {
     fn populate(&self, range: Range<usize>) -> io::Result<()> {
         self.0.populate(range)
     }
+
+    fn copy(&self, range: Range<usize>) -> io::Result<Bytes> {
+        self.0.copy(range)
+    }
 }

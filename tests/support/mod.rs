@@ -4,6 +4,7 @@
 //! plain numbers here and the wire is written by hand, so that an error in the library cannot hide itself.
 #![allow(dead_code, reason = "each binary that includes this uses its own part")]
 
+pub(crate) mod certificates;
 pub(crate) mod compare;
 pub(crate) mod confirmed;
 pub(crate) mod faults;
@@ -15,6 +16,7 @@ pub(crate) mod postgres;
 pub(crate) mod powercut;
 pub(crate) mod process;
 pub(crate) mod proxy;
+pub(crate) mod psql;
 pub(crate) mod raw;
 pub(crate) mod receivewal;
 pub(crate) mod relay;

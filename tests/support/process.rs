@@ -176,7 +176,7 @@ impl Program {
         self.command().stdin(Stdio::null()).output().is_ok_and(|output| output.status.success())
     }
 
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new("setpriv");
         command.arg(format!("--pdeathsig={}", self.signal_at_death));
         if let Some((user, group)) = self.user {

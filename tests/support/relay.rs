@@ -105,6 +105,15 @@ impl Relay {
         self
     }
 
+    /// A file for this relay alone, in its folder. Returns its path.
+    pub(crate) fn write_file(&self, name: &str, text: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        path
+    }
+
     /// Status and JSON of an answer to `POST`; `None` when nobody answers.
     pub(crate) fn post(&self, path: &str) -> Option<(u16, Value)> {
         let request = format!("POST {path}");

@@ -19,7 +19,7 @@ use crate::protocol::{
     command::{StartReplication, StreamKind},
 };
 use crate::session::sender::{STOPPING_TIME_MAX, Sender, SenderSettings, StreamEnd, TimelineState};
-use crate::store::{ReadError, SlotGuard};
+use crate::store::{Access, ReadError, SlotGuard};
 use crate::wal::{Lsn, SegmentName, SegmentNo, TimelineId};
 
 /// A request that passed the checks made before the stream.
@@ -115,6 +115,7 @@ async fn stream<S: Stream>(
     let name = &session.registration.client().application_name;
     let consumer = if slot.is_none() { session.context.store.consumer(name) } else { None };
     let streaming = session.context.streaming();
+    let access = if session.connection.is_encrypted() { Access::Copied } else { Access::Mapped };
     let sender = WalSender {
         context: session.context,
         connection: &mut session.connection,
@@ -124,7 +125,7 @@ async fn stream<S: Stream>(
         consumer,
         timeline,
         sender: Sender::new(settings, state, start, servable, now()),
-        reader: session.context.store.reader(timeline),
+        reader: session.context.store.reader(timeline, access),
         positions: session.context.positions.clone(),
         removed: session.context.upstream_removed.clone(),
     };

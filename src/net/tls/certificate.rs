@@ -6,7 +6,10 @@
 use aws_lc_rs::digest;
 use x509_cert::{
     Certificate,
-    der::{Decode, Encode, Tag, Tagged, asn1::{Any, ObjectIdentifier}},
+    der::{
+        Decode, Encode, Tag, Tagged,
+        asn1::{Any, ObjectIdentifier},
+    },
     ext::pkix::{BasicConstraints, ExtendedKeyUsage, SubjectAltName, name::GeneralName},
     name::Name,
     spki::AlgorithmIdentifierOwned,
@@ -135,9 +138,11 @@ fn hash_of_pss(parameters: Option<&Any>) -> Option<&'static digest::Algorithm> {
     let has = |oid: &str| {
         let oid = ObjectIdentifier::new(oid).ok().and_then(|oid| oid.to_der().ok());
         // Inside [0] { SEQUENCE { oid ... } }, before the mask generation function repeats it.
-        oid.is_some_and(|oid| parameters.get(..PSS_HASH_END.min(parameters.len())).is_some_and(|head| {
-            head.windows(oid.len()).any(|window| window == oid)
-        }))
+        oid.is_some_and(|oid| {
+            parameters
+                .get(..PSS_HASH_END.min(parameters.len()))
+                .is_some_and(|head| head.windows(oid.len()).any(|window| window == oid))
+        })
     };
     let known = [(SHA384, &digest::SHA384), (SHA512, &digest::SHA512), (SHA224, &digest::SHA224)];
     Some(known.into_iter().find(|(oid, _)| has(oid)).map_or(&digest::SHA256, |(_, hash)| hash))
@@ -148,8 +153,15 @@ fn common_name(name: &Name) -> Option<Vec<u8>> {
     let value = &attribute.value;
     if value.tag() == Tag::BmpString {
         let units = value.value().chunks_exact(2);
-        let units = units.map(|unit| u16::from_be_bytes([unit.first().copied().unwrap_or(0), unit.last().copied().unwrap_or(0)]));
-        return Some(char::decode_utf16(units).map(|one| one.unwrap_or(char::REPLACEMENT_CHARACTER)).collect::<String>().into_bytes());
+        let units = units.map(|unit| {
+            u16::from_be_bytes([unit.first().copied().unwrap_or(0), unit.last().copied().unwrap_or(0)])
+        });
+        return Some(
+            char::decode_utf16(units)
+                .map(|one| one.unwrap_or(char::REPLACEMENT_CHARACTER))
+                .collect::<String>()
+                .into_bytes(),
+        );
     }
     Some(value.value().to_vec())
 }

@@ -28,9 +28,11 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::conninfo::{SslCertMode, SslMode, SslSettings, Surroundings, TlsVersion, home_directory};
 use crate::net::tls::{
-    ALPN, TlsError, certificate::{Parsed, end_point_binding},
+    ALPN, TlsError,
+    certificate::{Parsed, end_point_binding},
     files::{self, TlsFileError},
-    own_key, peer_name::{NameCheck, check_name},
+    own_key,
+    peer_name::{NameCheck, check_name},
     provider,
     trust::{Role, TlsSignature, Trust, verify_handshake},
 };
@@ -65,7 +67,11 @@ impl ClientTls {
         let home = home_directory(surroundings).map(|home| home.join(".postgresql"));
         let trust = trust(ssl, home.as_deref(), surroundings, &provider)?;
         let key = own_certificate(ssl, home.as_deref(), surroundings, &provider)?;
-        let own = Arc::new(OwnCertificate { key, was_requested: AtomicBool::new(false), was_sent: AtomicBool::new(false) });
+        let own = Arc::new(OwnCertificate {
+            key,
+            was_requested: AtomicBool::new(false),
+            was_sent: AtomicBool::new(false),
+        });
         let verifier = Verifier { trust, provider: Arc::clone(&provider) };
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions(ssl)?)
@@ -90,7 +96,8 @@ impl ClientTls {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let connector = TlsConnector::from(Arc::clone(&self.config));
-        let connected = connector.connect(self.server_name()?, stream).await.map_err(TlsError::of_handshake)?;
+        let connected =
+            connector.connect(self.server_name()?, stream).await.map_err(TlsError::of_handshake)?;
         let (_, session) = connected.get_ref();
         let leaf = session.peer_certificates().and_then(|chain| chain.first());
         let leaf = leaf.ok_or(TlsError::NoServerCertificate)?;
@@ -139,7 +146,8 @@ fn trust(
     let roots = if ssl.root_cert.as_deref() == Some("system") {
         system_roots()?
     } else {
-        let path = ssl.root_cert.as_ref().map(PathBuf::from).or_else(|| home.map(|home| home.join("root.crt")));
+        let path =
+            ssl.root_cert.as_ref().map(PathBuf::from).or_else(|| home.map(|home| home.join("root.crt")));
         match path.map(|path| (root_certificates(surroundings, &path), path)) {
             Some((Ok(roots), _)) => roots,
             Some((Err(TlsFileError::Read { source, .. }), path)) if is_absent(&source) => {
@@ -203,7 +211,9 @@ fn own_certificate(
     let path = ssl.key.clone().or_else(|| in_home("postgresql.key")).ok_or(TlsError::NoHome)?;
     let key = match files::private_key(surroundings, &path, ssl.key_password.as_ref()) {
         Ok(key) => key,
-        Err(TlsFileError::Read { source, .. }) if is_absent(&source) => return Err(TlsFileError::NoKey(path).into()),
+        Err(TlsFileError::Read { source, .. }) if is_absent(&source) => {
+            return Err(TlsFileError::NoKey(path).into());
+        }
         Err(error) => return Err(error.into()),
     };
     Ok(Some(Arc::new(own_key(chain, key, &path, provider)?)))
@@ -215,7 +225,8 @@ fn is_absent(error: &std::io::Error) -> bool {
 
 /// The versions that may be spoken; below 1.2 there are none.
 fn versions(ssl: &SslSettings) -> Result<Vec<&'static SupportedProtocolVersion>, TlsError> {
-    let (min, max) = (ssl.min_version.unwrap_or(TlsVersion::V1_2), ssl.max_version.unwrap_or(TlsVersion::V1_3));
+    let (min, max) =
+        (ssl.min_version.unwrap_or(TlsVersion::V1_2), ssl.max_version.unwrap_or(TlsVersion::V1_3));
     let known = [(TlsVersion::V1_2, &TLS12), (TlsVersion::V1_3, &TLS13)];
     let versions: Vec<_> = known.into_iter().filter(|(version, _)| (min..=max).contains(version)).collect();
     if versions.is_empty() {
@@ -295,4 +306,3 @@ impl ResolvesClientCert for OwnCertificate {
 
 /// Sent nowhere: it stands where the library wants a name.
 const UNNAMED: &str = "name.invalid";
-

@@ -103,7 +103,8 @@ pub(super) fn private_key(
     if found.mode & forbidden != 0 {
         return Err(TlsFileError::KeyAccess(path.to_owned()));
     }
-    let invalid = |detail: &str| TlsFileError::Invalid { what: KEY, path: path.to_owned(), detail: detail.to_owned() };
+    let invalid =
+        |detail: &str| TlsFileError::Invalid { what: KEY, path: path.to_owned(), detail: detail.to_owned() };
     if let Some(encrypted) = section(&found.text, "ENCRYPTED PRIVATE KEY") {
         let passphrase = passphrase.ok_or_else(|| invalid("it is encrypted, and there is no passphrase"))?;
         return decrypt(encrypted, passphrase).ok_or_else(|| {
@@ -111,7 +112,9 @@ pub(super) fn private_key(
         });
     }
     if found.text.contains("Proc-Type: 4,ENCRYPTED") {
-        return Err(invalid("it is encrypted in OpenSSL's old format; convert it with \"openssl pkcs8 -topk8\""));
+        return Err(invalid(
+            "it is encrypted in OpenSSL's old format; convert it with \"openssl pkcs8 -topk8\"",
+        ));
     }
     PrivateKeyDer::from_pem_slice(found.text.as_bytes()).map_err(|_| invalid("no private key in it"))
 }

@@ -73,10 +73,13 @@ fn compare(name: &[u8], host: &str) -> Compared {
 
 /// `*.example.com` stands for one label in front, and only there.
 fn matches_wildcard(pattern: &str, host: &str) -> bool {
-    let Some(suffix) = pattern.strip_prefix('*').filter(|suffix| suffix.starts_with('.') && suffix.len() > 1) else {
+    let Some(suffix) = pattern.strip_prefix('*').filter(|suffix| suffix.starts_with('.') && suffix.len() > 1)
+    else {
         return false;
     };
-    let Some(label) = host.len().checked_sub(suffix.len()).and_then(|end| host.get(..end)) else { return false };
+    let Some(label) = host.len().checked_sub(suffix.len()).and_then(|end| host.get(..end)) else {
+        return false;
+    };
     let rest = host.get(label.len()..).unwrap_or_default();
     !label.is_empty() && !label.contains('.') && rest.eq_ignore_ascii_case(suffix)
 }

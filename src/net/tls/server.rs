@@ -15,7 +15,10 @@ use rustls::{
     client::danger::HandshakeSignatureValid,
     crypto::CryptoProvider,
     pki_types::{CertificateDer, UnixTime},
-    server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, danger::{ClientCertVerified, ClientCertVerifier}},
+    server::{
+        ClientHello, NoServerSessionStorage, ResolvesServerCert,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
     sign::CertifiedKey,
     version::{TLS12, TLS13},
 };
@@ -134,7 +137,8 @@ impl Loaded {
         let builder = builder.with_protocol_versions(versions).map_err(TlsError::Library)?;
         let builder = match &settings.client_ca {
             Some(path) => {
-                let verifier = ClientVerifier::read(path, settings.client_crl.as_deref(), surroundings, provider)?;
+                let verifier =
+                    ClientVerifier::read(path, settings.client_crl.as_deref(), surroundings, provider)?;
                 builder.with_client_cert_verifier(Arc::new(verifier))
             }
             None => builder.with_no_client_auth(),

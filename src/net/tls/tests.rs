@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType, IsCa, Issuer,
-    KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType, IsCa,
+    Issuer, KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -152,27 +152,39 @@ async fn each_sslmode_checks_what_libpq_checks() {
         .with("/t/root.crt", &pem("CERTIFICATE", ca.der()))
         .with("/t/other.crt", &pem("CERTIFICATE", other.der()));
     for mode in ["require", "prefer", "allow"] {
-        assert!(client_says(&files, &format!("host=nobody sslmode={mode}")).await.is_ok(), "{mode} without roots");
+        assert!(
+            client_says(&files, &format!("host=nobody sslmode={mode}")).await.is_ok(),
+            "{mode} without roots"
+        );
     }
     // With a root file the chain is checked whatever the mode.
     for mode in ["require", "prefer", "allow", "verify-ca", "verify-full"] {
-        let refused = client_says(&files, &format!("host=db.example sslmode={mode} sslrootcert=/t/other.crt")).await;
+        let refused =
+            client_says(&files, &format!("host=db.example sslmode={mode} sslrootcert=/t/other.crt")).await;
         assert_eq!(refused.unwrap_err(), "SSL error: invalid peer certificate: UnknownIssuer", "{mode}");
     }
     let ok = client_says(&files, "host=nobody sslmode=verify-ca sslrootcert=/t/root.crt").await;
     assert!(ok.is_ok(), "verify-ca does not look at the name");
     for host in ["db.example", "DB.Example", "127.0.0.1"] {
-        let ok = client_says(&files, &format!("host={host} sslmode=verify-full sslrootcert=/t/root.crt")).await;
+        let ok =
+            client_says(&files, &format!("host={host} sslmode=verify-full sslrootcert=/t/root.crt")).await;
         let facts = ok.unwrap();
         assert!(facts.has_alpn && matches!(facts.binding, ChannelBinding::TlsServerEndPoint(_)));
     }
     let refused = client_says(&files, "host=db2.example sslmode=verify-full sslrootcert=/t/root.crt").await;
-    let text = "server certificate for \"db.example\" (and 1 other name) does not match host name \"db2.example\"";
+    let text =
+        "server certificate for \"db.example\" (and 1 other name) does not match host name \"db2.example\"";
     assert_eq!(refused.unwrap_err(), text);
     let refused = client_says(&files, "host=db.example sslmode=verify-ca").await.unwrap_err();
-    assert!(refused.starts_with("root certificate file \"/home/relay/.postgresql/root.crt\" does not exist"), "{refused}");
+    assert!(
+        refused.starts_with("root certificate file \"/home/relay/.postgresql/root.crt\" does not exist"),
+        "{refused}"
+    );
     let in_home = files.clone().with("/home/relay/.postgresql/root.crt", &pem("CERTIFICATE", other.der()));
-    assert!(client_says(&in_home, "host=db.example sslmode=require").await.is_err(), "the root in the home counts");
+    assert!(
+        client_says(&in_home, "host=db.example sslmode=require").await.is_err(),
+        "the root in the home counts"
+    );
 }
 
 #[tokio::test]
@@ -182,13 +194,17 @@ async fn what_webpki_refuses_and_libpq_accepts_is_accepted() {
     own.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let pair = self_signed(&own, &KeyPair::generate().unwrap());
     let other = self_signed(&own, &KeyPair::generate().unwrap());
-    let files = Files::new().with_server(pair.clone()).with("/t/root.crt", &pair.0).with("/t/other.crt", &other.0);
+    let files =
+        Files::new().with_server(pair.clone()).with("/t/root.crt", &pair.0).with("/t/other.crt", &other.0);
     let full = "host=db.example sslmode=verify-full sslrootcert=/t/root.crt";
     assert!(client_says(&files, full).await.is_ok(), "known by its common name alone");
     let refused = client_says(&files, "host=db.example sslmode=verify-ca sslrootcert=/t/other.crt").await;
     assert!(refused.is_err(), "of the same name, and with another key");
     let refused = client_says(&files, "host=other sslmode=verify-full sslrootcert=/t/root.crt").await;
-    assert_eq!(refused.unwrap_err(), "server certificate for \"db.example\" does not match host name \"other\"");
+    assert_eq!(
+        refused.unwrap_err(),
+        "server certificate for \"db.example\" does not match host name \"other\""
+    );
     // One that is not its own issuer is no root, although it stands in the file.
     let ca = authority("root");
     let leaf = issued(&params("db.example", &[]), &ca);
@@ -215,7 +231,10 @@ async fn a_signature_without_a_hash_leaves_nothing_to_bind_to() {
     let met = meet(&client, &files.server(None).unwrap(), TlsStart::Requested).await;
     let (client, server) = (met.client.unwrap().binding, met.server.unwrap().binding);
     assert_eq!(client, server, "both ends are bound to the same");
-    assert!(matches!(client, ChannelBinding::TlsServerEndPoint(hash) if hash.len() == 48), "by the signature's hash");
+    assert!(
+        matches!(client, ChannelBinding::TlsServerEndPoint(hash) if hash.len() == 48),
+        "by the signature's hash"
+    );
 }
 
 #[tokio::test]
@@ -233,16 +252,29 @@ async fn a_clients_certificate_is_asked_for_and_must_be_right_if_it_is_shown() {
     let asking = files.server(Some("/t/root.crt")).unwrap();
     let with = |conninfo: &str| files.client(conninfo).unwrap();
     let base = "host=db sslmode=verify-full sslrootcert=/t/root.crt";
-    let met = meet(&with(&format!("{base} sslcert=/t/client.crt sslkey=/t/client.key")), &asking, TlsStart::Requested).await;
+    let met = meet(
+        &with(&format!("{base} sslcert=/t/client.crt sslkey=/t/client.key")),
+        &asking,
+        TlsStart::Requested,
+    )
+    .await;
     let facts = met.client.unwrap();
     assert!(facts.certificate_requested && facts.certificate_sent);
     let shown = met.server.unwrap().client_certificate.unwrap();
-    assert_eq!((shown.common_name.as_deref(), shown.distinguished_name.as_str()), (Some("standby"), "CN=standby"));
+    assert_eq!(
+        (shown.common_name.as_deref(), shown.distinguished_name.as_str()),
+        (Some("standby"), "CN=standby")
+    );
     let met = meet(&with(base), &asking, TlsStart::Requested).await;
     let facts = met.client.unwrap();
     assert!(facts.certificate_requested && !facts.certificate_sent);
     assert_eq!(met.server.unwrap().client_certificate, None, "whether one is needed is not decided here");
-    let met = meet(&with(&format!("{base} sslcert=/t/foreign.crt sslkey=/t/foreign.key")), &asking, TlsStart::Requested).await;
+    let met = meet(
+        &with(&format!("{base} sslcert=/t/foreign.crt sslkey=/t/foreign.key")),
+        &asking,
+        TlsStart::Requested,
+    )
+    .await;
     assert_eq!(met.server.unwrap_err(), "SSL error: invalid peer certificate: UnknownIssuer");
     assert!(met.client.is_err());
     let disabled = with(&format!("{base} sslcertmode=disable sslcert=/t/client.crt sslkey=/t/client.key"));
@@ -277,10 +309,16 @@ async fn revoked_certificates_are_refused_on_both_sides() {
         .with("/t/root.crt", &pem("CERTIFICATE", ca.der()))
         .with("/t/client.crt", &mine.0)
         .with("/t/client.key", &mine.1);
-    let conninfo = "host=db sslmode=verify-ca sslrootcert=/t/root.crt sslcert=/t/client.crt sslkey=/t/client.key";
+    let conninfo =
+        "host=db sslmode=verify-ca sslrootcert=/t/root.crt sslcert=/t/client.crt sslkey=/t/client.key";
     for (serials, is_refused) in [(&[8][..], false), (&[7], true)] {
         let files = base.clone().with("/t/client.crl", &list(serials));
-        let met = meet(&files.client(conninfo).unwrap(), &files.server(Some("/t/root.crt")).unwrap(), TlsStart::Requested).await;
+        let met = meet(
+            &files.client(conninfo).unwrap(),
+            &files.server(Some("/t/root.crt")).unwrap(),
+            TlsStart::Requested,
+        )
+        .await;
         assert_eq!(met.server.is_err(), is_refused, "{serials:?}");
         for crl in ["sslcrl=/t/crls/a.r0", "sslcrldir=/t/crls"] {
             let files = base.clone().with("/t/crls/a.r0", &list(serials));
@@ -310,7 +348,9 @@ async fn an_authority_as_its_own_server_is_refused_when_it_has_revoked_itself() 
     let root = pem("CERTIFICATE", authority.der());
     let files = Files::new().with_server((root.clone(), key_pem(authority.key()))).with("/t/root.crt", &root);
     let conninfo = "host=db sslmode=verify-full sslrootcert=/t/root.crt sslcrl=/t/list.crl";
-    for (revoked, expected) in [(vec![], None), (vec![revoked], Some("SSL error: invalid peer certificate: Revoked"))] {
+    for (revoked, expected) in
+        [(vec![], None), (vec![revoked], Some("SSL error: invalid peer certificate: Revoked"))]
+    {
         let list = list(revoked).signed_by(issuer(&authority)).unwrap();
         let files = files.clone().with("/t/list.crl", &pem("X509 CRL", list.der()));
         assert_eq!(client_says(&files, conninfo).await.err().as_deref(), expected);
@@ -348,8 +388,15 @@ fn keys_must_be_private_readable_and_the_certificates_own() {
     let files = Files::new().with_server((mine.0.clone(), "nonsense".to_owned()));
     assert_eq!(error(&files), "could not read private key file \"/t/server.key\": no private key in it");
     let files = Files::new().with_server((String::new(), mine.1));
-    assert_eq!(error(&files), "could not read server certificate file \"/t/server.crt\": no certificate in it");
-    let error = Files::new().with("/t/c.crt", &mine.0).client("host=db sslmode=require sslcert=/t/c.crt").err().unwrap();
+    assert_eq!(
+        error(&files),
+        "could not read server certificate file \"/t/server.crt\": no certificate in it"
+    );
+    let error = Files::new()
+        .with("/t/c.crt", &mine.0)
+        .client("host=db sslmode=require sslcert=/t/c.crt")
+        .err()
+        .unwrap();
     let told = "certificate present, but not private key file \"/home/relay/.postgresql/postgresql.key\"";
     assert_eq!(text(&error), told);
 }
@@ -375,7 +422,8 @@ async fn new_files_are_seen_by_new_connections_and_bad_ones_change_nothing() {
 #[test]
 fn versions_below_the_least_are_refused() {
     let files = Files::new();
-    let error = files.client("host=db sslmode=require ssl_min_protocol_version=TLSv1 ssl_max_protocol_version=TLSv1.1");
+    let error = files
+        .client("host=db sslmode=require ssl_min_protocol_version=TLSv1 ssl_max_protocol_version=TLSv1.1");
     let told = "SSL protocol versions up to \"TLSv1.1\" are not supported: TLSv1.2 is the least";
     assert_eq!(text(&error.err().unwrap()), told);
     assert!(files.client("host=db sslmode=require ssl_max_protocol_version=TLSv1.2").is_ok());

@@ -9,18 +9,19 @@ use std::sync::Arc;
 
 use rustls::{
     CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
-    client::{WebPkiServerVerifier, danger::{HandshakeSignatureValid, ServerCertVerifier}},
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerifier},
+    },
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime},
     server::{WebPkiClientVerifier, danger::ClientCertVerifier},
 };
-use x509_cert::{
-    crl::CertificateList,
-    der::Decode,
-    spki::SubjectPublicKeyInfoOwned,
-};
+use x509_cert::{crl::CertificateList, der::Decode, spki::SubjectPublicKeyInfoOwned};
 
-use crate::net::tls::certificate::{CLIENT_PURPOSE, Parsed, SERVER_PURPOSE, algorithm_content, first_element};
+use crate::net::tls::certificate::{
+    CLIENT_PURPOSE, Parsed, SERVER_PURPOSE, algorithm_content, first_element,
+};
 
 /// Roots and revocations, ready to check with.
 #[derive(Debug)]
@@ -58,9 +59,10 @@ impl Trust {
         let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
         let (mut servers, mut clients) = (None, None);
         if !store.is_empty() {
-            let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider))
-                .with_crls(revocations.clone())
-                .enforce_revocation_expiration();
+            let builder =
+                WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider))
+                    .with_crls(revocations.clone())
+                    .enforce_revocation_expiration();
             servers = Some(builder.build().map_err(|error| unusable(&error))?);
             let builder = WebPkiClientVerifier::builder_with_provider(store, Arc::clone(provider))
                 .with_crls(revocations.clone())
@@ -199,7 +201,8 @@ impl Trust {
     ) -> Option<()> {
         let (key_algorithm, algorithm) = (algorithm_content(&key.algorithm)?, algorithm_content(algorithm)?);
         let fits = self.algorithms.all.iter().filter(|known| {
-            known.public_key_alg_id().as_ref() == key_algorithm && known.signature_alg_id().as_ref() == algorithm
+            known.public_key_alg_id().as_ref() == key_algorithm
+                && known.signature_alg_id().as_ref() == algorithm
         });
         let key = key.subject_public_key.raw_bytes();
         fits.into_iter().any(|known| known.verify_signature(key, signed, signature).is_ok()).then_some(())

@@ -260,4 +260,9 @@ impl Mapping for SimFile {
     fn populate(&self, _: Range<usize>) -> io::Result<()> {
         self.disk.0.lock().read_fault()
     }
+
+    fn copy(&self, range: Range<usize>) -> io::Result<Bytes> {
+        self.disk.0.lock().read_fault()?;
+        self.slice(range, Arc::new(())).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
 }

@@ -14,7 +14,7 @@ use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::open::open;
 use crate::store::pool::{FREE_RESERVE_BYTES, Space};
 use crate::store::shared::Shared;
-use crate::store::{BlockId, Read, SlotKind, WalReader, WalWriter};
+use crate::store::{Access, BlockId, Read, SlotKind, WalReader, WalWriter};
 use crate::wal::builder::WalBuilder;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, SystemId, TimelineId, WalFormat};
 
@@ -216,7 +216,7 @@ fn who_has_caught_up_keeps_no_file_open() {
     let oldest = live.shared.oldest().unwrap();
     let name = SegmentName { timeline: TimelineId::FIRST, number: SegmentNo::holding(oldest, size) };
     let is_mapped = |shared: &Shared| shared.mappings.while_closed(name, |is_mapped| is_mapped);
-    let mut reader = WalReader::new(live.shared.clone(), TimelineId::FIRST);
+    let mut reader = WalReader::new(live.shared.clone(), TimelineId::FIRST, Access::Mapped);
     let range = LsnRange::new(oldest, oldest.advance(1000)).unwrap();
     match reader.read(range).unwrap() {
         Read::Cold(cold) => cold.load().unwrap(),

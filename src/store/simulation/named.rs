@@ -9,7 +9,7 @@ use super::world::{World, settings};
 use crate::store::error::{Condition, ReadError, StoreError};
 use crate::store::flush::Step;
 use crate::store::open::open;
-use crate::store::{BlockId, Read, SlotKind, WalReader};
+use crate::store::{Access, BlockId, Read, SlotKind, WalReader};
 use crate::wal::builder::WalBuilder;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SystemId, TimelineId, WalFormat};
 
@@ -324,7 +324,7 @@ fn a_read_error_ends_one_read_only() {
     let oldest = live.shared.oldest().unwrap();
     let range = LsnRange::new(oldest, oldest.advance(1000)).unwrap();
     let cold = |live: &super::world::Live| {
-        let mut reader = WalReader::new(live.shared.clone(), TimelineId::FIRST);
+        let mut reader = WalReader::new(live.shared.clone(), TimelineId::FIRST, Access::Mapped);
         match reader.read(range).unwrap() {
             Read::Cold(cold) => cold.load(),
             Read::Ready(_) => panic!("nothing was loaded"),

@@ -9,7 +9,7 @@ use super::world::World;
 use crate::store::error::{Condition, ReadError, StoreError};
 use crate::store::flush::Step;
 use crate::store::repair::SegmentRepair;
-use crate::store::{Read, WalReader};
+use crate::store::{Access, Read, WalReader};
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, TimelineId};
 
 fn name(number: u64) -> SegmentName {
@@ -38,7 +38,7 @@ fn original(world: &World, number: u64) -> Vec<u8> {
 /// Reads the beginning of a segment from its file.
 fn read(world: &mut World, number: u64) -> Result<(), ReadError> {
     let range = range_of(world, number);
-    let mut reader = WalReader::new(world.live().shared.clone(), TimelineId::FIRST);
+    let mut reader = WalReader::new(world.live().shared.clone(), TimelineId::FIRST, Access::Mapped);
     for _ in 0..100 {
         match reader.read(range)? {
             Read::Cold(cold) => cold.load()?,

@@ -19,7 +19,7 @@ use crate::store::flush::{Step, Syncer, Writer};
 use crate::store::keeper::Keeper;
 use crate::store::open::open;
 use crate::store::shared::Shared;
-use crate::store::{BlockId, Positions, Read, SlotKind, WalReader, WalWriter};
+use crate::store::{Access, BlockId, Positions, Read, SlotKind, WalReader, WalWriter};
 use crate::wal::builder::WalBuilder;
 use crate::wal::segment::SegmentFile;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
@@ -203,7 +203,7 @@ impl Live {
 
     /// Reads a range as a client of the timeline would.
     fn read(&self, timeline: TimelineId, range: LsnRange) -> Result<Vec<u8>, ReadError> {
-        let mut reader = WalReader::new(self.shared.clone(), timeline);
+        let mut reader = WalReader::new(self.shared.clone(), timeline, Access::Mapped);
         let mut all = Vec::new();
         let mut at = range.start();
         while let Some(part) = LsnRange::new(at, at.advance(128 << 10).min(range.end())) {

@@ -26,7 +26,7 @@ use crate::store::open::{Opened, open};
 use crate::store::queue::SyncJob;
 use crate::store::shared::Shared;
 use crate::store::{
-    BlockId, Condition, Positions, RetentionLimits, SlotKind, StoreSettings, WalReader, WalWriter,
+    Access, BlockId, Condition, Positions, RetentionLimits, SlotKind, StoreSettings, WalReader, WalWriter,
     WhenInvalid,
 };
 use crate::wal::{Lsn, SegmentName, TimelineId};
@@ -345,6 +345,7 @@ impl World {
                 return Ok(Some(error));
             }
         }
+        let access = if self.random.is_one_in(2) { Access::Copied } else { Access::Mapped };
         self.live = Some(Live {
             wal_writer,
             writer: Writer::new(shared.clone()),
@@ -352,7 +353,7 @@ impl World {
             keeper: Keeper::new(shared.clone(), has_reserve),
             job: None,
             is_connected: false,
-            reader: WalReader::new(shared.clone(), TimelineId::FIRST),
+            reader: WalReader::new(shared.clone(), TimelineId::FIRST, access),
             notes,
             shared,
         });

@@ -1,0 +1,260 @@
+//! The relay as a TLS server: real clients of every major with each `sslmode`, channel binding, certificates that change while
+//! clients are connected. What a client may do is compared with what it may do at a primary that has the same certificate.
+
+use std::path::Path;
+
+use rustix::process::Signal;
+
+use crate::support::MB;
+use crate::support::certificates::{Authority, Pair};
+use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::lab::{self, Installation, chosen_majors};
+use crate::support::load::write_wal;
+use crate::support::postgres::{Postgres, Settings};
+use crate::support::process::{Process, Program};
+use crate::support::psql::run_psql;
+use crate::support::relay::Relay;
+use crate::support::wait::wait_until;
+
+/// A primary with TLS, and a relay behind it with the same certificate and the same user.
+struct Site {
+    primary: Postgres,
+    relay: Relay,
+}
+
+impl Site {
+    fn new(installation: &Installation, server: &Pair, client_ca: Option<&Path>) -> Self {
+        let mut primary = Settings::new().segment_size_mb(1).start(installation);
+        let data = primary.data();
+        for (from, to) in [(&server.cert, "server.crt"), (&server.key, "server.key")] {
+            std::fs::copy(from, data.join(to)).unwrap();
+            lab::give_all_to_server(&data.join(to));
+        }
+        primary.add_settings("ssl = on\nssl_cert_file = 'server.crt'\nssl_key_file = 'server.key'\npassword_encryption = 'scram-sha-256'");
+        primary.restart(crate::support::postgres::Stop::Fast);
+        primary.sql("create role standby replication login password 'secret'");
+        primary.demand("host replication standby 127.0.0.1/32 scram-sha-256", "standby");
+        let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'standby'");
+        let mut relay = Relay::new("tls_site", primary.port);
+        let users = relay.write_file("users.toml", &format!("standby = \"{verifier}\"\n"));
+        relay.set("downstream.users", &format!("{users:?}"));
+        let (cert, key) = (
+            relay.write_file("server.crt", &read(&server.cert)),
+            relay.write_file("server.key", &read(&server.key)),
+        );
+        let client_ca = client_ca.map_or(String::new(), |path| format!(", client_ca = {path:?}"));
+        relay.set("downstream.tls", &format!("{{ cert = {cert:?}, key = {key:?}{client_ca} }}"));
+        relay.start();
+        Self { primary, relay }
+    }
+
+    /// Both asked the same by the same client. The answer's first row has no position in it.
+    fn ask_both(
+        &self,
+        client: &Installation,
+        rest: &str,
+    ) -> (Result<String, String>, Result<String, String>) {
+        let ask = |port: u16| {
+            let conninfo = format!("port={port} user=standby password=secret replication=true {rest}");
+            run_psql(client, &conninfo, "IDENTIFY_SYSTEM").map(|row| row.split('|').take(2).collect())
+        };
+        (ask(self.primary.port), ask(self.relay.port))
+    }
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
+
+fn shown(verdict: &Result<String, String>) -> String {
+    match verdict {
+        Ok(_) => "in".to_owned(),
+        Err(text) => format!("refused: {}", text.replace('\n', " ")),
+    }
+}
+
+#[test]
+fn each_sslmode_of_each_client_gets_what_a_primary_gives_it() {
+    let Some(server) = Installation::any() else { return };
+    let (authority, other) = (Authority::new("root"), Authority::new("other"));
+    let site = Site::new(&server, &authority.issue("server", "IP:127.0.0.1,DNS:localhost"), None);
+    let root = |authority: &Authority| format!("sslrootcert={}", authority.root().display());
+    println!("| client | connection | primary | relay |");
+    for major in chosen_majors() {
+        let Some(client) = Installation::of(major) else { continue };
+        let mut cases = Vec::new();
+        for mode in ["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] {
+            cases.push(format!("host=127.0.0.1 sslmode={mode} {}", root(&authority)));
+        }
+        cases.push(format!("host=localhost sslmode=verify-full {}", root(&authority)));
+        cases.push(format!("host=127.0.0.1 sslmode=verify-ca {}", root(&other)));
+        for binding in ["disable", "prefer", "require"] {
+            cases.push(format!("host=127.0.0.1 sslmode=require channel_binding={binding}"));
+        }
+        cases.push("host=127.0.0.1 sslmode=disable channel_binding=require".to_owned());
+        cases.push("host=127.0.0.1 sslmode=require ssl_max_protocol_version=TLSv1.2".to_owned());
+        if major >= 17 && server.major >= 17 {
+            cases.push(format!(
+                "host=127.0.0.1 sslmode=verify-full sslnegotiation=direct {}",
+                root(&authority)
+            ));
+        }
+        for rest in cases {
+            let (primary, relay) = site.ask_both(&client, &rest);
+            println!("| {major} | {rest} | {} | {} |", shown(&primary), shown(&relay));
+            assert_eq!(relay.is_ok(), primary.is_ok(), "{major}: {rest}\n{primary:?}\n{relay:?}");
+            assert_eq!(relay.ok(), primary.ok());
+        }
+        if major >= 17 {
+            let rest =
+                format!("host=127.0.0.1 sslmode=verify-full sslnegotiation=direct {}", root(&authority));
+            assert!(site.ask_both(&client, &rest).1.is_ok(), "direct, whatever the primary can");
+        }
+        let conninfo = format!(
+            "host=127.0.0.1 port={} user=standby password=secret dbname=postgres sslmode=require",
+            site.relay.port
+        );
+        let refused = run_psql(&client, &conninfo, "select 1").unwrap_err();
+        assert!(refused.contains("user \"standby\", database \"postgres\", SSL encryption"), "{refused}");
+    }
+}
+
+#[test]
+fn standbys_and_archives_stream_over_bound_connections() {
+    let authority = Authority::new("root");
+    let server = authority.issue("server", "IP:127.0.0.1");
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let site = Site::new(&installation, &server, None);
+        let tls = format!(
+            "user=standby password=secret sslmode=verify-full channel_binding=require sslrootcert={}",
+            authority.root().display()
+        );
+        // The server's user must be able to read the root.
+        let standby = site.primary.standby("bound", site.relay.port, "");
+        let root = standby.data().join("root.crt");
+        std::fs::copy(authority.root(), &root).unwrap();
+        lab::give_all_to_server(&root);
+        standby.add_settings(&format!(
+            "primary_conninfo = 'host=127.0.0.1 port={} application_name=bound user=standby password=secret sslmode=verify-full channel_binding=require sslrootcert={}'",
+            site.relay.port,
+            root.display()
+        ));
+        standby.reload();
+        let folder = lab::scratch();
+        let received = folder.path().join("received");
+        std::fs::create_dir(&received).unwrap();
+        let program = Program::new(installation.program("pg_receivewal")).args([
+            "-D",
+            received.to_str().unwrap(),
+            "-d",
+            &format!("host=127.0.0.1 port={} {tls}", site.relay.port),
+            "--synchronous",
+        ]);
+        let archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
+        site.relay.wait_downstream("bound", "streaming");
+        site.relay.wait_downstream("pg_receivewal", "streaming");
+        // What is cold must be read, and not touched, to be encrypted.
+        write_wal(&site.primary, 24 * MB);
+        let upto = site.primary.flushed();
+        standby.wait_replayed(upto);
+        assert_equal_clusters(&site.primary, &standby);
+        wait_until("pg_receivewal to have all complete segments", || {
+            crate::support::compare::completed_end(&received, MB) >= upto - upto % MB
+        });
+        assert_same_wal(&received, &site.primary, upto - upto % MB);
+        drop(archive);
+    }
+}
+
+#[test]
+fn who_is_far_behind_catches_up_from_files_over_tls() {
+    let Some(installation) = Installation::any() else { return };
+    let authority = Authority::new("root");
+    let site = Site::new(&installation, &authority.issue("server", "IP:127.0.0.1"), None);
+    let folder = lab::scratch();
+    let received = folder.path().join("received");
+    std::fs::create_dir(&received).unwrap();
+    let conninfo =
+        format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", site.relay.port);
+    let program =
+        || Program::new(installation.program("pg_receivewal")).args(["-d", &conninfo, "--slot=cold"]);
+    program().arg("--create-slot").run();
+    // More than is kept in memory.
+    write_wal(&site.primary, 96 * MB);
+    let upto = site.primary.flushed();
+    site.relay.wait_flushed(upto);
+    let program = program().args(["-D", received.to_str().unwrap()]);
+    let archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
+    wait_until("pg_receivewal to have caught up", || {
+        crate::support::compare::completed_end(&received, MB) >= upto - upto % MB
+    });
+    assert_same_wal(&received, &site.primary, upto - upto % MB);
+    assert!(
+        site.relay.metric("walrelay_downstream_cold_bytes_total").unwrap() > 0.0,
+        "nothing was read from files"
+    );
+    drop(archive);
+}
+
+#[test]
+fn a_certificate_without_a_hash_in_its_signature_keeps_nobody_out() {
+    let Some(installation) = Installation::any() else { return };
+    let authority = Authority::new("root");
+    let site = Site::new(&installation, &authority.self_signed("ed25519", "ed25519"), None);
+    for major in chosen_majors() {
+        let Some(client) = Installation::of(major) else { continue };
+        for rest in ["", "channel_binding=prefer"] {
+            let (primary, relay) = site.ask_both(&client, &format!("host=127.0.0.1 sslmode=require {rest}"));
+            // A server of PostgreSQL's own offers what its clients then cannot do.
+            println!("{major}: primary {}, relay {}", shown(&primary), shown(&relay));
+            assert!(relay.is_ok(), "{relay:?}");
+        }
+    }
+}
+
+#[test]
+fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
+    let Some(installation) = Installation::any() else { return };
+    let (first, second) = (Authority::new("first"), Authority::new("second"));
+    let mut site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
+    let conninfo =
+        format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", site.relay.port);
+    let folder = lab::scratch();
+    let received = folder.path().join("received");
+    std::fs::create_dir(&received).unwrap();
+    let program = Program::new(installation.program("pg_receivewal")).args([
+        "-D",
+        received.to_str().unwrap(),
+        "-d",
+        &conninfo,
+        "--no-loop",
+    ]);
+    let mut archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
+    site.relay.wait_downstream("pg_receivewal", "streaming");
+    let believes = |authority: &Authority, relay: &Relay| {
+        let rest = format!(
+            "host=127.0.0.1 port={} user=standby password=secret replication=true sslmode=verify-full sslrootcert={}",
+            relay.port,
+            authority.root().display()
+        );
+        run_psql(&installation, &rest, "IDENTIFY_SYSTEM").is_ok()
+    };
+    assert!(believes(&first, &site.relay) && !believes(&second, &site.relay));
+    // A half that does not fit changes nothing, and is told.
+    let renewed = second.issue("server", "IP:127.0.0.1");
+    site.relay.write_file("server.crt", &read(&renewed.cert));
+    site.relay.wait_logged("TLS files have changed and cannot be used");
+    assert!(believes(&first, &site.relay));
+    let expires = |relay: &Relay| {
+        relay.metric("walrelay_downstream_tls_certificate_expires_timestamp_seconds").unwrap()
+    };
+    assert!(expires(&site.relay) > 1.7e9);
+    site.relay.write_file("server.key", &read(&renewed.key));
+    wait_until("the new certificate to be seen", || believes(&second, &site.relay));
+    assert!(!believes(&first, &site.relay));
+    assert!(archive.is_running(), "{}", archive.log());
+    site.relay.process_mut().signal(Signal::HUP);
+    assert!(believes(&second, &site.relay));
+    site.relay.assert_running();
+}
