@@ -67,7 +67,7 @@ pub(super) enum HandshakeError {
     /// TLS was begun without asking; there is none here.
     #[error("direct TLS connection refused: TLS is not configured")]
     DirectTls,
-    #[error("could not accept SSL connection")]
+    #[error("could not accept SSL connection: {}", chain(.0))]
     Tls(#[from] TlsError),
     #[error("could not generate random bytes")]
     Random,
@@ -215,9 +215,9 @@ impl<S: Stream> Handshake<'_, S> {
         answer: &[u8; 1],
         stuffed: &'static str,
     ) -> Result<(), HandshakeError> {
+        self.connection.outgoing.encode(|out| out.extend_from_slice(answer));
+        self.connection.flush().await.map_err(ConnectionError::Io)?;
         if self.connection.incoming().is_empty() {
-            self.connection.outgoing.encode(|out| out.extend_from_slice(answer));
-            self.connection.flush().await.map_err(ConnectionError::Io)?;
             return Ok(());
         }
         Err(ServerError::fatal(SqlState::PROTOCOL_VIOLATION, stuffed).with_detail(STUFFED_DETAIL).into())
@@ -293,6 +293,14 @@ impl<S: Stream> Handshake<'_, S> {
             );
             ServerError::fatal(SqlState::TOO_MANY_CONNECTIONS, text).into()
         })
+    }
+}
+
+/// An error and its cause in one line.
+fn chain(error: &TlsError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
     }
 }
 

@@ -47,7 +47,14 @@ struct Open {
     /// Up to here the files were brought in; `None` until the reader has waited for them once.
     brought_to: Option<Lsn>,
     /// What was copied last, for [`Access::Copied`].
-    copied: Option<(LsnRange, Bytes)>,
+    copied: Option<Copied>,
+}
+
+struct Copied {
+    range: LsnRange,
+    bytes: Bytes,
+    /// Made while some of what is held was unproven, and so might be replaced: good only as long as that is so.
+    is_provisional: bool,
 }
 
 /// How much is copied at a time.
@@ -168,7 +175,12 @@ impl WalReader {
     /// `None`: some of it is not in memory.
     fn read_files(&self, range: LsnRange) -> Result<Option<Vec<Bytes>>, ReadError> {
         if self.access == Access::Copied {
-            return Ok(self.open.lock().copied_part(range).map(|part| vec![part]));
+            let is_settled = self.shared.unproven.is_empty();
+            let mut open = self.open.lock();
+            if is_settled && open.copied.as_ref().is_some_and(|copied| copied.is_provisional) {
+                open.copied = None;
+            }
+            return Ok(open.copied_part(range).map(|part| vec![part]));
         }
         let parts = self.shared.parts(self.timeline, range)?;
         Ok(self.slices(range, parts))
@@ -200,7 +212,7 @@ impl WalReader {
 
 impl Open {
     fn copied_part(&self, range: LsnRange) -> Option<Bytes> {
-        let (copied, bytes) = self.copied.as_ref()?;
+        let Copied { range: copied, bytes, .. } = self.copied.as_ref()?;
         let offset = |position: Lsn| usize::try_from(position.bytes_since(copied.start())).ok();
         let is_inside = copied.start() <= range.start() && range.end() <= copied.end();
         is_inside.then_some(())?;
@@ -238,6 +250,7 @@ impl ColdRead {
     }
 
     fn copy(self) -> Result<(), ReadError> {
+        let is_provisional = !self.shared.unproven.is_empty();
         let (mut segments, mut parts) = (Vec::new(), Vec::new());
         for (name, within) in self.shared.parts(self.timeline, self.range)? {
             let segment = self.shared.mappings.open(&self.shared, name)?;
@@ -249,7 +262,8 @@ impl ColdRead {
             _ => parts.concat().into(),
         };
         // The segments stay open: each opening would compare their checksum again.
-        *self.open.lock() = Open { segments, copied: Some((self.range, bytes)), ..Open::default() };
+        let copied = Some(Copied { range: self.range, bytes, is_provisional });
+        *self.open.lock() = Open { segments, copied, ..Open::default() };
         Ok(())
     }
 

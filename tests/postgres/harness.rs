@@ -8,6 +8,7 @@ use crate::support::compare::{assert_equal_clusters, assert_same_wal, same_wal};
 use crate::support::faults::Faults;
 use crate::support::lab::{Installation, may_mount};
 use crate::support::load::{pgbench, pgbench_tables, write_wal};
+use crate::support::place;
 use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::powercut::{PowerCuts, Receiver};
 use crate::support::process::Process;
@@ -15,6 +16,7 @@ use crate::support::proxy::{Proxy, drop_once, flip_once};
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::receivewal::PgReceivewal;
 use crate::support::wait::wait_until;
+use crate::support::wan::{self, Wan};
 
 #[test]
 fn a_standby_of_every_major_equals_its_primary() {
@@ -174,4 +176,50 @@ fn a_fault_is_injected_where_it_is_asked_for_and_nowhere_else() {
     let status = process.wait(Duration::from_secs(20)).expect("pg_receivewal ends when its sync fails");
     assert!(!status.success());
     wait_until("the walsender to be gone", || primary.sql("select count(*) from pg_stat_replication") == "0");
+}
+
+#[test]
+fn a_cable_is_as_long_and_as_bad_as_it_is_made() {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    let Some(wan) = Wan::new(Duration::from_millis(40)) else { return };
+    let listener = place::within(&wan.far, || TcpListener::bind((wan::FAR, 0))).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut near = place::within(&wan.near, move || TcpStream::connect((wan::FAR, port))).unwrap();
+    let (mut far, _) = listener.accept().unwrap();
+    near.set_nodelay(true).unwrap();
+    let mut there_and_back = |size: usize| {
+        let (sent, started) = (vec![7; size], std::time::Instant::now());
+        let writing = std::thread::scope(|scope| {
+            scope.spawn(|| near.write_all(&sent).unwrap());
+            let mut received = vec![0; size];
+            far.read_exact(&mut received).unwrap();
+            received
+        });
+        far.write_all(b"!").unwrap();
+        near.read_exact(&mut [0]).unwrap();
+        (writing, started.elapsed())
+    };
+    let (_, took) = there_and_back(1);
+    assert!((Duration::from_millis(40)..Duration::from_millis(200)).contains(&took), "{took:?}");
+    wan.cable.set_rate(20_000_000);
+    let before = wan.bytes_to_far();
+    let (_, took) = there_and_back(1_000_000);
+    assert!(took > Duration::from_millis(400), "one megabyte over 20 Mbit/s in {took:?}");
+    assert!(wan.bytes_to_far() - before > 1_000_000);
+    wan.cable.set_rate(0);
+    wan.cable.set_lost_ppm(5_000);
+    wan.cable.set_reordered_ppm(20_000);
+    let (received, _) = there_and_back(300_000);
+    assert!(received.iter().all(|byte| *byte == 7), "TCP makes good for loss and order");
+    wan.cable.flip(1);
+    let (received, _) = there_and_back(10_000);
+    assert_eq!(received.iter().filter(|byte| **byte != 7).count(), 1, "one bit that TCP does not notice");
+    wan.cable.cut();
+    near.write_all(b"x").unwrap();
+    far.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    assert!(far.read_exact(&mut [0]).is_err());
+    wan.cable.mend();
+    far.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    far.read_exact(&mut [0]).unwrap();
 }

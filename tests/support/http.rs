@@ -1,7 +1,6 @@
 //! HTTP/1.1 on one short connection.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::Duration;
 
 /// Status and body, or `None` when nobody answers.
@@ -16,7 +15,7 @@ pub(crate) fn ask(
     token: Option<&str>,
     patience: Duration,
 ) -> Option<(u16, String)> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+    let mut stream = super::place::connect(port).ok()?;
     stream.set_read_timeout(Some(patience)).ok()?;
     let token = token.map_or_else(String::new, |token| format!("Authorization: Bearer {token}\r\n"));
     write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n{token}Connection: close\r\n\r\n").ok()?;

@@ -27,9 +27,9 @@ pub(crate) fn pgbench(primary: &Postgres, clients: u32, seconds: u32) -> Process
 }
 
 fn pgbench_target(primary: &Postgres) -> Vec<String> {
-    ["-h", "127.0.0.1", "-p", &primary.port.to_string(), "-U", "postgres", "postgres"]
-        .map(str::to_owned)
-        .to_vec()
+    // By its socket, which is there wherever the server's network is.
+    let folder = primary.socket_folder().display().to_string();
+    ["-h", &folder, "-p", &primary.port.to_string(), "-U", "postgres", "postgres"].map(str::to_owned).to_vec()
 }
 
 /// Commits rows of many sizes, one connection, as fast as it goes, until dropped. Survives restarts of the server.

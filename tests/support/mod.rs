@@ -12,6 +12,7 @@ pub(crate) mod http;
 pub(crate) mod lab;
 pub(crate) mod load;
 pub(crate) mod patroni;
+pub(crate) mod place;
 pub(crate) mod postgres;
 pub(crate) mod powercut;
 pub(crate) mod process;
@@ -21,6 +22,7 @@ pub(crate) mod raw;
 pub(crate) mod receivewal;
 pub(crate) mod relay;
 pub(crate) mod wait;
+pub(crate) mod wan;
 
 /// Reads `16/B374D848`.
 pub(crate) fn lsn(text: &str) -> u64 {

@@ -20,6 +20,8 @@ pub(crate) struct Postgres {
     pub(crate) port: u16,
     folder: TempDir,
     postmaster: Option<Process>,
+    /// The network namespace it runs in.
+    namespace: Option<String>,
 }
 
 /// How a server is stopped.
@@ -37,11 +39,12 @@ pub(crate) struct Settings {
     segment_size_mb: u64,
     lines: Vec<String>,
     fresh_identity: bool,
+    namespace: Option<String>,
 }
 
 impl Settings {
     pub(crate) fn new() -> Self {
-        Self { segment_size_mb: 16, lines: Vec::new(), fresh_identity: false }
+        Self { segment_size_mb: 16, lines: Vec::new(), fresh_identity: false, namespace: None }
     }
 
     pub(crate) fn segment_size_mb(mut self, size: u64) -> Self {
@@ -61,6 +64,12 @@ impl Settings {
         self
     }
 
+    /// In a network namespace.
+    pub(crate) fn within(mut self, namespace: &str) -> Self {
+        self.namespace = Some(namespace.to_owned());
+        self
+    }
+
     pub(crate) fn start(self, installation: &Installation) -> Postgres {
         let folder = lab::scratch();
         let data = folder.path().join("data");
@@ -69,8 +78,13 @@ impl Settings {
         } else {
             copy_folder(&template(installation, self.segment_size_mb), &data);
         }
-        let mut postgres =
-            Postgres { installation: installation.clone(), port: lab::free_port(), folder, postmaster: None };
+        let mut postgres = Postgres {
+            installation: installation.clone(),
+            port: lab::free_port(),
+            folder,
+            postmaster: None,
+            namespace: self.namespace.clone(),
+        };
         postgres.add_settings(COMMON_SETTINGS);
         postgres.add_settings(&self.lines.join("\n"));
         postgres.place();
@@ -108,11 +122,23 @@ impl Postgres {
     pub(crate) fn run_by_others(installation: &Installation) -> Self {
         let folder = lab::scratch();
         lab::give_to_server(folder.path());
-        Self { installation: installation.clone(), port: lab::free_port(), folder, postmaster: None }
+        Self {
+            installation: installation.clone(),
+            port: lab::free_port(),
+            folder,
+            postmaster: None,
+            namespace: None,
+        }
     }
 
     /// A standby made from this primary by a base backup, streaming from `upstream_port`; `settings` are extra lines.
     pub(crate) fn standby(&self, name: &str, upstream_port: u16, settings: &str) -> Self {
+        let conninfo = format!("host=127.0.0.1 port={upstream_port} user=postgres application_name={name} sslmode=disable");
+        self.standby_by(&conninfo, settings, None)
+    }
+
+    /// The same by any connection string, and in a network namespace.
+    pub(crate) fn standby_by(&self, primary_conninfo: &str, settings: &str, namespace: Option<&str>) -> Self {
         let folder = lab::scratch();
         lab::give_to_server(folder.path());
         let data = folder.path().join("data");
@@ -135,9 +161,10 @@ impl Postgres {
             port: lab::free_port(),
             folder,
             postmaster: None,
+            namespace: namespace.map(str::to_owned),
         };
         standby.add_settings(&format!(
-            "primary_conninfo = 'host=127.0.0.1 port={upstream_port} user=postgres application_name={name} sslmode=disable'\nhot_standby = on\n{settings}"
+            "primary_conninfo = '{primary_conninfo}'\nhot_standby = on\n{settings}"
         ));
         std::fs::write(data.join("standby.signal"), "").unwrap();
         standby.place();
@@ -181,6 +208,10 @@ impl Postgres {
             .args(["-D", self.data().to_str().unwrap()])
             .for_server_user();
         program.signal_at_death = "QUIT"; // an immediate shutdown takes the children along
+        if let Some(namespace) = &self.namespace {
+            super::place::put(self.port, namespace);
+            program.within = super::place::wrapper(namespace);
+        }
         self.postmaster = Some(Process::spawn("postgres", &program, &self.log_path()));
     }
 
@@ -325,6 +356,10 @@ impl Postgres {
     }
 
     pub(crate) fn conninfo(&self) -> String {
+        if self.namespace.is_some() {
+            let folder = self.folder.path().display();
+            return format!("host={folder} port={} user=postgres dbname=postgres", self.port);
+        }
         format!("host=127.0.0.1 port={} user=postgres dbname=postgres sslmode=disable", self.port)
     }
 

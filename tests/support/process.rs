@@ -118,6 +118,8 @@ pub(crate) struct Program {
     pub(crate) signal_at_death: &'static str,
     /// Programs that replace themselves by the next: `prlimit --nofile=64`, `env LD_PRELOAD=...`.
     pub(crate) wrapper: Vec<String>,
+    /// The same, but before it becomes another user: `ip netns exec near`.
+    pub(crate) within: Vec<String>,
 }
 
 impl Program {
@@ -129,6 +131,7 @@ impl Program {
             user: None,
             signal_at_death: "KILL",
             wrapper: Vec::new(),
+            within: Vec::new(),
         }
     }
 
@@ -177,7 +180,9 @@ impl Program {
     }
 
     pub(crate) fn command(&self) -> Command {
-        let mut command = Command::new("setpriv");
+        let mut outermost = self.within.iter().map(String::as_str).chain(["setpriv"]);
+        let mut command = Command::new(outermost.next().unwrap_or("setpriv"));
+        command.args(outermost);
         command.arg(format!("--pdeathsig={}", self.signal_at_death));
         if let Some((user, group)) = self.user {
             command.args([

@@ -56,7 +56,7 @@ pub(crate) struct RawClient {
 impl RawClient {
     /// Connects and sends nothing.
     pub(crate) fn connect(port: u16) -> Result<Self> {
-        let stream = TcpStream::connect(("127.0.0.1", port))?;
+        let stream = super::place::connect(port)?;
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(READ_LIMIT))?;
         Ok(Self { stream, received: Vec::new(), parameters: BTreeMap::new() })

@@ -27,6 +27,8 @@ pub(crate) struct Relay {
     pub(crate) environment: Vec<(String, String)>,
     /// Programs that replace themselves by the relay, such as `prlimit --nofile=64`.
     pub(crate) wrapper: Vec<String>,
+    /// The network namespace it runs in.
+    namespace: Option<String>,
     /// What the admin listener wants to see.
     token: Option<&'static str>,
     folder: Arc<TempDir>,
@@ -45,6 +47,7 @@ impl Relay {
             process: None,
             environment: Vec::new(),
             wrapper: Vec::new(),
+            namespace: None,
             token: None,
             folder,
         };
@@ -66,6 +69,14 @@ impl Relay {
         let mut relay = Self::new(name, upstream_port);
         relay.start();
         relay
+    }
+
+    /// In a network namespace.
+    pub(crate) fn within(mut self, namespace: &str) -> Self {
+        super::place::put(self.port, namespace);
+        super::place::put(self.admin_port, namespace);
+        self.namespace = Some(namespace.to_owned());
+        self
     }
 
     /// A setting as `section.key` with its value in TOML.
@@ -153,6 +164,7 @@ impl Relay {
         let mut program = Program::new(binary()).args(["run", "--config", config.to_str().unwrap()]);
         program.environment.clone_from(&self.environment);
         program.wrapper.clone_from(&self.wrapper);
+        program.within = self.namespace.as_deref().map(super::place::wrapper).unwrap_or_default();
         self.process = Some(Process::spawn(&self.name, &program, &self.log_path()));
     }
 
