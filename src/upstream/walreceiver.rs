@@ -321,6 +321,9 @@ impl<'a> WalReceiver<'a> {
                 }
                 StreamItem::WalBytes { at, bytes, block } => self.take_wal(at, bytes, BlockId(block))?,
                 StreamItem::WalEnd => {}
+                StreamItem::Link(_) => {
+                    return Err(UpstreamError::Unexpected("link message".to_owned()));
+                }
                 StreamItem::Keepalive(keepalive) => self.handle_keepalive(keepalive),
                 StreamItem::CopyDone => return Ok(Some(StreamEnd::TimelineEnded)),
                 StreamItem::Other(message) => {
