@@ -6,5 +6,5 @@
 pub mod blocks;
 pub mod socket;
 
-pub use blocks::BlockReader;
+pub use blocks::{BlockReader, DecodingBlocks};
 pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};

@@ -29,7 +29,7 @@ use crate::config::{self, Config};
 use crate::downstream::{
     self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
+use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::instances::Instances;
@@ -43,7 +43,7 @@ use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
 use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
-use crate::upstream::{Acknowledging, Fencing, Upstream, UpstreamSettings, fence_status};
+use crate::upstream::{Acknowledging, Fencing, LinkSettings, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -104,6 +104,7 @@ pub struct Relay {
     downstream: Arc<DownstreamContext>,
     status: watch::Sender<UpstreamStatus>,
     instances: watch::Sender<Instances>,
+    link_traffic: Arc<LinkTraffic>,
     fencing: Fencing,
 }
 
@@ -133,6 +134,7 @@ impl Relay {
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
         let (fence, fencing) = Fencing::new(&store);
         let instances = watch::Sender::new(Instances::of(store::unique_name()));
+        let link_traffic = Arc::<LinkTraffic>::default();
         let upstream_writable = Arc::new(AtomicBool::new(false));
         let (removed, upstream_removed) = watch::channel(None);
         let downstream = Arc::new(DownstreamContext {
@@ -172,6 +174,7 @@ impl Relay {
             downstream,
             status,
             instances,
+            link_traffic,
             fencing,
         })
     }
@@ -197,6 +200,8 @@ impl Relay {
                 feedbacks,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
+                link_metrics: self.metrics.link.clone(),
+                link_traffic: self.link_traffic,
                 instances: self.instances,
                 fencing: self.fencing,
                 shutdown: shutdown.clone(),
@@ -324,6 +329,7 @@ fn upstream_settings(upstream: &config::Upstream, instance: Instances) -> Upstre
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,
         on_divergence: upstream.on_divergence,
+        link: LinkSettings { mode: upstream.link, codecs: upstream.link_codecs.clone() },
         retry_interval: upstream.wal_retrieve_retry_interval,
     }
 }

@@ -17,6 +17,7 @@ use crate::protocol::{
 use crate::upstream::UpstreamError;
 use crate::upstream::authenticate::{Credentials, open_session};
 use crate::upstream::dialog::Dialog;
+use crate::upstream::link::LinkWish;
 
 enum Address {
     Tcp(SocketAddr),
@@ -25,11 +26,20 @@ enum Address {
 
 /// Logs in at the first address of the host that lets us in; `connect_timeout` holds for each.
 pub(crate) async fn log_in(conninfo: &Conninfo, host: &Host) -> Result<Dialog, UpstreamError> {
+    log_in_for(conninfo, host, None).await
+}
+
+/// The same for a stream, which may be a link.
+pub(crate) async fn log_in_for(
+    conninfo: &Conninfo,
+    host: &Host,
+    link: Option<&LinkWish>,
+) -> Result<Dialog, UpstreamError> {
     let limit = conninfo.connect_timeout.unwrap_or(CONNECT_TIME_MAX);
     let timed_out = || UpstreamError::ConnectTimeout { host: host.to_string() };
     let mut last = UpstreamError::NoHost;
     for address in timeout(limit, addresses(host)).await.map_err(|_| timed_out())?? {
-        match timeout(limit, log_in_at(conninfo, host, &address)).await {
+        match timeout(limit, log_in_at(conninfo, host, &address, link)).await {
             Ok(Ok(dialog)) => return Ok(dialog),
             Ok(Err(error)) => last = error,
             Err(_) => last = timed_out(),
@@ -51,10 +61,18 @@ async fn addresses(host: &Host) -> Result<Vec<Address>, UpstreamError> {
     }
 }
 
-async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Dialog, UpstreamError> {
+async fn log_in_at(
+    conninfo: &Conninfo,
+    host: &Host,
+    address: &Address,
+    link: Option<&LinkWish>,
+) -> Result<Dialog, UpstreamError> {
     let mut dialog = Dialog::new(dial(conninfo, host, address).await?);
     let mut startup = Startup::new(conninfo.startup_parameters());
     startup.version = protocol_version(conninfo.max_protocol_version);
+    let extension = link.map(LinkWish::parameter);
+    let extensions: Vec<String> = extension.iter().map(|(name, _)| name.clone()).collect();
+    startup.parameters.extend(extension);
     let credentials = Credentials {
         user: &conninfo.user,
         password: conninfo.password_for(host),
@@ -68,8 +86,12 @@ async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Resul
         },
         requested_version: startup.version,
         min_version: protocol_version(conninfo.min_protocol_version),
+        extensions: &extensions,
     };
     open_session(&mut dialog, &FirstPacket::Startup(startup), &credentials).await?;
+    if let Some(link) = link {
+        dialog.introduction.link = link.outcome(&dialog.introduction, &host.to_string())?;
+    }
     Ok(dialog)
 }
 
