@@ -31,7 +31,11 @@ pub(super) fn codecs(texts: &[String]) -> Result<Vec<Codec>, Problem> {
         codecs.push(codec);
     }
     if codecs.is_empty() {
-        return Err(Problem::invalid(KEY, "", "expected at least one codec; upstream.link = \"off\" turns links off"));
+        return Err(Problem::invalid(
+            KEY,
+            "",
+            "expected at least one codec; upstream.link = \"off\" turns links off",
+        ));
     }
     Ok(codecs)
 }
@@ -60,12 +64,7 @@ pub(super) fn sent(raw: &RawDownstream) -> Result<Links, Problem> {
 fn rate(key: &'static str, raw: &Quantity) -> Result<Option<NonZeroU64>, Problem> {
     let bytes = size(key, raw, 0..=1 << 40)?;
     if bytes > 0 && bytes < RATE_MIN {
-        return Err(Problem::OutOfRange {
-            key,
-            value: format!("{bytes}B"),
-            min: "0, 1kB".to_owned(),
-            max: "1TB".to_owned(),
-        });
+        return Err(Problem::invalid(key, &raw.0, "expected 0 (no limit), or at least 1kB in a second"));
     }
     Ok(NonZeroU64::new(bytes))
 }

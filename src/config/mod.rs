@@ -203,7 +203,7 @@ impl SendPolicies {
 }
 
 /// When WAL may be sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SendPolicy {
     /// As soon as it is verified.
     Received,

@@ -80,14 +80,10 @@ impl LinkMetrics {
                     "walrelay_link_received_wal_bytes_total",
                     "WAL received over a compressed link, in bytes",
                 ),
-                wire_bytes: metrics.counter(
-                    "walrelay_link_received_wire_bytes_total",
-                    "Bytes that this WAL had on the way",
-                ),
-                bulk_frames: metrics.counter(
-                    "walrelay_link_received_bulk_frames_total",
-                    "Frames received that stand alone",
-                ),
+                wire_bytes: metrics
+                    .counter("walrelay_link_received_wire_bytes_total", "Bytes that this WAL had on the way"),
+                bulk_frames: metrics
+                    .counter("walrelay_link_received_bulk_frames_total", "Frames received that stand alone"),
                 stream_frames: metrics.counter(
                     "walrelay_link_received_stream_frames_total",
                     "Frames received that are part of a stream",
@@ -98,8 +94,10 @@ impl LinkMetrics {
                 ),
             },
             sent: LinkCounters {
-                wal_bytes: metrics
-                    .counter("walrelay_link_sent_wal_bytes_total", "WAL sent over compressed links, in bytes"),
+                wal_bytes: metrics.counter(
+                    "walrelay_link_sent_wal_bytes_total",
+                    "WAL sent over compressed links, in bytes",
+                ),
                 wire_bytes: metrics
                     .counter("walrelay_link_sent_wire_bytes_total", "Bytes that this WAL had on the way"),
                 bulk_frames: metrics

@@ -260,7 +260,10 @@ mod tests {
         });
         assert_eq!(failed.err(), Some("damaged"));
         let pieces = decoding.decode(60, |space| if space == [0; 60] { Ok(()) } else { Err("not empty") });
-        assert_eq!(pieces.unwrap().map(|(piece, block)| (piece.len(), block.0)).collect::<Vec<_>>(), [(60, 1)]);
+        assert_eq!(
+            pieces.unwrap().map(|(piece, block)| (piece.len(), block.0)).collect::<Vec<_>>(),
+            [(60, 1)]
+        );
     }
 
     #[test]

@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::Admin;
 use crate::config::{self, Config};
 use crate::downstream::{
-    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
+    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Links, Registry,
 };
 use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
@@ -146,6 +146,7 @@ impl Relay {
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
             instances: instances.subscribe(),
+            links: Arc::new(Links::new(&config.downstream.links, metrics.link.clone())),
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
         });
@@ -159,6 +160,7 @@ impl Relay {
             downstream: Arc::clone(&downstream),
             registry: Arc::clone(&metrics.registry),
             store_metrics: metrics.store.clone(),
+            link_traffic: Arc::clone(&link_traffic),
             process: metrics.process.clone(),
             log_lines_dropped,
         });

@@ -113,8 +113,7 @@ fn check_negotiation(
         "server negotiated but asks for no changes".to_owned()
     } else if got < min {
         return Err(UpstreamError::OldProtocol { got, min });
-    } else if let Some(name) =
-        answer.unrecognized.iter().find(|name| !credentials.extensions.contains(name))
+    } else if let Some(name) = answer.unrecognized.iter().find(|name| !credentials.extensions.contains(name))
     {
         format!("server reported an unsupported parameter that was not requested (\"{name}\")")
     } else {

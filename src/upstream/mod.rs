@@ -45,8 +45,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use acknowledging::Acknowledging;
 pub use error::{Advice, UpstreamError};
-pub use link::{LinkMode, LinkSettings};
 pub use fencing::{FENCE_TIME_MAX, FenceError, FenceSwitch, Fencing, fence_status};
+pub use link::{LinkMode, LinkSettings};
 
 use crate::config::PatroniUrl;
 use crate::conninfo::Conninfo;
