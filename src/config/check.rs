@@ -311,7 +311,7 @@ fn span(key: &'static str, raw: &Quantity, range: RangeInclusive<Duration>) -> R
     Err(Problem::OutOfRange { key, value: value.to_string(), min, max })
 }
 
-pub(super) fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result<u64, Problem> {
+fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result<u64, Problem> {
     let value = Size::parse(&raw.0).map_err(|advice| Problem::invalid(key, &raw.0, advice))?;
     if range.contains(&value.0) {
         return Ok(value.0);

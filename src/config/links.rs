@@ -2,9 +2,8 @@
 
 use std::num::NonZeroU64;
 
-use crate::config::check::size;
 use crate::config::raw::{Quantity, RawDownstream};
-use crate::config::{LinkMode, Links, error::Problem};
+use crate::config::{LinkMode, Links, error::Problem, units::Size};
 use crate::protocol::link::{Codec, Compression};
 
 pub(super) fn mode(text: &str) -> Result<LinkMode, Problem> {
@@ -60,14 +59,31 @@ pub(super) fn sent(raw: &RawDownstream) -> Result<Links, Problem> {
     })
 }
 
-/// Bytes in a second; 0 is no limit. Less than the least could not carry a live stream at all.
 fn rate(key: &'static str, raw: &Quantity) -> Result<Option<NonZeroU64>, Problem> {
-    let bytes = size(key, raw, 0..=1 << 40)?;
-    if bytes > 0 && bytes < RATE_MIN {
-        return Err(Problem::invalid(key, &raw.0, "expected 0 (no limit), or at least 1kB in a second"));
-    }
-    Ok(NonZeroU64::new(bytes))
+    RateLimit::parse(&raw.0).map(RateLimit::bytes).map_err(|advice| Problem::invalid(key, &raw.0, advice))
 }
 
-/// Bytes in a second that a limit allows at least.
-pub(crate) const RATE_MIN: u64 = 1 << 10;
+/// Bytes in a second that may be sent, or no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimit(Option<NonZeroU64>);
+
+impl RateLimit {
+    /// Reads a number of bytes, with or without a unit; 0 is no limit. The error says what would be right.
+    pub fn parse(text: &str) -> Result<Self, &'static str> {
+        let bytes = text.parse().ok().or_else(|| Size::parse(text).ok().map(|size| size.0)).ok_or(ADVICE)?;
+        match NonZeroU64::new(bytes) {
+            None => Ok(Self(None)),
+            // Less could not carry a live stream at all, and more is no limit.
+            Some(rate) if RATES.contains(&rate.get()) => Ok(Self(Some(rate))),
+            Some(_) => Err(ADVICE),
+        }
+    }
+
+    /// Bytes in a second; `None` is no limit.
+    pub fn bytes(self) -> Option<NonZeroU64> {
+        self.0
+    }
+}
+
+const RATES: std::ops::RangeInclusive<u64> = 1 << 10..=1 << 40;
+const ADVICE: &str = "expected bytes in a second, such as \"10MB\", from 1kB to 1TB, or 0 for no limit";

@@ -35,6 +35,7 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::link::{Codec, Compression};
 
 pub use error::{ConfigError, FileKind, Place, Problem};
+pub use links::RateLimit;
 pub use listen::ListenAddress;
 pub use patroni::PatroniUrl;
 pub use users::Users;

@@ -150,6 +150,7 @@ impl Relay {
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
         });
+        let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
         let pages = Arc::new(RelayPages {
@@ -164,7 +165,7 @@ impl Relay {
             process: metrics.process.clone(),
             log_lines_dropped,
         });
-        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence }).await?;
+        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence, links }).await?;
         Ok(Self {
             config,
             metrics,

@@ -23,6 +23,7 @@ use crate::upstream::UpstreamError;
 use crate::upstream::blocking::block_in_place;
 use crate::upstream::course::Course;
 use crate::upstream::dialog::Introduction;
+use crate::upstream::walreceiver::WalReceiver;
 use crate::wal::{Lsn, SystemId, TimelineId};
 
 pub use crate::config::LinkMode;
@@ -159,6 +160,26 @@ impl ReceivedLink {
     fn note(&self, carried: Carried, encoding: Encoding, wal_bytes: u64, wire_bytes: u64) {
         self.metrics.received.note(carried, wal_bytes, wire_bytes);
         self.traffic.note(encoding, wal_bytes, wire_bytes, Instant::now());
+    }
+}
+
+impl WalReceiver<'_> {
+    /// Reads a message of the link; its WAL goes the way of all WAL.
+    pub(super) fn take_link(&mut self, body: Bytes) -> Result<(), UpstreamError> {
+        let Some(link) = &mut self.link else {
+            return Err(UpstreamError::Unexpected("link message".to_owned()));
+        };
+        let Some((header, wal)) = link.take(body)? else { return Ok(()) };
+        if let Some(wal_end) = header.wal_end {
+            self.note_wal_end(wal_end);
+        }
+        let mut at = header.range.start();
+        for (bytes, block) in wal {
+            let next = at.advance(bytes.len() as u64);
+            self.take_wal(at, bytes, block)?;
+            at = next;
+        }
+        Ok(())
     }
 }
 

@@ -105,7 +105,7 @@ pub(crate) struct WalReceiver<'a> {
     blocks: BlockReader,
     stream: CopyStream,
     /// Where WAL may come compressed.
-    link: Option<ReceivedLink>,
+    pub(super) link: Option<ReceivedLink>,
     /// Status updates that the socket has not taken yet.
     unsent: BytesMut,
     held_end: Lsn,
@@ -349,7 +349,7 @@ impl<'a> WalReceiver<'a> {
         Ok(None)
     }
 
-    fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
+    pub(super) fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
         let len = bytes.len() as u64;
         self.context.metrics.received_bytes.increment(len);
         self.gathering.handle_received(len);
@@ -357,24 +357,7 @@ impl<'a> WalReceiver<'a> {
         Ok(self.context.writer.append(at, bytes, block)?)
     }
 
-    fn take_link(&mut self, body: Bytes) -> Result<(), UpstreamError> {
-        let Some(link) = &mut self.link else {
-            return Err(UpstreamError::Unexpected("link message".to_owned()));
-        };
-        let Some((header, wal)) = link.take(body)? else { return Ok(()) };
-        if let Some(wal_end) = header.wal_end {
-            self.note_wal_end(wal_end);
-        }
-        let mut at = header.range.start();
-        for (bytes, block) in wal {
-            let next = at.advance(bytes.len() as u64);
-            self.take_wal(at, bytes, block)?;
-            at = next;
-        }
-        Ok(())
-    }
-
-    fn note_wal_end(&mut self, wal_end: Lsn) {
+    pub(super) fn note_wal_end(&mut self, wal_end: Lsn) {
         self.gathering.handle_upstream_end(wal_end);
         self.context.metrics.wal_end.set(position_value(wal_end));
         if let Some(retained) = &self.retained {
