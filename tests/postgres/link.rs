@@ -217,16 +217,16 @@ fn frames_in_another_order_are_noticed_and_a_link_that_is_required_is_compressed
     let near = Relay::streaming_from("near", primary.port);
     let proxy = Proxy::to(near.port);
     let far = linked("far", proxy.port);
-    let held_back: Arc<std::sync::Mutex<Option<Vec<u8>>>> = Arc::default();
+    let mut held_back = None;
     let swapped = Arc::new(AtomicBool::new(false));
     let done = Arc::clone(&swapped);
     proxy.edit(move |message| {
         if frame_in(message).is_none() || done.load(Ordering::SeqCst) {
             return Verdict::Forward;
         }
-        match held_back.lock().unwrap().take() {
+        match held_back.take() {
             None => {
-                *held_back.lock().unwrap() = Some(message.clone());
+                held_back = Some(message.clone());
                 Verdict::Drop
             }
             Some(first) => {
