@@ -1,15 +1,16 @@
-//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence` and `/unfence`.
+//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence`, `/unfence` and `/links`.
 //!
 //! Owns HTTP and its authentication. Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
 //! the [`Pages`] and the [`Operations`]; nothing is changed without a token, from wherever it is asked for. Every connection
 //! costs a bounded amount of memory and time, whoever opens it.
 
-use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use axum::{
     Router,
-    extract::{Request, State},
+    body::Bytes,
+    extract::{DefaultBodyLimit, Request, State},
     http::{HeaderMap, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
@@ -27,6 +28,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::config::RateLimit;
+
 /// What the pages show.
 pub trait Pages: Send + Sync + 'static {
     /// `Ok` when WAL can be served, else why not, in one line.
@@ -41,6 +44,8 @@ pub trait Pages: Send + Sync + 'static {
 pub trait Operations: Send + Sync + 'static {
     /// Fences the relay, or takes the fence away; the answer is what is so then, durably.
     fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_>;
+    /// Changes how fast links may send; the answer is what holds then, until the relay is started again.
+    fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_>;
 }
 
 /// The JSON of an operation's answer, or why it was not done, in one line.
@@ -53,6 +58,15 @@ pub enum FenceWish {
     Fence,
     /// It may go on.
     Unfence,
+}
+
+/// How fast links are to send; what is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RatesWish {
+    /// Each of them.
+    pub link_rate_max: Option<RateLimit>,
+    /// All together.
+    pub links_rate_max: Option<RateLimit>,
 }
 
 /// The listener and what it serves.
@@ -75,6 +89,7 @@ impl Admin {
         let operations = Router::new()
             .route("/fence", post(fence))
             .route("/unfence", post(unfence))
+            .route("/links", post(links).layer(DefaultBodyLimit::max(OPERATION_BYTES_MAX)))
             .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_set_token));
         let guarded = Router::new()
             .route("/metrics", get(metrics))
@@ -186,7 +201,39 @@ async fn unfence(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Respo
     set_fence(&shared, &headers, FenceWish::Unfence).await
 }
 
+async fn links(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> Response {
+    match rates_wish(&body) {
+        Ok(wish) => operate(&shared, &headers, shared.operations.set_rates(wish)).await,
+        Err(why) => {
+            (StatusCode::BAD_REQUEST, axum::Json(serde_json::json!({ "error": why }))).into_response()
+        }
+    }
+}
+
+/// Rates as the settings have them: bytes in a second as a number, or with a unit; 0 is no limit.
+fn rates_wish(body: &[u8]) -> Result<RatesWish, String> {
+    let members: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(body).map_err(|error| format!("invalid JSON: {error}"))?;
+    let mut wish = RatesWish::default();
+    for (name, value) in members {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let limit =
+            RateLimit::parse(&text).map_err(|advice| format!("invalid value for \"{name}\": {advice}"))?;
+        match name.as_str() {
+            "link_rate_max" => wish.link_rate_max = Some(limit),
+            "links_rate_max" => wish.links_rate_max = Some(limit),
+            _ => return Err(format!("unknown member \"{name}\"")),
+        }
+    }
+    Ok(wish)
+}
+
 async fn set_fence(shared: &Shared, headers: &HeaderMap, wish: FenceWish) -> Response {
+    operate(shared, headers, shared.operations.set_fence(wish)).await
+}
+
+/// Does what is asked of this relay, unless another one was meant.
+async fn operate(shared: &Shared, headers: &HeaderMap, operation: OperationFuture<'_>) -> Response {
     if let Some(meant) = headers.get(RELAY_HEADER) {
         let name = shared.pages.status().get("name").and_then(|name| Some(name.as_str()?.to_owned()));
         let name = name.unwrap_or_default();
@@ -196,7 +243,7 @@ async fn set_fence(shared: &Shared, headers: &HeaderMap, wish: FenceWish) -> Res
             return (StatusCode::CONFLICT, axum::Json(serde_json::json!({ "error": error }))).into_response();
         }
     }
-    match shared.operations.set_fence(wish).await {
+    match operation.await {
         Ok(told) => axum::Json(told).into_response(),
         Err(why) => {
             (StatusCode::SERVICE_UNAVAILABLE, axum::Json(serde_json::json!({ "error": why }))).into_response()
@@ -209,6 +256,9 @@ pub const RELAY_HEADER: &str = "walrelay-name";
 
 /// HTTP connections served at a time; further ones wait in the listen queue.
 pub const CONNECTIONS_MAX: usize = 16;
+
+/// Longest body of a request that changes something.
+const OPERATION_BYTES_MAX: usize = 4 << 10;
 
 /// Longest request head.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
@@ -246,6 +296,9 @@ mod tests {
         fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_> {
             Box::pin(async move { Ok(serde_json::json!({"fenced": fence == FenceWish::Fence})) })
         }
+        fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_> {
+            Box::pin(async move { Ok(serde_json::json!(format!("{wish:?}"))) })
+        }
     }
 
     async fn start(token: Option<&str>) -> SocketAddr {
@@ -281,7 +334,7 @@ mod tests {
     }
 
     /// Every route, and its status: without a token set; with one that is not given, given wrong, and given right.
-    const ROUTES: [(&str, &str, [u16; 4]); 10] = [
+    const ROUTES: [(&str, &str, [u16; 4]); 12] = [
         ("GET", "/livez", [200, 200, 200, 200]),
         ("GET", "/readyz", [503, 503, 503, 503]),
         ("GET", "/metrics", [200, 401, 401, 200]),
@@ -291,6 +344,8 @@ mod tests {
         ("POST", "/unfence", [403, 401, 401, 200]),
         ("GET", "/fence", [403, 401, 401, 405]),
         ("PUT", "/unfence", [403, 401, 401, 405]),
+        ("POST", "/links", [403, 401, 401, 400]),
+        ("GET", "/links", [403, 401, 401, 405]),
         ("GET", "/", [404, 404, 404, 404]),
     ];
 
@@ -327,6 +382,29 @@ mod tests {
         let right = "Authorization: Bearer canary\r\n";
         assert!(ask(address, "POST", "/fence", right).await.ends_with("{\"fenced\":true}"));
         assert!(ask(address, "POST", "/unfence", right).await.ends_with("{\"fenced\":false}"));
+    }
+
+    #[test]
+    fn rates_are_read_as_in_the_settings_and_nothing_else_is() {
+        let rate = |bytes| RateLimit::parse(bytes).unwrap();
+        let read = |text: &str| rates_wish(text.as_bytes());
+        let both = RatesWish { link_rate_max: Some(rate("10MB")), links_rate_max: Some(rate("0")) };
+        assert_eq!(read(r#"{"link_rate_max": "10MB", "links_rate_max": 0}"#), Ok(both));
+        let one = RatesWish { link_rate_max: Some(rate("65536B")), links_rate_max: None };
+        assert_eq!(read(r#"{"link_rate_max": 65536}"#), Ok(one));
+        assert_eq!(read("{}"), Ok(RatesWish::default()));
+        for wrong in [
+            "",
+            "[]",
+            r#"{"link_rate_max": "fast"}"#,
+            r#"{"link_rate_max": 5}"#,
+            r#"{"link_rate_max": -1}"#,
+            r#"{"link_rate_max": null}"#,
+            r#"{"rate": 1}"#,
+        ] {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(read(r#"{"rate": 0}"#).unwrap_err(), "unknown member \"rate\"");
     }
 
     #[tokio::test]

@@ -26,6 +26,10 @@ pub struct Overview {
     pub store: StoreStatus,
     /// What is held nowhere else, as far as standbys of this relay tell; absent until that has been looked at.
     pub only_copy: Option<OnlyCopyStatus>,
+    /// The compressed link from the relay before this one, if there is one.
+    pub upstream_link: Option<LinkStatus>,
+    /// How fast compressed links to relays behind this one may send.
+    pub links: LinksStatus,
     /// Downstream connections (`pg_stat_replication`).
     pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
@@ -301,8 +305,36 @@ pub struct WalSenderStatus {
     pub replay_lag: Option<Seconds>,
     /// When its last report was sent, by its clock.
     pub reply_time: Option<Timestamp>,
+    /// What the link carries, where WAL goes compressed to a relay.
+    pub link: Option<LinkStatus>,
     /// Oldest transaction that its queries hold back; a slot's is shown with the slot.
     pub backend_xmin: Option<u32>,
+}
+
+/// What a compressed link has carried in its session.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct LinkStatus {
+    /// The codec that both sides agreed upon, with its level.
+    pub codec: String,
+    /// How the last message was encoded: `zstd`, `lz4`, `none`.
+    pub encoding: &'static str,
+    /// WAL.
+    pub wal_bytes: u64,
+    /// What it took to carry it.
+    pub wire_bytes: u64,
+    /// The one by the other; absent before anything was carried.
+    pub ratio: Option<f64>,
+    /// Bytes on the wire in a second, over the last five.
+    pub wire_rate: f64,
+}
+
+/// How fast compressed links may send, in bytes a second; absent: as fast as they can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LinksStatus {
+    /// Each of them.
+    pub link_rate_max: Option<u64>,
+    /// All together.
+    pub links_rate_max: Option<u64>,
 }
 
 /// A slot, as `pg_replication_slots` shows it.
@@ -425,6 +457,7 @@ mod tests {
             flush_lag: None,
             replay_lag: None,
             reply_time: None,
+            link: None,
             backend_xmin: None,
         };
         let json = serde_json::to_value(&status).unwrap();

@@ -10,7 +10,7 @@ use crate::config::{
     Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence,
     PatroniUrl, Relay, SendPolicies, SendPolicy, Store, Upstream, Users,
     error::Problem,
-    listen, patroni,
+    links, listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
     standbys, tls,
     units::{Size, Span},
@@ -104,6 +104,8 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
                 return Err(Problem::invalid("upstream.on_divergence", other, advice));
             }
         },
+        link: links::mode(&raw.link)?,
+        link_codecs: links::codecs(&raw.link_codecs)?,
         wal_receiver_timeout: timeout("upstream.wal_receiver_timeout", &raw.wal_receiver_timeout)?,
         wal_receiver_status_interval: timeout(
             "upstream.wal_receiver_status_interval",
@@ -169,6 +171,7 @@ fn downstream(raw: &RawDownstream, users: Option<Users>, directory: &Path) -> Re
         tls: raw.tls.as_ref().map(|raw| tls::tls(raw, directory)).transpose()?,
         send: send_policies(raw)?,
         create_slots: raw.create_slots,
+        links: links::sent(raw)?,
         wal_sender_timeout: timeout("downstream.wal_sender_timeout", &raw.wal_sender_timeout)?,
         max_wal_senders: number("downstream.max_wal_senders", raw.max_wal_senders, 1..=262_143)?,
         authentication_timeout: span(

@@ -9,6 +9,7 @@
 mod check;
 mod document;
 mod error;
+mod links;
 mod listen;
 mod patroni;
 mod raw;
@@ -22,6 +23,7 @@ mod users;
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    num::NonZeroU64,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
@@ -31,8 +33,10 @@ use secrecy::SecretString;
 
 use crate::conninfo::{Conninfo, FoundFile, ProcessSurroundings, Surroundings};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
+use crate::protocol::link::{Codec, Compression};
 
 pub use error::{ConfigError, FileKind, Place, Problem};
+pub use links::RateLimit;
 pub use listen::ListenAddress;
 pub use patroni::PatroniUrl;
 pub use tls::Tls;
@@ -101,6 +105,10 @@ pub struct Upstream {
     pub hot_standby_feedback: bool,
     /// What to do when what is held goes beyond the fork of a new timeline.
     pub on_divergence: OnDivergence,
+    /// Whether a relay is asked to send compressed.
+    pub link: LinkMode,
+    /// Codecs that it may use, the preferred one first.
+    pub link_codecs: Vec<Codec>,
     /// Silence after which the connection is given up; `None`: never.
     pub wal_receiver_timeout: Option<Duration>,
     /// Longest time between two status updates; `None`: only when asked.
@@ -118,6 +126,17 @@ pub enum OnDivergence {
     Stop,
 }
 
+/// Whether a relay that is streamed from sends compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkMode {
+    /// It is not asked to.
+    Off,
+    /// It is asked to; any server will do.
+    Prefer,
+    /// Only a relay that does will do.
+    Require,
+}
+
 /// Where WAL goes.
 #[derive(Clone, Debug)]
 pub struct Downstream {
@@ -131,6 +150,8 @@ pub struct Downstream {
     pub send: SendPolicies,
     /// Whether a slot that a client wants to use is created when it is absent.
     pub create_slots: bool,
+    /// How WAL is sent to relays that want it compressed.
+    pub links: Links,
     /// Silence after which a client is given up; `None`: never.
     pub wal_sender_timeout: Option<Duration>,
     /// Most sessions that are authenticated.
@@ -141,6 +162,19 @@ pub struct Downstream {
     pub unauthenticated_connections_max: usize,
     /// The same for one address.
     pub unauthenticated_connections_per_address_max: usize,
+}
+
+/// How WAL is sent to relays that want it compressed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Links {
+    /// What is allowed; at most one of each codec. Empty: nothing is compressed.
+    pub compressions: Vec<Compression>,
+    /// Whether less is compressed while the network is faster than the codec.
+    pub adapt: bool,
+    /// Bytes in a second that one link may send; `None`: any number.
+    pub link_rate_max: Option<NonZeroU64>,
+    /// The same for all links together.
+    pub links_rate_max: Option<NonZeroU64>,
 }
 
 /// How clients prove who they are.
@@ -174,7 +208,7 @@ impl SendPolicies {
 }
 
 /// When WAL may be sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SendPolicy {
     /// As soon as it is verified.
     Received,

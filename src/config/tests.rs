@@ -5,11 +5,12 @@ use std::{path::Path, time::Duration};
 use secrecy::ExposeSecret as _;
 
 use crate::config::{
-    Authentication, Config, ListenAddress, LogFormat, LogLevel, SendPolicies, SendPolicy,
+    Authentication, Config, LinkMode, ListenAddress, LogFormat, LogLevel, SendPolicies, SendPolicy,
     document::{Document, known_keys},
     raw::Raw,
 };
 use crate::conninfo::FixedSurroundings;
+use crate::protocol::link::{Codec, Compression};
 
 const EXAMPLE: &str = include_str!("../../config/walrelay.example.toml");
 const CASCADE: &str = include_str!("../../config/relay.cascade.toml");
@@ -112,6 +113,39 @@ fn commented_samples_of_the_example_are_good() {
     let Authentication::Scram(users) = config.downstream.authentication else { panic!("not SCRAM") };
     assert_eq!(users.verifier("standby").unwrap().expose_secret(), VERIFIER);
     assert_eq!(config.admin.token.unwrap().expose_secret(), "0123456789abcdef");
+}
+
+#[test]
+fn links_are_checked() {
+    let config = load(LEAST).unwrap();
+    assert_eq!(
+        (config.upstream.link, config.upstream.link_codecs),
+        (LinkMode::Prefer, vec![Codec::Zstd, Codec::Lz4])
+    );
+    assert_eq!(config.downstream.links.compressions, [Compression::Zstd { level: 1 }, Compression::Lz4]);
+    assert_eq!((config.downstream.links.link_rate_max, config.downstream.links.links_rate_max), (None, None));
+    let lines = "[downstream]\nlink_codecs = [\"lz4\", \"zstd:-3\"]\nlink_rate_max = \"10MB\"\nlinks_rate_max = \"1GB\"\n";
+    let links = load(&format!("{LEAST}{lines}")).unwrap().downstream.links;
+    assert_eq!(links.compressions, [Compression::Lz4, Compression::Zstd { level: -3 }]);
+    assert_eq!(links.link_rate_max.map(u64::from), Some(10 << 20));
+    for (line, said) in [
+        ("link = \"maybe\"", "expected \"off\", \"prefer\", or \"require\""),
+        ("link_codecs = [\"gzip\"]", "expected \"zstd\" or \"lz4\", each at most once"),
+        ("link_codecs = [\"zstd\", \"zstd\"]", "each at most once"),
+        ("link_codecs = []", "upstream.link = \"off\" turns links off"),
+    ] {
+        let complaint = complaint(line);
+        assert!(complaint.contains(said), "{complaint}");
+    }
+    for (line, said) in [
+        ("link_codecs = [\"zstd:99\"]", "with a level of -7 to 19"),
+        ("link_codecs = [\"zstd:1\", \"zstd:3\"]", "each codec at most once"),
+        ("link_rate_max = \"7B\"", "from 1kB to 1TB"),
+        ("links_rate_max = \"soon\"", "from 1kB to 1TB"),
+    ] {
+        let complaint = complaint(&format!("[downstream]\n{line}"));
+        assert!(complaint.contains(said), "{complaint}");
+    }
 }
 
 #[test]

@@ -14,6 +14,7 @@ use crate::downstream::{
     commands::{self, Answered, CommandError},
     connection::{Connection, ConnectionError, Stream},
     handshake::Established,
+    link::AcceptedLink,
     parameters::{Parameters, Writable},
     registry::Registration,
     server::Server,
@@ -37,6 +38,7 @@ pub(super) struct Session<'a, S> {
     pub(super) database: Option<String>,
     pub(super) client_encoding: String,
     pub(super) wal_sender_timeout: Option<Duration>,
+    pub(super) link: Option<AcceptedLink>,
     /// Servers up to 14 do not stream before this.
     pub(super) has_identified: bool,
     shown_writable: Writable,
@@ -64,8 +66,15 @@ impl<'a, S: Stream> Session<'a, S> {
         established: Established,
         stop: &'a CancellationToken,
     ) -> Self {
-        let Established { registration, server, version: _, database, client_encoding, wal_sender_timeout } =
-            established;
+        let Established {
+            registration,
+            server,
+            version: _,
+            database,
+            client_encoding,
+            wal_sender_timeout,
+            link,
+        } = established;
         let shown_writable = Writable::of(context);
         let (has_identified, is_skipping) = (false, false);
         Self {
@@ -77,6 +86,7 @@ impl<'a, S: Stream> Session<'a, S> {
             database,
             client_encoding,
             wal_sender_timeout,
+            link,
             has_identified,
             shown_writable,
             is_skipping,
@@ -228,6 +238,7 @@ impl<'a, S: Stream> Session<'a, S> {
             client: self.registration.client(),
             client_encoding: &self.client_encoding,
             wal_sender_timeout: self.wal_sender_timeout,
+            link: self.link,
         }
     }
 }

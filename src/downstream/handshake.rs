@@ -9,6 +9,7 @@ use std::{sync::Arc, time::Duration};
 use crate::downstream::{
     Authentication, DownstreamContext,
     connection::{Connection, ConnectionError, Stream, tag_of},
+    link::AcceptedLink,
     parameters::{clean_ascii, parse_timeout},
     registry::{Client, Registration, TooManySessions},
     server::Server,
@@ -21,6 +22,7 @@ use crate::protocol::{
     frontend::{
         self, CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol,
     },
+    link::offer::OFFER_PARAMETER,
     scram::{self, ChannelBinding, NONCE_BYTES, ServerScramError},
 };
 
@@ -53,6 +55,8 @@ pub(super) struct Established {
     pub(super) database: Option<String>,
     pub(super) client_encoding: String,
     pub(super) wal_sender_timeout: Option<Duration>,
+    /// Whether WAL goes compressed.
+    pub(super) link: Option<AcceptedLink>,
 }
 
 /// A handshake that led to no session.
@@ -92,8 +96,11 @@ impl<S: Stream> Handshake<'_, S> {
     /// Goes all the way. The last messages of the dialogue are left to be sent by the caller.
     pub(super) async fn run(mut self) -> Result<Established, HandshakeError> {
         let (startup, encryption) = self.startup().await?;
-        let negotiation = startup.negotiate(&[]).map_err(ServerError::from)?;
-        let mode = startup.replication().map_err(ServerError::from)?;
+        let mode = startup.replication();
+        let link = mode.as_ref().ok().and_then(|mode| self.context.links.accept(&startup, *mode));
+        let granted: &[&str] = if link.is_some() { &[OFFER_PARAMETER] } else { &[] };
+        let negotiation = startup.negotiate(granted).map_err(ServerError::from)?;
+        let mode = mode.map_err(ServerError::from)?;
         if let Some(answer) = negotiation.answer {
             self.connection.outgoing.encode(|out| backend::encode_negotiate_protocol_version(&answer, out));
         }
@@ -126,6 +133,7 @@ impl<S: Stream> Handshake<'_, S> {
             database: (mode == ReplicationMode::Database)
                 .then(|| startup.database().unwrap_or_default().to_owned()),
             wal_sender_timeout: own_timeout.unwrap_or(self.context.settings.wal_sender_timeout),
+            link,
         })
     }
 

@@ -10,6 +10,7 @@ mod command;
 mod commands;
 mod connection;
 mod handshake;
+mod link;
 mod parameters;
 mod refusals;
 mod registry;
@@ -52,6 +53,7 @@ use crate::status::{ConsumerStatus, RemovedWal, ReplicationSlotStatus, Timestamp
 use crate::store::{InvalidationReason, Positions, SlotKind, SlotState, Store, WalStatus};
 use crate::wal::FullXid;
 
+pub use link::{LinkRates, Links, link_status};
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicies, SendPolicy};
@@ -77,6 +79,8 @@ pub struct DownstreamContext {
     pub upstream_removed: watch::Receiver<Option<RemovedWal>>,
     /// This relay, and those before it.
     pub instances: watch::Receiver<Instances>,
+    /// What compressed links share.
+    pub links: Arc<Links>,
     /// What is counted.
     pub metrics: DownstreamMetrics,
     /// Reads from the disk.

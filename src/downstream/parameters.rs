@@ -6,9 +6,10 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use bytes::BytesMut;
 
-use crate::downstream::{DownstreamContext, registry::Client, server::Server};
+use crate::downstream::{DownstreamContext, link::AcceptedLink, registry::Client, server::Server};
 use crate::protocol::backend::encode_parameter_status;
 use crate::protocol::instances::PARAMETER;
+use crate::protocol::link::offer::{ANSWER_PARAMETER, answer};
 
 /// What a session shows of itself.
 pub(super) struct Parameters<'a> {
@@ -17,6 +18,7 @@ pub(super) struct Parameters<'a> {
     pub(super) client: &'a Client,
     pub(super) client_encoding: &'a str,
     pub(super) wal_sender_timeout: Option<Duration>,
+    pub(super) link: Option<AcceptedLink>,
 }
 
 /// Whether the server shows itself as one that may be written to.
@@ -74,6 +76,9 @@ impl Parameters<'_> {
         let instances = self.context.instances.borrow().to_string();
         if !instances.is_empty() {
             put(PARAMETER, &instances);
+        }
+        if let Some(link) = self.link {
+            put(ANSWER_PARAMETER, &answer(link.compression));
         }
     }
 

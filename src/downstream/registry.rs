@@ -14,6 +14,9 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::downstream::link::link_status;
+use crate::downstream::walsender::now;
+use crate::metrics::LinkTraffic;
 use crate::net::Peer;
 use crate::protocol::feedback::Feedback;
 use crate::protocol::frontend::{CancelKey, CancelRequest};
@@ -66,6 +69,8 @@ pub(super) struct Live {
     pub(super) state: WalSenderState,
     pub(super) timeline: Option<TimelineId>,
     pub(super) slot_name: Option<String>,
+    /// What it carries, where WAL goes compressed.
+    pub(super) link: Option<Arc<LinkTraffic>>,
     pub(super) progress: Progress,
     pub(super) reply_time: Option<PgTimestamp>,
     /// What its queries hold back; a slot's is kept by the slot.
@@ -85,6 +90,7 @@ impl Live {
             state: WalSenderState::Startup,
             timeline: None,
             slot_name: None,
+            link: None,
             progress: Progress::default(),
             reply_time: None,
             feedback: Feedback::default(),
@@ -242,6 +248,7 @@ impl Session {
             flush_lag: seconds(live.progress.flush_lag),
             replay_lag: seconds(live.progress.replay_lag),
             reply_time: live.reply_time.map(Timestamp),
+            link: live.link.and_then(|traffic| link_status(&traffic, now())),
             backend_xmin: live.feedback.smaller().map(FullXid::xid),
         }
     }

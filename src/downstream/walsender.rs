@@ -22,6 +22,7 @@ use crate::downstream::{
     blocking::{BlockingError, run_blocking},
     command::administrator_command,
     connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
+    link::sending::LinkSender,
     registry::Registration,
     timelines::{TimelineError, timeline_state},
 };
@@ -53,6 +54,8 @@ pub(super) struct WalSender<'a, S> {
     pub(super) reader: WalReader,
     pub(super) positions: watch::Receiver<Option<Positions>>,
     pub(super) removed: watch::Receiver<Option<RemovedWal>>,
+    /// Where WAL goes compressed.
+    pub(super) link: Option<LinkSender>,
 }
 
 /// How a stream ended, where that is no fault.
@@ -91,23 +94,35 @@ enum Event {
     Removed,
     Background(Done),
     BroughtIn,
+    Grown,
     Deadline,
     Stop,
 }
 
 /// What was waited for beside the stream.
-enum Done {
+pub(super) enum Done {
     Loaded,
     Switched(TimelineState),
+}
+
+/// Whether a step of filling did something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Moved {
+    Something,
+    Nothing,
 }
 
 type Background = Pin<Box<dyn Future<Output = Result<Done, StreamError>> + Send>>;
 
 /// Everything of a running stream that is not its parts.
-struct Run {
-    background: Option<Background>,
+pub(super) struct Run {
+    pub(super) background: Option<Background>,
     /// Brings in what will be sent next.
-    ahead: Option<Background>,
+    pub(super) ahead: Option<Background>,
+    /// The background work compresses what could be sent now.
+    pub(super) is_compressing: bool,
+    /// Since when a link may not send because of its rate, and until when.
+    pub(super) paced: Option<(Instant, Instant)>,
     /// The store follows another timeline than this stream's: where was this one left?
     switch_due: Option<TimelineId>,
     client_is_done: bool,
@@ -122,6 +137,8 @@ impl<S: Stream> WalSender<'_, S> {
         let mut run = Run {
             background: None,
             ahead: None,
+            is_compressing: false,
+            paced: None,
             switch_due: None,
             client_is_done: false,
             is_stopping: false,
@@ -134,6 +151,9 @@ impl<S: Stream> WalSender<'_, S> {
         let mut sleep = pin!(tokio::time::sleep(Duration::ZERO));
         self.follow_positions(&mut run);
         self.follow_removed();
+        if let Some(link) = &self.link {
+            self.connection.outgoing.encode(|out| link.encode_hello(out));
+        }
         loop {
             if let Some(end) = self.fill_outgoing(&mut run)? {
                 return Ok(Ended::Stream(end));
@@ -142,6 +162,7 @@ impl<S: Stream> WalSender<'_, S> {
             if run.unsent_since.is_none() && !self.connection.outgoing.is_empty() {
                 run.unsent_since = Some(now());
             }
+            self.note_waiting(&run);
             self.set_deadline(&run, sleep.as_mut());
             let event = tokio::select! {
                 event = self.next_event(&mut run, sleep.as_mut()) => event?,
@@ -173,6 +194,14 @@ impl<S: Stream> WalSender<'_, S> {
             }
             if run.switch_due.is_some() || run.background.is_some() {
                 break;
+            }
+            match self.fill_link(run)? {
+                Some(Moved::Something) => {
+                    has_moved = true;
+                    continue;
+                }
+                Some(Moved::Nothing) => break,
+                None => {}
             }
             let Some(next) = self.sender.next_wal() else { break };
             let read = match self.reader.read(next.range) {
@@ -236,6 +265,7 @@ impl<S: Stream> WalSender<'_, S> {
         self.connection.outgoing.push_wal(&header.encode(bytes), wal);
         self.context.metrics.sent_bytes.increment(next.range.bytes());
         self.sender.handle_sent(next.range.end());
+        self.note_plain(next.range.bytes());
     }
 
     /// The only wait. Every branch is cancel-safe: an exchange keeps its bytes, a background task its future.
@@ -251,6 +281,7 @@ impl<S: Stream> WalSender<'_, S> {
             done = poll_background(&mut run.background) => done.map(Event::Background),
             // A failure is the failure of the read that comes there.
             _ = poll_background(&mut run.ahead) => Ok(Event::BroughtIn),
+            () = LinkSender::grown(&mut self.link) => Ok(Event::Grown),
             () = self.stop.cancelled(), if !run.is_stopping => Ok(Event::Stop),
             () = sleep => Ok(Event::Deadline),
         }
@@ -271,7 +302,8 @@ impl<S: Stream> WalSender<'_, S> {
             Event::Exchanged(Exchanged::Closed) => return Err(ConnectionError::Closed.into()),
             Event::Positions => self.follow_positions(run),
             Event::Removed => self.follow_removed(),
-            Event::Background(Done::Loaded) | Event::BroughtIn => {}
+            Event::Background(Done::Loaded) => run.is_compressing = false,
+            Event::BroughtIn | Event::Grown => {}
             Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
                 run.switch_due = None;
                 self.sender.handle_switch(end, next, now);
@@ -395,7 +427,7 @@ impl<S: Stream> WalSender<'_, S> {
         progress.flush.or_else(written)
     }
 
-    fn follow_positions(&mut self, run: &mut Run) {
+    pub(super) fn follow_positions(&mut self, run: &mut Run) {
         let Some(positions) = *self.positions.borrow_and_update() else { return };
         if positions.timeline == self.timeline {
             let name = &self.registration.client().application_name;
@@ -426,7 +458,8 @@ impl<S: Stream> WalSender<'_, S> {
     /// The sleep is moved only when it would come too late: a deadline that moves with every reply costs nothing.
     fn set_deadline(&mut self, run: &Run, mut sleep: Pin<&mut Sleep>) {
         let detach = run.unsent_since.filter(|_| !run.is_detached).map(|since| since + DETACH_AFTER);
-        let deadline = self.sender.poll_timeout().into_iter().chain(detach).min();
+        let paced = run.paced.map(|(_, until)| until);
+        let deadline = self.sender.poll_timeout().into_iter().chain(detach).chain(paced).min();
         let deadline = deadline.unwrap_or_else(|| now() + IDLE_WAKE_INTERVAL).into();
         if sleep.is_elapsed() || deadline < sleep.deadline() {
             sleep.as_mut().reset(deadline);
@@ -448,7 +481,7 @@ impl<S: Stream> WalSender<'_, S> {
 }
 
 /// Brings a cold range in, on a thread that may block; few do so at a time, because they compete for one disk.
-async fn load(permits: std::sync::Arc<Semaphore>, cold: ColdRead) -> Result<Done, StreamError> {
+pub(super) async fn load(permits: std::sync::Arc<Semaphore>, cold: ColdRead) -> Result<Done, StreamError> {
     let permit = permits.acquire_owned().await.ok();
     // The permit goes with the read, not with this session: a session that ends does not end the read.
     let loaded = run_blocking(move || {
@@ -490,7 +523,7 @@ pub(super) fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
-fn timestamp() -> PgTimestamp {
+pub(super) fn timestamp() -> PgTimestamp {
     PgTimestamp::from_system_time(SystemTime::now())
 }
 

@@ -4,14 +4,18 @@
 //! by name while WAL flows. Labels are closed sets; a position is a gauge in bytes from the beginning of the log, as
 //! `pg_wal_lsn_diff(lsn, '0/0')` prints it.
 
+mod link;
 mod slots;
+mod traffic;
 
 use std::{sync::Arc, time::Duration};
 
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Level, Metadata, Recorder, SharedString, Unit};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
+pub use link::{Carried, LinkCounters, LinkMetrics};
 pub use slots::{SLOT_SERIES_MAX, SlotSample, slot_lines};
+pub use traffic::{LinkTraffic, RateMeter, TrafficSample};
 
 /// The registry, and what the page at `/metrics` shows.
 pub struct Metrics {
@@ -331,6 +335,8 @@ pub struct AllMetrics {
     pub upstream: UpstreamMetrics,
     /// The downstream's.
     pub downstream: DownstreamMetrics,
+    /// Those of links.
+    pub link: LinkMetrics,
     /// The process's.
     pub process: ProcessMetrics,
 }
@@ -342,6 +348,7 @@ impl Default for AllMetrics {
             store: StoreMetrics::register(&registry),
             upstream: UpstreamMetrics::register(&registry),
             downstream: DownstreamMetrics::register(&registry),
+            link: LinkMetrics::register(&registry),
             process: ProcessMetrics::register(&registry),
             registry,
         }

@@ -8,6 +8,6 @@ pub mod socket;
 pub mod tls;
 mod tls_facts;
 
-pub use blocks::BlockReader;
+pub use blocks::{BlockReader, DecodingBlocks};
 pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};
 pub use tls_facts::{ClientCertificate, TlsFacts};

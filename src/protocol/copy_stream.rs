@@ -8,11 +8,12 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use crate::protocol::link::{LINK_MESSAGE, LINK_MESSAGE_BYTES_MAX};
 use crate::protocol::replication::{
     Keepalive, PRIMARY_MESSAGE_BYTES_MAX, PRIMARY_MESSAGE_NAME, PrimaryMessage, WAL_DATA,
     WAL_DATA_HEADER_BYTES, WAL_DATA_NAME, WalDataHeader,
 };
-use crate::protocol::{DecodeError, FRAME_HEADER_BYTES, backend, checked_body_bytes};
+use crate::protocol::{DecodeError, FRAME_HEADER_BYTES, WAL_DATA_BYTES_MAX, backend, checked_body_bytes};
 use crate::wal::Lsn;
 
 /// What came.
@@ -31,6 +32,8 @@ pub enum StreamItem {
     },
     /// The message of WAL is complete.
     WalEnd,
+    /// A message of a link, from its kind byte on: a slice of a block if it lies in one, else a copy.
+    Link(Bytes),
     /// A sign of life.
     Keepalive(Keepalive),
     /// The sender ends the copy. What follows comes as `Other`.
@@ -55,6 +58,8 @@ pub struct CopyStream {
     /// Bytes in `blocks`.
     unread: usize,
     state: State,
+    /// Whether messages of a link may come.
+    is_link: bool,
     /// Bytes copied out of blocks since the beginning: headers and small messages, never WAL.
     copied: u64,
 }
@@ -82,6 +87,11 @@ impl CopyStream {
     /// A stream at the beginning of a message.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A stream at the beginning of a message, in which messages of a link may come.
+    pub fn of_link() -> Self {
+        Self { is_link: true, ..Self::default() }
     }
 
     /// Gives the next block, under a number by which the caller knows it again.
@@ -131,13 +141,18 @@ impl CopyStream {
                         return Ok(None);
                     }
                     let [tag, len @ ..] = header;
-                    self.state = state_after_header(tag, u32::from_be_bytes(len))?;
+                    self.state = state_after_header(tag, u32::from_be_bytes(len), self.is_link)?;
                 }
                 State::Kind { body_bytes } => {
                     let body_bytes = *body_bytes;
                     match self.peek() {
                         None => return Ok(None),
                         Some(WAL_DATA) => return self.take_wal_header(body_bytes),
+                        Some(LINK_MESSAGE) if self.is_link => {
+                            let Some(body) = self.take(body_bytes) else { return Ok(None) };
+                            self.state = State::Header;
+                            return Ok(Some(StreamItem::Link(body)));
+                        }
                         Some(_) => self.state = state_of_other_copy_data(body_bytes)?,
                     }
                 }
@@ -162,6 +177,10 @@ impl CopyStream {
     fn take_wal_header(&mut self, body_bytes: usize) -> Result<Option<StreamItem>, DecodeError> {
         let too_short = DecodeError::Truncated { message: WAL_DATA_NAME, field: "send time" };
         let left = body_bytes.checked_sub(WAL_DATA_HEADER_BYTES).ok_or(too_short)?;
+        if left > WAL_DATA_BYTES_MAX {
+            let (message, limit) = (WAL_DATA_NAME, WAL_DATA_BYTES_MAX);
+            return Err(DecodeError::TooLong { message, len: left, limit });
+        }
         let Some(header) = self.take(WAL_DATA_HEADER_BYTES) else {
             return Ok(None);
         };
@@ -190,10 +209,21 @@ impl CopyStream {
         self.blocks.front()?.0.first().copied()
     }
 
-    /// Copies the next `len` bytes once all are there.
+    /// The next `len` bytes once all are there: without a copy if they lie in one block and are many.
     fn take(&mut self, len: usize) -> Option<Bytes> {
         if self.unread < len {
             return None;
+        }
+        if let Some((front, _)) = self.blocks.front_mut()
+            && front.len() >= len
+            && len >= SHARED_BYTES_MIN
+        {
+            let taken = front.split_to(len);
+            if front.is_empty() {
+                self.blocks.pop_front();
+            }
+            self.unread -= len;
+            return Some(taken);
         }
         let mut taken = vec![0; len];
         self.copy(&mut taken).then(|| taken.into())
@@ -221,11 +251,15 @@ impl CopyStream {
     }
 }
 
-fn state_after_header(tag: u8, len: u32) -> Result<State, DecodeError> {
+fn state_after_header(tag: u8, len: u32, is_link: bool) -> Result<State, DecodeError> {
     if !backend::is_known(tag) {
         return Err(backend::unknown(tag));
     }
-    let body_bytes = checked_body_bytes("backend message", len, backend::body_bytes_max(tag))?;
+    let limit = match tag {
+        backend::tag::COPY_DATA if is_link => LINK_MESSAGE_BYTES_MAX,
+        tag => backend::body_bytes_max(tag),
+    };
+    let body_bytes = checked_body_bytes("backend message", len, limit)?;
     Ok(match (tag, body_bytes) {
         // An empty CopyData says nothing; walreceiver and pg_receivewal take it too.
         (backend::tag::COPY_DATA, 0) => State::Header,
@@ -256,18 +290,22 @@ fn decode_body(tag: u8, body: Bytes) -> Result<StreamItem, DecodeError> {
     })
 }
 
+/// A message that is shorter is copied: it would keep its block alive.
+const SHARED_BYTES_MIN: usize = 4096;
+
 /// Body of the fuzz target: cuts the bytes at two places; the same items must come as from the whole.
 pub fn fuzz_copy_stream(bytes: &[u8]) {
     let Some((&first, rest)) = bytes.split_first() else { return };
     let cut = rest.len() * usize::from(first) / 255;
     let (head, tail) = rest.split_at(cut);
-    let whole = all_items(&[rest]);
-    assert_eq!(all_items(&[head, tail]), whole);
+    for new in [CopyStream::new, CopyStream::of_link] {
+        let whole = all_items(new(), &[rest]);
+        assert_eq!(all_items(new(), &[head, tail]), whole);
+    }
 }
 
 /// The items of blocks, with the WAL of a message joined; and the error that ended them.
-fn all_items(blocks: &[&[u8]]) -> (Vec<StreamItem>, Option<DecodeError>) {
-    let mut stream = CopyStream::new();
+fn all_items(mut stream: CopyStream, blocks: &[&[u8]]) -> (Vec<StreamItem>, Option<DecodeError>) {
     let mut items: Vec<StreamItem> = Vec::new();
     for block in blocks {
         stream.push(Bytes::copy_from_slice(block), 0);
@@ -329,7 +367,7 @@ mod tests {
     #[test]
     fn messages_longer_than_accepted_are_refused_by_their_header() {
         let refused = |bytes: &[u8]| {
-            let (items, error) = all_items(&[bytes]);
+            let (items, error) = all_items(CopyStream::new(), &[bytes]);
             assert_eq!(items, []);
             error.unwrap()
         };
@@ -342,6 +380,29 @@ mod tests {
     }
 
     #[test]
+    fn a_links_messages_come_whole_where_there_is_one_and_are_refused_elsewhere() {
+        let message = [&b"d\0\0\x20\x05z"[..], &[7; 0x2000]].concat();
+        let (items, error) = all_items(CopyStream::new(), &[&message]);
+        assert_eq!(
+            (items.len(), error.unwrap().to_string()),
+            (0, "streaming message has 8193 bytes, more than 1024".to_owned())
+        );
+        for cut in [1, 5, 6, 4_000, message.len()] {
+            let (head, tail) = message.split_at(cut);
+            let (items, error) = all_items(CopyStream::of_link(), &[head, tail, b"d\0\0\0\x05z"]);
+            assert_eq!(error, None);
+            let [StreamItem::Link(long), StreamItem::Link(short)] = &items[..] else { panic!("{items:?}") };
+            assert_eq!((&long[..], &short[..]), (&message[5..], &b"z"[..]));
+        }
+        let too_long = u32::try_from(LINK_MESSAGE_BYTES_MAX + 5).unwrap().to_be_bytes();
+        let (_, error) = all_items(CopyStream::of_link(), &[b"d", &too_long]);
+        assert!(matches!(error, Some(DecodeError::TooLong { .. })));
+        let too_much = header(1).encode(u32::try_from(WAL_DATA_BYTES_MAX + 1).unwrap());
+        let (_, error) = all_items(CopyStream::of_link(), &[&too_much]);
+        assert!(matches!(error, Some(DecodeError::TooLong { .. })));
+    }
+
+    #[test]
     fn the_end_of_a_stream_comes_as_other_messages() {
         let mut wire = BytesMut::new();
         backend::encode_copy_done(&mut wire);
@@ -351,7 +412,7 @@ mod tests {
             "terminating connection due to administrator command",
         );
         backend::encode_error_response(&error, &mut wire);
-        let (items, failure) = all_items(&[b"d\0\0\0\x04", &wire]);
+        let (items, failure) = all_items(CopyStream::new(), &[b"d\0\0\0\x04", &wire]);
         assert_eq!(failure, None);
         let complete = backend::Message::CommandComplete("COPY 0".to_owned());
         let error = backend::Message::ErrorResponse(error);

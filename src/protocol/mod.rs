@@ -13,6 +13,7 @@ pub mod feedback;
 mod fields;
 pub mod frontend;
 pub mod instances;
+pub mod link;
 pub mod md5;
 pub mod replication;
 pub mod scram;

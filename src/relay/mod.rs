@@ -28,9 +28,9 @@ use tokio_util::sync::CancellationToken;
 use crate::admin::Admin;
 use crate::config::{self, Config};
 use crate::downstream::{
-    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
+    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Links, Registry,
 };
-use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
+use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions, tls::TlsError};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::instances::Instances;
@@ -44,7 +44,7 @@ use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
 use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
-use crate::upstream::{Acknowledging, Fencing, Upstream, UpstreamSettings, fence_status};
+use crate::upstream::{Acknowledging, Fencing, LinkSettings, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +108,7 @@ pub struct Relay {
     downstream: Arc<DownstreamContext>,
     status: watch::Sender<UpstreamStatus>,
     instances: watch::Sender<Instances>,
+    link_traffic: Arc<LinkTraffic>,
     fencing: Fencing,
 }
 
@@ -137,6 +138,7 @@ impl Relay {
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
         let (fence, fencing) = Fencing::new(&store);
         let instances = watch::Sender::new(Instances::of(store::unique_name()));
+        let link_traffic = Arc::<LinkTraffic>::default();
         let upstream_writable = Arc::new(AtomicBool::new(false));
         let (removed, upstream_removed) = watch::channel(None);
         let downstream = Arc::new(DownstreamContext {
@@ -149,9 +151,11 @@ impl Relay {
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
             instances: instances.subscribe(),
+            links: Arc::new(Links::new(&config.downstream.links, metrics.link.clone())),
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
         });
+        let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
         let pages = Arc::new(RelayPages {
@@ -162,10 +166,11 @@ impl Relay {
             downstream: Arc::clone(&downstream),
             registry: Arc::clone(&metrics.registry),
             store_metrics: metrics.store.clone(),
+            link_traffic: Arc::clone(&link_traffic),
             process: metrics.process.clone(),
             log_lines_dropped,
         });
-        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence }).await?;
+        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence, links }).await?;
         Ok(Self {
             config,
             metrics,
@@ -177,6 +182,7 @@ impl Relay {
             downstream,
             status,
             instances,
+            link_traffic,
             fencing,
         })
     }
@@ -202,6 +208,8 @@ impl Relay {
                 feedbacks,
                 status: self.status,
                 metrics: self.metrics.upstream.clone(),
+                link_metrics: self.metrics.link.clone(),
+                link_traffic: self.link_traffic,
                 instances: self.instances,
                 fencing: self.fencing,
                 shutdown: shutdown.clone(),
@@ -334,6 +342,7 @@ fn upstream_settings(upstream: &config::Upstream, instance: Instances) -> Upstre
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,
         on_divergence: upstream.on_divergence,
+        link: LinkSettings { mode: upstream.link, codecs: upstream.link_codecs.clone() },
         retry_interval: upstream.wal_retrieve_retry_interval,
     }
 }

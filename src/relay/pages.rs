@@ -3,12 +3,13 @@
 //! Owns the gathering, nothing of the content: never says more than a part says of itself.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::watch;
 
 use crate::admin::Pages;
-use crate::downstream::DownstreamContext;
-use crate::metrics::{Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
+use crate::downstream::{DownstreamContext, link_status};
+use crate::metrics::{LinkTraffic, Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
 use crate::status::{
     DamagedSegmentStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
@@ -24,6 +25,7 @@ pub(super) struct RelayPages {
     pub(super) downstream: Arc<DownstreamContext>,
     pub(super) registry: Arc<Metrics>,
     pub(super) store_metrics: StoreMetrics,
+    pub(super) link_traffic: Arc<LinkTraffic>,
     pub(super) process: ProcessMetrics,
     pub(super) log_lines_dropped: LinesDropped,
 }
@@ -72,6 +74,8 @@ impl Pages for RelayPages {
                 dead_branches: self.store.dead_branches().iter().map(DeadBranch::status).collect(),
             },
             only_copy: *self.only_copy.borrow(),
+            upstream_link: link_status(&self.link_traffic, Instant::now()),
+            links: self.downstream.links.status(),
             downstream: self.downstream.registry.statuses(),
             slots: self.downstream.replication_slots(),
             consumers: self.downstream.consumers(),

@@ -10,6 +10,7 @@ pub mod cut;
 pub mod feedback;
 pub mod gather;
 pub mod lag;
+pub mod link;
 pub mod only_copy;
 pub mod receiver;
 pub mod sender;

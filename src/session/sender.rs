@@ -378,6 +378,17 @@ impl Sender {
         }
     }
 
+    /// All WAL that may be sent now, for a driver that cuts it otherwise: at [`Sender::next_wal`]'s end, at any place where a
+    /// message may end before, or at the end.
+    pub fn sendable(&self) -> Option<LsnRange> {
+        match self.phase {
+            Phase::Catchup | Phase::Streaming | Phase::Stopping { .. } => {
+                LsnRange::new(self.sent, self.limit)
+            }
+            Phase::Waiting | Phase::Finishing { .. } | Phase::Ending(_) | Phase::Ended => None,
+        }
+    }
+
     /// State as `pg_stat_replication` shows it.
     pub fn state(&self) -> WalSenderState {
         match self.phase {

@@ -6,7 +6,7 @@ use crate::store::disk::{read_small, replace_durably, sync_dir};
 use crate::store::shared::Shared;
 use crate::store::{Store, StoreError};
 use crate::wal::timeline::{Ancestor, HISTORY_BYTES_MAX};
-use crate::wal::{TimelineHistory, TimelineId};
+use crate::wal::{HistoryHash, TimelineHistory, TimelineId};
 
 impl Shared {
     fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
@@ -28,6 +28,15 @@ impl Store {
     /// The history file of a timeline, as the upstream sent it; `None` if it is not held. Blocks.
     pub fn history(&self, timeline: TimelineId) -> Result<Option<Vec<u8>>, StoreError> {
         self.shared.history(timeline)
+    }
+
+    /// What stands for the history of a timeline; `None` where that is not held, or cannot be read. Blocks.
+    pub fn history_hash(&self, timeline: TimelineId) -> Result<Option<HistoryHash>, StoreError> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(HistoryHash::of(&TimelineHistory::of_first())));
+        }
+        let history = self.history(timeline)?.map(|content| TimelineHistory::parse(timeline, &content));
+        Ok(history.and_then(Result::ok).map(|history| HistoryHash::of(&history)))
     }
 
     /// Stores the history file of a timeline; durable on return. Blocks. A stored one is not changed.

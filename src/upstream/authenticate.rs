@@ -36,6 +36,8 @@ pub(crate) struct Credentials<'a> {
     pub(crate) requested_version: ProtocolVersion,
     /// The oldest that is accepted.
     pub(crate) min_version: ProtocolVersion,
+    /// Protocol extensions that it asks for, by the names of their parameters.
+    pub(crate) extensions: &'a [String],
 }
 
 /// Opens the session: from the startup packet to the first ReadyForQuery.
@@ -63,6 +65,7 @@ async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Res
             Message::Authentication(request) => request,
             Message::NegotiateProtocolVersion(answer) if !proved && !negotiated => {
                 check_negotiation(&answer, credentials)?;
+                dialog.introduction.declined = answer.unrecognized;
                 negotiated = true;
                 continue;
             }
@@ -97,8 +100,8 @@ async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Res
     }
 }
 
-/// What libpq accepts of a server that does not speak the protocol it was asked for, in libpq's words. Nothing is asked for
-/// beside a version, so nothing can be declined.
+/// What libpq accepts of a server that does not speak the protocol it was asked for, in libpq's words. Only what was asked for
+/// beside a version can be declined.
 fn check_negotiation(
     answer: &NegotiateProtocolVersion,
     credentials: &Credentials<'_>,
@@ -115,7 +118,8 @@ fn check_negotiation(
         "server negotiated but asks for no changes".to_owned()
     } else if got < min {
         return Err(UpstreamError::OldProtocol { got, min });
-    } else if let Some(name) = answer.unrecognized.first() {
+    } else if let Some(name) = answer.unrecognized.iter().find(|name| !credentials.extensions.contains(name))
+    {
         format!("server reported an unsupported parameter that was not requested (\"{name}\")")
     } else {
         return Ok(());

@@ -25,11 +25,12 @@ use crate::upstream::slot::{SlotOrigin, UpstreamSlot, slot_refused};
 use crate::upstream::slot_use::mover;
 use crate::upstream::{
     OnDivergence, UpstreamError, UpstreamSettings,
-    dial::log_in,
+    dial::log_in_for,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
     facts::{check_page_size, parse_milliseconds, server_facts},
     histories::{NewestHistory, check_newest},
+    link::LinkWish,
     looking,
 };
 use crate::wal::{Lsn, SegmentNo, SegmentSize, SystemId, TimelineId};
@@ -68,7 +69,7 @@ pub(crate) struct Streaming {
     pub(crate) held_end: Lsn,
 }
 
-/// In which order hosts are tried, beside what the connection string says.
+/// How hosts are tried, beside what the connection string says.
 #[derive(Default)]
 pub(crate) struct Order<'a> {
     /// Where the connection string asks for a random one.
@@ -77,6 +78,8 @@ pub(crate) struct Order<'a> {
     pub(crate) avoid: Option<String>,
     /// Where it is remembered that somebody leads who is not configured.
     pub(crate) unnamed_leader: Option<&'a mut UnnamedLeader>,
+    /// Asked of each.
+    pub(crate) link: Option<LinkWish>,
 }
 
 /// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed.
@@ -106,7 +109,7 @@ pub(crate) async fn connect(
         hosts.sort_by_key(|host| order.avoid.as_deref() == Some(host.to_string().as_str()));
         for host in hosts {
             let checked = async {
-                let connected = connect_to_host(&conninfo, host, wanted).await?;
+                let connected = connect_to_host(&conninfo, host, wanted, order.link.as_ref()).await?;
                 check_in_time(connected, settings, store, writer).await
             };
             match checked.await {
@@ -164,7 +167,7 @@ pub(crate) async fn connect_to(
     conninfo.reread_passwords(&ProcessSurroundings);
     let host = conninfo.hosts.iter().find(|host| host.to_string() == server);
     let host = host.ok_or(UpstreamError::NoHost)?;
-    let connected = connect_to_host(&conninfo, host, TargetSessionAttrs::Any).await?;
+    let connected = connect_to_host(&conninfo, host, TargetSessionAttrs::Any, None).await?;
     check_identity(&connected, store)?;
     Ok(connected)
 }
@@ -173,9 +176,10 @@ async fn connect_to_host(
     conninfo: &Conninfo,
     host: &Host,
     wanted: TargetSessionAttrs,
+    link: Option<&LinkWish>,
 ) -> Result<Connected, UpstreamError> {
     // As libpq: a server that answers but will not do ends the attempt at this host.
-    let dialog = log_in(conninfo, host).await?;
+    let dialog = log_in_for(conninfo, host, link).await?;
     let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, &host.to_string())).await;
     interrogation.map_err(|_| UpstreamError::OpeningTimeout)?
 }

@@ -43,6 +43,10 @@ pub(super) struct Course {
     pub(super) avoid: Option<String>,
     /// Who leads by Patroni, and is not configured.
     pub(super) unnamed_leader: UnnamedLeader,
+    /// The stream that runs, or ran last, is a compressed link.
+    pub(super) on_link: bool,
+    /// The last link brought something wrong, and nothing has been streamed since.
+    pub(super) link_distrusted: bool,
     /// Only a person can make it go on, as far as is known.
     pub(super) awaits_a_person: bool,
     /// How often in a row the upstream refused us.
@@ -69,6 +73,8 @@ impl Course {
             ended: None,
             avoid: None,
             unnamed_leader: UnnamedLeader::default(),
+            on_link: false,
+            link_distrusted: false,
             awaits_a_person: false,
             refusals: 0,
             corrupt: None,
@@ -77,8 +83,9 @@ impl Course {
     }
 
     /// The upstream streams: what it refused before is settled.
-    pub(super) fn note_streaming(&mut self) {
+    pub(super) fn note_streaming(&mut self, on_link: bool) {
         self.refusals = 0;
+        (self.on_link, self.link_distrusted) = (on_link, false);
         self.slot_watch.note_streaming();
     }
 

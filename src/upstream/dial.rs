@@ -18,6 +18,7 @@ use crate::upstream::UpstreamError;
 use crate::upstream::authenticate::{Credentials, open_session};
 use crate::upstream::dialog::Dialog;
 use crate::upstream::encryption::{self, Attempt};
+use crate::upstream::link::LinkWish;
 
 enum Address {
     Tcp(SocketAddr),
@@ -26,11 +27,20 @@ enum Address {
 
 /// Logs in at the first address of the host that lets us in; `connect_timeout` holds for each.
 pub(crate) async fn log_in(conninfo: &Conninfo, host: &Host) -> Result<Dialog, UpstreamError> {
+    log_in_for(conninfo, host, None).await
+}
+
+/// The same for a stream, which may be a link.
+pub(crate) async fn log_in_for(
+    conninfo: &Conninfo,
+    host: &Host,
+    link: Option<&LinkWish>,
+) -> Result<Dialog, UpstreamError> {
     let limit = conninfo.connect_timeout.unwrap_or(CONNECT_TIME_MAX);
     let timed_out = || UpstreamError::ConnectTimeout { host: host.to_string() };
     let mut last = UpstreamError::NoHost;
     for address in timeout(limit, addresses(host)).await.map_err(|_| timed_out())?? {
-        match timeout(limit, log_in_at(conninfo, host, &address)).await {
+        match timeout(limit, log_in_at(conninfo, host, &address, link)).await {
             Ok(Ok(dialog)) => return Ok(dialog),
             Ok(Err(error)) => last = error,
             Err(_) => last = timed_out(),
@@ -53,10 +63,15 @@ async fn addresses(host: &Host) -> Result<Vec<Address>, UpstreamError> {
 }
 
 /// Encrypted or not, in the order that `sslmode` asks for.
-async fn log_in_at(conninfo: &Conninfo, host: &Host, address: &Address) -> Result<Dialog, UpstreamError> {
+async fn log_in_at(
+    conninfo: &Conninfo,
+    host: &Host,
+    address: &Address,
+    link: Option<&LinkWish>,
+) -> Result<Dialog, UpstreamError> {
     let mut errors: Vec<(String, UpstreamError)> = Vec::new();
     for attempt in encryption::attempts(conninfo.ssl.mode, &host.address) {
-        match log_in_by(*attempt, conninfo, host, address).await {
+        match log_in_by(*attempt, conninfo, host, address, link).await {
             Ok(dialog) => return Ok(dialog),
             Err(error) => {
                 let goes_on = encryption::may_try_otherwise(&error);
@@ -82,6 +97,7 @@ async fn log_in_by(
     conninfo: &Conninfo,
     host: &Host,
     address: &Address,
+    link: Option<&LinkWish>,
 ) -> Result<Dialog, UpstreamError> {
     let mut socket = dial(conninfo, host, address).await?;
     let tls = match attempt {
@@ -91,6 +107,9 @@ async fn log_in_by(
     let mut dialog = Dialog::new(socket);
     let mut startup = Startup::new(conninfo.startup_parameters());
     startup.version = protocol_version(conninfo.max_protocol_version);
+    let extension = link.map(LinkWish::parameter);
+    let extensions: Vec<String> = extension.iter().map(|(name, _)| name.clone()).collect();
+    startup.parameters.extend(extension);
     let credentials = Credentials {
         user: &conninfo.user,
         password: conninfo.password_for(host),
@@ -106,8 +125,12 @@ async fn log_in_by(
         cert_mode: conninfo.ssl.cert_mode,
         requested_version: startup.version,
         min_version: protocol_version(conninfo.min_protocol_version),
+        extensions: &extensions,
     };
     open_session(&mut dialog, &FirstPacket::Startup(startup), &credentials).await?;
+    if let Some(link) = link {
+        dialog.introduction.link = link.outcome(&dialog.introduction, &host.to_string())?;
+    }
     Ok(dialog)
 }
 

@@ -17,6 +17,7 @@ use crate::protocol::{
     Command,
     backend::{self, DataRow, Message},
     frontend::{self, encode_query},
+    link::Compression,
 };
 use crate::upstream::UpstreamError;
 
@@ -35,6 +36,10 @@ pub(crate) struct Introduction {
     pub(crate) parameters: BTreeMap<String, String>,
     /// Its process for this connection.
     pub(crate) process_id: Option<u32>,
+    /// Protocol extensions that it does not know, or does not grant.
+    pub(crate) declined: Vec<String>,
+    /// The link that it granted.
+    pub(crate) link: Option<Compression>,
 }
 
 impl Dialog {

@@ -6,6 +6,7 @@ use std::{io, time::Duration};
 
 use crate::conninfo::ConninfoError;
 use crate::net::tls::TlsError;
+use crate::protocol::link::LinkError;
 use crate::protocol::{DecodeError, ServerError, SqlState, frontend::ProtocolVersion, scram::ClientError};
 use crate::session::timelines::Refusal;
 use crate::store::{AppendError, StoreError};
@@ -237,6 +238,18 @@ pub enum UpstreamError {
         /// The server's words.
         source: Box<ServerError>,
     },
+    /// A relay's answer to the offer of a link cannot be understood.
+    #[error("could not understand the upstream's answer \"{0}\" to the offer of a compressed link")]
+    LinkAnswer(String),
+    /// Only a compressed link will do, and the server offers none.
+    #[error("server {host} does not offer a compressed link, but \"upstream.link\" is set to \"require\"")]
+    LinkDeclined {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+    },
+    /// What came over the link is not what was sent, or not of what is held.
+    #[error("could not take WAL from the compressed link")]
+    Link(#[from] LinkError),
     /// A history file of the upstream cannot be read.
     #[error("could not read a timeline history file")]
     History(#[from] HistoryError),
@@ -297,6 +310,7 @@ impl UpstreamError {
             | Self::Protocol(_)
             | Self::Unexpected(_)
             | Self::Negotiation(_)
+            | Self::LinkAnswer(_)
             | Self::InvalidAnswer { .. }
             | Self::BehindUs { upstream: BehindUpstream::Standby, .. }
             | Self::Append(
@@ -319,7 +333,10 @@ impl UpstreamError {
             | Self::InvalidTlsAnswer(_)
             | Self::NoCertificate(_)
             | Self::OldProtocol { .. }
+            | Self::LinkDeclined { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
+            Self::Link(error) if error.needs_a_person() => Advice::TellAHuman,
+            Self::Link(_) => Advice::Retry,
             Self::Unsupported(_)
             | Self::WrongSystem { .. }
             | Self::WrongPageSize { .. }
@@ -351,7 +368,19 @@ impl UpstreamError {
                 | Self::BehindUs { .. }
                 | Self::Append(AppendError::Diverged { .. } | AppendError::Corrupt(_))
                 | Self::Store(StoreError::BadSwitch { .. })
+                | Self::Link(LinkError::Mismatch(_))
         )
+    }
+
+    /// Whether it would perhaps not have come without the compressed link on which it came.
+    pub fn is_of_the_link(&self, on_link: bool) -> bool {
+        match self {
+            Self::Link(error) => !error.needs_a_person(),
+            Self::LinkAnswer(_) => true,
+            Self::Protocol(_) | Self::Append(AppendError::Gap { .. } | AppendError::Corrupt(_)) => on_link,
+            Self::AllHosts(errors) => errors.iter().any(|(_, error)| error.is_of_the_link(false)),
+            _ => false,
+        }
     }
 
     /// Whether somebody must act, whatever else is tried meanwhile: one of several servers is enough.

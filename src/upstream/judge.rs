@@ -37,6 +37,11 @@ impl Upstream {
             self.metrics.corrupt.increment(1);
             course.note_corrupt();
         }
+        if error.is_of_the_link(course.on_link) {
+            self.link_metrics.errors.increment(1);
+            course.link_distrusted = true;
+            self.settings.link.tell_distrust();
+        }
         let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
         if let Some(start) = course.fallback_after.take().filter(|_| is_removed) {
             course.refused = course.held_end.map(|held_end| (held_end, start));

@@ -18,6 +18,7 @@ mod fencing;
 mod follow;
 mod histories;
 mod judge;
+mod link;
 mod local_windows;
 mod looking;
 mod patroni;
@@ -46,10 +47,11 @@ use tokio_util::sync::CancellationToken;
 pub use acknowledging::Acknowledging;
 pub use error::{Advice, UpstreamError};
 pub use fencing::{FENCE_TIME_MAX, FenceError, FenceSwitch, Fencing, fence_status};
+pub use link::{LinkMode, LinkSettings};
 
 use crate::config::PatroniUrl;
 use crate::conninfo::Conninfo;
-use crate::metrics::{UpstreamMetrics, bytes_value};
+use crate::metrics::{LinkMetrics, LinkTraffic, UpstreamMetrics, bytes_value};
 use crate::protocol::instances::Instances;
 use crate::session::feedback::Feedbacks;
 use crate::session::receiver::ReceiverSettings;
@@ -59,6 +61,7 @@ use crate::upstream::connect::{Beginning, Connected, Order, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
+use crate::upstream::link::LinkTerms;
 use crate::upstream::retained::Retained;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
@@ -87,6 +90,8 @@ pub struct UpstreamSettings {
     pub receiver_timeout: Option<Duration>,
     /// `wal_receiver_status_interval`; `None`: only when asked, or when a position moves.
     pub status_interval: Option<Duration>,
+    /// Whether WAL comes compressed from a relay.
+    pub link: LinkSettings,
     /// This relay, as it tells those behind it.
     pub instance: Instances,
     /// What to do when what is held goes beyond the fork of a new timeline.
@@ -119,6 +124,10 @@ pub struct Upstream {
     pub status: watch::Sender<UpstreamStatus>,
     /// Metrics.
     pub metrics: UpstreamMetrics,
+    /// Those of links.
+    pub link_metrics: LinkMetrics,
+    /// What the link from the relay before us carries.
+    pub link_traffic: Arc<LinkTraffic>,
     /// This relay, and those before it, as far as they are known.
     pub instances: watch::Sender<Instances>,
     /// Whether the upstream is to be left alone.
@@ -220,6 +229,7 @@ impl Upstream {
         resumed: Option<Dialog>,
         leave: &CancellationToken,
     ) -> Result<Streamed, UpstreamError> {
+        course.on_link = false;
         let opening = self.open(course, resumed);
         let opened = tokio::select! {
             () = leave.cancelled() => return Ok(Streamed::stop_requested(course.block)),
@@ -227,7 +237,7 @@ impl Upstream {
         };
         self.metrics.streaming.set(1.0);
         self.metrics.sessions.increment(1);
-        course.note_streaming();
+        course.note_streaming(opened.link.is_some());
         let (durable, advance) = self.slot_advance(&opened);
         let _repairs = self.repair_beside(&opened);
         let looking = self.look_beside(&opened);
@@ -240,6 +250,8 @@ impl Upstream {
             durable,
             status: &self.status,
             metrics: &self.metrics,
+            link_metrics: &self.link_metrics,
+            link_traffic: &self.link_traffic,
             shutdown: self.shutdown.clone(),
             leave: leave.clone(),
         };
@@ -257,6 +269,7 @@ impl Upstream {
         let order = Order {
             random: random(),
             avoid: course.avoid.take(),
+            link: settings.link.wish(course),
             unnamed_leader: Some(&mut course.unnamed_leader),
         };
         let (connected, newest) = match (resumed, course.host.clone()) {
@@ -297,6 +310,8 @@ impl Upstream {
         looking::hear_instances(&connected.dialog.introduction, &self.instances, &connected.host)?;
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
         let introduction = connected.dialog.introduction.clone();
+        let terms = |link| LinkTerms::new(link, connected.system.system_id, plan.timeline, &self.store);
+        let link = introduction.link.map(terms).transpose()?;
         let upstream_end = connected.system.flushed;
         course.upstream_end = Some(upstream_end);
         let mover = slot_use::mover(&self.settings, &introduction);
@@ -313,7 +328,7 @@ impl Upstream {
         self.tell_streaming(&planned, course, host.clone(), is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, host, introduction, settings, lost: planned.lost, retained })
+        Ok(Opened { streaming, host, introduction, settings, lost: planned.lost, retained, link })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -381,6 +396,8 @@ struct Opened {
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
     retained: Option<Arc<Retained>>,
+    /// `None`: the stream is plain.
+    link: Option<LinkTerms>,
 }
 
 /// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.

@@ -266,6 +266,8 @@ impl SegmentStream {
             ) => Ok(()),
             StreamItem::Other(backend::Message::ErrorResponse(error)) => Err(refused(error)),
             StreamItem::Other(other) => Err(UpstreamError::Unexpected(format!("{other:?}")).into()),
+            // None was offered, so the stream has refused it before.
+            StreamItem::Link(_) => Err(UpstreamError::Unexpected("link message".to_owned()).into()),
         }
     }
 

@@ -148,6 +148,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         create_slot: true,
         slot_wal_keep_max: None,
         receiver_timeout: None,
+        link: LinkSettings { mode: LinkMode::Off, codecs: Vec::new() },
         instance: Instances::of("relay".to_owned()),
         status_interval: None,
         on_divergence: OnDivergence::Follow,
@@ -229,6 +230,8 @@ fn upstream(folder: &Path) -> Upstream {
         feedbacks: None,
         status,
         metrics,
+        link_metrics: AllMetrics::default().link,
+        link_traffic: Arc::default(),
         shutdown: CancellationToken::new(),
     }
 }

@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{UpstreamMetrics, bytes_value, position_value};
+use crate::metrics::{LinkMetrics, LinkTraffic, UpstreamMetrics, bytes_value, position_value};
 use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite};
 use crate::protocol::feedback::Feedback;
 use crate::protocol::{
@@ -30,6 +30,7 @@ use crate::status::{LostWal, RemovedWal, UpstreamStatus};
 use crate::store::{BlockId, Condition, Positions, WalWriter};
 use crate::upstream::acknowledging::Acknowledging;
 use crate::upstream::dialog::{Dialog, Introduction};
+use crate::upstream::link::ReceivedLink;
 use crate::upstream::retained::Retained;
 use crate::upstream::{Opened, UpstreamError};
 use crate::wal::{Lsn, PgTimestamp};
@@ -61,6 +62,8 @@ pub(crate) struct StreamContext<'a> {
     pub(crate) durable: watch::Sender<Option<Lsn>>,
     pub(crate) status: &'a watch::Sender<UpstreamStatus>,
     pub(crate) metrics: &'a UpstreamMetrics,
+    pub(crate) link_metrics: &'a LinkMetrics,
+    pub(crate) link_traffic: &'a Arc<LinkTraffic>,
     /// The relay stops.
     pub(crate) shutdown: CancellationToken,
     /// It stops, or is to leave the upstream alone.
@@ -101,6 +104,8 @@ pub(crate) struct WalReceiver<'a> {
     write: WriteHalf,
     blocks: BlockReader,
     stream: CopyStream,
+    /// Where WAL may come compressed.
+    pub(super) link: Option<ReceivedLink>,
     /// Status updates that the socket has not taken yet.
     unsent: BytesMut,
     held_end: Lsn,
@@ -129,7 +134,7 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, introduction, settings, lost, retained, .. } = opened;
+        let Opened { streaming, introduction, settings, lost, retained, link, .. } = opened;
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -137,12 +142,18 @@ impl<'a> WalReceiver<'a> {
             applied: None,
         });
         let (read, write) = streaming.socket.into_split();
-        let mut stream = CopyStream::new();
+        let mut stream = if link.is_some() { CopyStream::of_link() } else { CopyStream::new() };
         stream.push(streaming.already_read, streaming.block.0);
         let mut session = Receiver::new(settings, progress, Instant::now());
         if let Some(lost) = lost {
             session.vouch_only_from(lost.to);
         }
+        let memory_bytes_max = context.writer.memory_bytes_max();
+        let blocks = BlockReader::new(streaming.block, memory_bytes_max);
+        let link = link.map(|terms| {
+            let decoding = blocks.for_decoding(memory_bytes_max);
+            ReceivedLink::new(terms, streaming.start, decoding, context.link_traffic, context.link_metrics)
+        });
         Self {
             session,
             lost,
@@ -151,11 +162,12 @@ impl<'a> WalReceiver<'a> {
             gathering: Gathering::new(),
             held_back: Feedback::default(),
             feedback: FeedbackSender::default(),
-            blocks: BlockReader::new(streaming.block, context.writer.memory_bytes_max()),
+            blocks,
             context,
             read,
             write,
             stream,
+            link,
             unsent: BytesMut::new(),
             held_end: streaming.held_end,
             no_room_since: None,
@@ -314,13 +326,17 @@ impl<'a> WalReceiver<'a> {
     fn take_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
         while let Some(item) = self.stream.poll()? {
             match item {
-                StreamItem::WalStart(header, _) => {
+                StreamItem::WalStart(header, bytes) => {
+                    if let Some(link) = &mut self.link {
+                        link.note_plain(&header, bytes)?;
+                    }
                     if let Some(wal_end) = header.wal_end {
                         self.note_wal_end(wal_end);
                     }
                 }
                 StreamItem::WalBytes { at, bytes, block } => self.take_wal(at, bytes, BlockId(block))?,
                 StreamItem::WalEnd => {}
+                StreamItem::Link(body) => self.take_link(body)?,
                 StreamItem::Keepalive(keepalive) => self.handle_keepalive(keepalive),
                 StreamItem::CopyDone => return Ok(Some(StreamEnd::TimelineEnded)),
                 StreamItem::Other(message) => {
@@ -333,7 +349,7 @@ impl<'a> WalReceiver<'a> {
         Ok(None)
     }
 
-    fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
+    pub(super) fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
         let len = bytes.len() as u64;
         self.context.metrics.received_bytes.increment(len);
         self.gathering.handle_received(len);
@@ -341,7 +357,7 @@ impl<'a> WalReceiver<'a> {
         Ok(self.context.writer.append(at, bytes, block)?)
     }
 
-    fn note_wal_end(&mut self, wal_end: Lsn) {
+    pub(super) fn note_wal_end(&mut self, wal_end: Lsn) {
         self.gathering.handle_upstream_end(wal_end);
         self.context.metrics.wal_end.set(position_value(wal_end));
         if let Some(retained) = &self.retained {

@@ -118,7 +118,7 @@ pub fn parse_lsn_or_zero(text: &str) -> Result<Option<Lsn>, ParseLsnError> {
 }
 
 /// The WAL from `start` up to, not including, `end`; never empty.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LsnRange {
     start: Lsn,
     end: Lsn,

@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod contents;
 pub mod crc;
 pub mod format;
+pub mod history_hash;
 pub mod insight;
 pub mod lineage;
 pub mod lsn;
@@ -24,6 +25,7 @@ pub mod xid;
 
 pub use checkpoint::{CheckpointPlace, NewestCheckpoint};
 pub use format::WalFormat;
+pub use history_hash::HistoryHash;
 pub use lineage::Lineage;
 pub use lsn::{Lsn, LsnRange};
 pub use record::{Record, RecordHeader, RecordVisitor};

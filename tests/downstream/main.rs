@@ -15,6 +15,7 @@ mod commands;
 mod disk;
 mod handshake;
 mod limits;
+mod link;
 mod panics;
 mod policies;
 mod slots;

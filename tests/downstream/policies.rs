@@ -11,12 +11,18 @@ use crate::support::{Options, Relay, eventually, settings};
 
 /// Lets syncs through, or holds them.
 #[derive(Default)]
-struct Gate {
+pub(crate) struct Gate {
     is_closed: Mutex<bool>,
     changed: Condvar,
 }
 
 impl Gate {
+    /// Holds syncs until what is returned is dropped.
+    pub(crate) fn close(self: &Arc<Self>) -> Closed {
+        self.set_closed(true);
+        Closed(Arc::clone(self))
+    }
+
     fn set_closed(&self, is_closed: bool) {
         *self.is_closed.lock() = is_closed;
         self.changed.notify_all();
@@ -33,7 +39,7 @@ impl Hooks for Gate {
 }
 
 /// Opens the gate however a test ends, so that the store's threads can end.
-struct Closed(Arc<Gate>);
+pub(crate) struct Closed(Arc<Gate>);
 
 impl Drop for Closed {
     fn drop(&mut self) {
@@ -54,8 +60,7 @@ async fn what_is_not_durable_is_neither_sent_nor_told_of() {
     let flushed = || store.positions().unwrap().flushed;
     eventually("the first to be durable", || flushed() == durable).await;
 
-    let closed = Closed(gate.clone());
-    gate.set_closed(true);
+    let closed = gate.close();
     let verified = relay.grow(50_000);
     eventually("the second to be written", || store.positions().unwrap().written == verified).await;
     let mut client = relay.client().await;

@@ -19,17 +19,18 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use walrelay::{
-    config::ListenAddress,
+    config::{self, ListenAddress},
     downstream::{
-        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Registry, SendPolicies, SendPolicy,
-        serve,
+        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry, SendPolicies,
+        SendPolicy, serve,
     },
-    metrics::AllMetrics,
+    metrics::{AllMetrics, Metrics},
     net::{Listener, TcpOptions, tls::ServerTls},
     protocol::{
         ServerError,
         backend::{self, TransactionStatus},
         frontend::{self, CancelKey, FirstPacket, Startup, encode_query},
+        link::Compression,
         replication::{PrimaryMessage, StandbyStatusUpdate},
     },
     status::RemovedWal,
@@ -57,6 +58,7 @@ impl Observer for Watcher {
 pub(crate) struct Options {
     pub(crate) version: (&'static str, u32),
     pub(crate) settings: DownstreamSettings,
+    pub(crate) links: config::Links,
     pub(crate) authentication: Authentication,
     pub(crate) tls: Option<Arc<ServerTls>>,
     pub(crate) timeline: TimelineId,
@@ -69,6 +71,12 @@ impl Default for Options {
         Self {
             version: ("15.18 (Debian 15.18-1.pgdg120+1)", 150_018),
             settings: settings(),
+            links: config::Links {
+                compressions: vec![Compression::Zstd { level: 1 }, Compression::Lz4],
+                adapt: false,
+                link_rate_max: None,
+                links_rate_max: None,
+            },
             authentication: Authentication::TrustLocal,
             tls: None,
             timeline: TimelineId::FIRST,
@@ -98,6 +106,8 @@ pub(crate) struct Relay {
     pub(crate) address: SocketAddr,
     pub(crate) store: Store,
     pub(crate) registry: Arc<Registry>,
+    pub(crate) links: Arc<Links>,
+    metrics: Arc<Metrics>,
     pub(crate) wal: WalBuilder,
     pub(crate) positions: Arc<watch::Sender<Option<Positions>>>,
     pub(crate) writable: Arc<AtomicBool>,
@@ -157,6 +167,8 @@ impl Relay {
         let listener = Listener::bind(&ListenAddress::Tcp(([127, 0, 0, 1], 0).into())).await.unwrap();
         let address = listener.tcp_address().unwrap();
         let registry = Arc::new(Registry::default());
+        let metrics = AllMetrics::default();
+        let links = Arc::new(Links::new(&options.links, metrics.link.clone()));
         let writable = Arc::new(AtomicBool::new(true));
         let (removed, upstream_removed) = watch::channel(None);
         let context = DownstreamContext {
@@ -169,7 +181,8 @@ impl Relay {
             upstream_writable: Arc::clone(&writable),
             upstream_removed,
             instances: watch::Sender::default().subscribe(),
-            metrics: AllMetrics::default().downstream,
+            links: Arc::clone(&links),
+            metrics: metrics.downstream,
             cold_reads: ColdReads::default(),
         };
         let shutdown = CancellationToken::new();
@@ -178,6 +191,8 @@ impl Relay {
             address,
             store,
             registry,
+            links,
+            metrics: metrics.registry,
             wal,
             positions: sender,
             writable,
@@ -195,12 +210,52 @@ impl Relay {
         self.try_grow(bytes).unwrap()
     }
 
+    /// Adds records of about `bytes` bytes in all that are much alike, as those of a busy table are.
+    pub(crate) fn grow_alike(&mut self, bytes: usize) -> Lsn {
+        let until = self.wal.end().advance(bytes as u64);
+        while self.wal.end() < until {
+            let number = self.wal.end().get();
+            let text =
+                format!("account {number:012} balance {:09} of branch 1 and teller 7 ", number % 99_991);
+            self.wal.main_data_record(10, 0, text.repeat(3).as_bytes());
+        }
+        self.give().unwrap()
+    }
+
+    /// The same with records of which nothing can be left out.
+    pub(crate) fn grow_random(&mut self, bytes: usize) -> Lsn {
+        let until = self.wal.end().advance(bytes as u64);
+        let mut state = self.wal.end().get();
+        let mut word = || {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mixed = (state ^ state >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+            (mixed ^ mixed >> 31).to_be_bytes()
+        };
+        while self.wal.end() < until {
+            let main_data: Vec<u8> = std::iter::repeat_with(&mut word).take(1_000).flatten().collect();
+            self.wal.main_data_record(10, 0, &main_data);
+        }
+        self.give().unwrap()
+    }
+
+    /// One value of /metrics.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.metrics.render();
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()).unwrap()
+    }
+
     /// The same with a store that may have failed.
     pub(crate) fn try_grow(&mut self, bytes: usize) -> Result<Lsn, AppendError> {
         let until = self.wal.end().advance(bytes as u64);
         while self.wal.end() < until {
             self.wal.noise(700);
         }
+        self.give()
+    }
+
+    /// Gives to the store what was added.
+    fn give(&mut self) -> Result<Lsn, AppendError> {
         let new = Bytes::copy_from_slice(self.wal.slice(self.fed, self.wal.end()));
         self.writer.append(self.fed, new, BlockId(self.fed.get()))?;
         self.writer.submit();
@@ -242,7 +297,7 @@ pub(crate) fn startup() -> Startup {
     startup_as("dc2_a")
 }
 
-fn startup_as(application_name: &str) -> Startup {
+pub(crate) fn startup_as(application_name: &str) -> Startup {
     Startup::new([
         ("user", "replicator"),
         ("database", "replication"),

@@ -28,6 +28,7 @@ mod held;
 mod histories;
 mod killed_primary;
 mod killed_switch;
+mod link;
 mod live_switch;
 mod logins;
 mod operations;

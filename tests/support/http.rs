@@ -15,10 +15,23 @@ pub(crate) fn ask(
     token: Option<&str>,
     patience: Duration,
 ) -> Option<(u16, String)> {
+    ask_with(port, request, token, "", patience)
+}
+
+/// The same with a body.
+pub(crate) fn ask_with(
+    port: u16,
+    request: &str,
+    token: Option<&str>,
+    body: &str,
+    patience: Duration,
+) -> Option<(u16, String)> {
     let mut stream = super::place::connect(port).ok()?;
     stream.set_read_timeout(Some(patience)).ok()?;
     let token = token.map_or_else(String::new, |token| format!("Authorization: Bearer {token}\r\n"));
-    write!(stream, "{request} HTTP/1.1\r\nHost: localhost\r\n{token}Connection: close\r\n\r\n").ok()?;
+    let length = body.len();
+    let head = format!("{request} HTTP/1.1\r\nHost: localhost\r\n{token}Content-Length: {length}\r\n");
+    write!(stream, "{head}Connection: close\r\n\r\n{body}").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;

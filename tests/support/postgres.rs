@@ -133,7 +133,9 @@ impl Postgres {
 
     /// A standby made from this primary by a base backup, streaming from `upstream_port`; `settings` are extra lines.
     pub(crate) fn standby(&self, name: &str, upstream_port: u16, settings: &str) -> Self {
-        let conninfo = format!("host=127.0.0.1 port={upstream_port} user=postgres application_name={name} sslmode=disable");
+        let conninfo = format!(
+            "host=127.0.0.1 port={upstream_port} user=postgres application_name={name} sslmode=disable"
+        );
         self.standby_by(&conninfo, settings, None)
     }
 
@@ -163,9 +165,8 @@ impl Postgres {
             postmaster: None,
             namespace: namespace.map(str::to_owned),
         };
-        standby.add_settings(&format!(
-            "primary_conninfo = '{primary_conninfo}'\nhot_standby = on\n{settings}"
-        ));
+        standby
+            .add_settings(&format!("primary_conninfo = '{primary_conninfo}'\nhot_standby = on\n{settings}"));
         std::fs::write(data.join("standby.signal"), "").unwrap();
         standby.place();
         standby.start();

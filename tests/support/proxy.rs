@@ -209,6 +209,15 @@ pub(crate) fn wal_in(message: &[u8]) -> Option<(u64, &[u8])> {
     is_wal.then(|| (u64::from_be_bytes(message[6..14].try_into().unwrap()), &message[30..]))
 }
 
+/// Start and length of the WAL, if this message of the server is a frame of a compressed link.
+pub(crate) fn frame_in(message: &[u8]) -> Option<(u64, u64)> {
+    let is_frame = message.first() == Some(&b'd') && message.get(5..7) == Some(b"zf") && message.len() >= 53;
+    is_frame.then(|| {
+        let (start, length) = (message[21..29].try_into().unwrap(), message[45..49].try_into().unwrap());
+        (u64::from_be_bytes(start), u64::from(u32::from_be_bytes(length)))
+    })
+}
+
 fn wal_length(message: &[u8]) -> usize {
     message.len() - 30
 }
@@ -280,10 +289,11 @@ fn pass_down(
         };
         wait_turn(state);
         for message in messages {
-            if let Some((start, wal)) = wal_in(&message) {
+            let plain = wal_in(&message).map(|(start, wal)| (start, wal.len() as u64));
+            if let Some((start, length)) = plain.or_else(|| frame_in(&message)) {
                 let mut passed = state.passed.lock().unwrap();
-                passed.delivered = passed.delivered.max(start + wal.len() as u64);
-                passed.wal_bytes += wal.len() as u64;
+                passed.delivered = passed.delivered.max(start.saturating_add(length));
+                passed.wal_bytes += length;
             }
             client.write_all(&message)?;
         }

@@ -132,6 +132,13 @@ impl Relay {
         Some((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
     }
 
+    /// The same with a body.
+    pub(crate) fn post_json(&self, path: &str, body: &str) -> Option<(u16, Value)> {
+        let (request, patience) = (format!("POST {path}"), Duration::from_secs(5));
+        let (status, body) = http::ask_with(self.admin_port, &request, self.token, body, patience)?;
+        Some((status, serde_json::from_str(&body).unwrap_or(Value::Null)))
+    }
+
     /// Fences it, and returns the end of WAL that it states.
     pub(crate) fn fence(&self) -> u64 {
         let (status, told) = self.post("/fence").expect("an answer");

@@ -51,8 +51,12 @@ const HELD_BACK: Duration = Duration::from_millis(8);
 impl Wan {
     /// A cable with this round trip. `None`, said in one line, where namespaces cannot be had.
     pub(crate) fn new(round_trip: Duration) -> Option<Self> {
-        let (near, far) = (format!("walrelay-{}-near", std::process::id()), format!("walrelay-{}-far", std::process::id()));
-        if !ip(&["netns", "add", &near]) || !ip(&["netns", "add", &far]) || !std::path::Path::new("/dev/net/tun").exists() {
+        let (near, far) =
+            (format!("walrelay-{}-near", std::process::id()), format!("walrelay-{}-far", std::process::id()));
+        if !ip(&["netns", "add", &near])
+            || !ip(&["netns", "add", &far])
+            || !std::path::Path::new("/dev/net/tun").exists()
+        {
             ip(&["netns", "del", &near]);
             lab::skip("needs root, iproute2, network namespaces and /dev/net/tun");
             return None;
@@ -132,7 +136,8 @@ fn use_cubic(namespace: &str) {
     if !allowed.split_whitespace().any(|name| name == "cubic") {
         std::fs::write(ALLOWED, format!("{} cubic", allowed.trim())).ok();
     }
-    let chosen = place::within(namespace, || std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic"));
+    let chosen =
+        place::within(namespace, || std::fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic"));
     if let Err(error) = chosen {
         println!("congestion control stays as it is: {error}");
     }
@@ -215,7 +220,8 @@ const QUEUED_MAX: usize = 2000;
 fn lay(from: &File, to: &File, cable: &Arc<Cable>, carried: &Arc<AtomicU64>, seed: u64) {
     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
     let lane = Arc::new(Lane::default());
-    let (filled, taking, carried, ending) = (Arc::clone(&lane), Arc::clone(cable), Arc::clone(carried), Arc::clone(cable));
+    let (filled, taking, carried, ending) =
+        (Arc::clone(&lane), Arc::clone(cable), Arc::clone(carried), Arc::clone(cable));
     std::thread::spawn(move || {
         let (mut random, mut number) = (seed, 0_u64);
         let mut chance = move |ppm: u64| {

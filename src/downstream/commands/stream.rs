@@ -7,7 +7,8 @@ use crate::downstream::{
     command::{Session, SessionEnd},
     commands::{Answered, CommandError, slots},
     connection::Stream,
-    timelines::timeline_state,
+    link::sending::{LinkSender, LinkStream},
+    timelines::{TimelineError, timeline_state},
     walsender::{Ended, StreamError, WalSender, now},
 };
 use crate::protocol::{
@@ -106,7 +107,11 @@ async fn stream<S: Stream>(
     let Request { slot, timeline, state, servable, .. } = request;
     let slot_name = slot.as_ref().map(|slot| slot.name().to_owned());
     info!(%start, %timeline, slot = slot_name.as_deref(), "replication stream started");
-    session.registration.update(|live| (live.timeline, live.slot_name) = (Some(timeline), slot_name));
+    let link = link_sender(session, timeline).await?;
+    let traffic = link.as_ref().map(LinkSender::traffic);
+    session.registration.update(|live| {
+        (live.timeline, live.slot_name, live.link) = (Some(timeline), slot_name, traffic);
+    });
     let settings = SenderSettings {
         wal_sender_timeout: session.wal_sender_timeout,
         segment_size: session.server.identity.segment_size,
@@ -115,7 +120,8 @@ async fn stream<S: Stream>(
     let name = &session.registration.client().application_name;
     let consumer = if slot.is_none() { session.context.store.consumer(name) } else { None };
     let streaming = session.context.streaming();
-    let access = if session.connection.is_encrypted() { Access::Copied } else { Access::Mapped };
+    let is_looked_at = session.connection.is_encrypted() || link.is_some();
+    let access = if is_looked_at { Access::Copied } else { Access::Mapped };
     let sender = WalSender {
         context: session.context,
         connection: &mut session.connection,
@@ -128,6 +134,7 @@ async fn stream<S: Stream>(
         reader: session.context.store.reader(timeline, access),
         positions: session.context.positions.clone(),
         removed: session.context.upstream_removed.clone(),
+        link,
     };
     let ended = sender.run().await;
     drop(streaming);
@@ -135,6 +142,21 @@ async fn stream<S: Stream>(
         Ok(ended) => end_stream(session, timeline, ended).await,
         Err(error) => Err(stream_error(session, error)),
     }
+}
+
+/// Where the client was granted a compressed link: whose WAL it is about to carry.
+async fn link_sender<S: Stream>(
+    session: &mut Session<'_, S>,
+    timeline: TimelineId,
+) -> Result<Option<LinkSender>, CommandError> {
+    let Some(accepted) = session.link else { return Ok(None) };
+    let store = session.context.store.clone();
+    let history = run_blocking(move || store.history_hash(timeline)).await?;
+    let history = history.map_err(|error| TimelineError::Store(timeline, error))?;
+    let policy = session.context.settings.send.of(&session.registration.client().application_name);
+    let system_id = session.server.identity.system_id;
+    let stream = LinkStream { accepted, system_id, timeline, history, policy };
+    Ok(Some(LinkSender::new(&session.context.links, stream, now())))
 }
 
 async fn end_stream<S: Stream>(

@@ -1,0 +1,229 @@
+//! Compressed links to relays behind this one: what they share.
+//!
+//! Owns which offers are accepted, the shared streams of live WAL, the cache of standalone frames, and the rates. WAL is
+//! compressed once and the same bytes go to every link: a position is encoded at most once by each codec that is allowed. A
+//! link's own part is in [`sending`], and `walsender` drives it like any stream.
+
+mod bulk;
+pub(super) mod fill;
+pub(super) mod sending;
+mod tail;
+
+use std::collections::HashMap;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use crate::config::{self, SendPolicy};
+use crate::downstream::link::bulk::BulkFrames;
+use crate::downstream::link::tail::Tail;
+use crate::metrics::{LinkMetrics, LinkTraffic, TrafficSample};
+use crate::protocol::frontend::{ReplicationMode, Startup};
+use crate::protocol::link::offer::OFFER_PARAMETER;
+use crate::protocol::link::{Compression, Offer};
+use crate::session::link::{Bucket, Urgency};
+use crate::status::{LinkStatus, LinksStatus};
+use crate::wal::{Lsn, TimelineId};
+
+/// What all links share.
+pub struct Links {
+    compressions: Vec<Compression>,
+    adapt: bool,
+    tails: Mutex<HashMap<TailKey, Weak<Tail>>>,
+    bulk: BulkFrames,
+    /// The last epoch that was begun.
+    epochs: AtomicU32,
+    rates: Mutex<Rates>,
+    metrics: LinkMetrics,
+}
+
+/// What links follow the same stream for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct TailKey {
+    timeline: TimelineId,
+    compression: Compression,
+    policy: SendPolicy,
+}
+
+struct Rates {
+    link_rate_max: Option<NonZeroU64>,
+    all: Bucket,
+}
+
+/// How fast links may send, in bytes a second; `None` is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkRates {
+    /// Each of them.
+    pub link_rate_max: Option<NonZeroU64>,
+    /// All together.
+    pub links_rate_max: Option<NonZeroU64>,
+}
+
+/// An offer that was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct AcceptedLink {
+    /// How it is compressed.
+    pub(super) compression: Compression,
+    /// What is faster, and both can.
+    fallback: Option<Compression>,
+}
+
+impl Links {
+    /// No link is there yet.
+    pub fn new(settings: &config::Links, metrics: LinkMetrics) -> Self {
+        let config::Links { compressions, adapt, link_rate_max, links_rate_max } = settings;
+        let all = Bucket::new(*links_rate_max, Instant::now());
+        Self {
+            compressions: compressions.clone(),
+            adapt: *adapt,
+            tails: Mutex::default(),
+            bulk: BulkFrames::new(metrics.clone()),
+            epochs: AtomicU32::new(0),
+            rates: Mutex::new(Rates { link_rate_max: *link_rate_max, all }),
+            metrics,
+        }
+    }
+
+    /// Whether a client's offer is accepted, if it made one.
+    pub(super) fn accept(&self, startup: &Startup, mode: ReplicationMode) -> Option<AcceptedLink> {
+        let text = startup.parameter(OFFER_PARAMETER).filter(|_| mode == ReplicationMode::Physical)?;
+        let chosen = Offer::parse(text).and_then(|offer| {
+            let compression = offer.choose(&self.compressions)?;
+            let is_faster = |other: &Compression| *other == Compression::Lz4 && *other != compression;
+            let faster: Vec<_> = self.compressions.iter().copied().filter(is_faster).collect();
+            Ok(AcceptedLink { compression, fallback: offer.choose(&faster).ok() })
+        });
+        match chosen {
+            Ok(accepted) => Some(accepted),
+            Err(declined) => {
+                tracing::debug!(offer = ?text, %declined, "a compressed link is declined");
+                None
+            }
+        }
+    }
+
+    /// How fast links may send.
+    pub fn rates(&self) -> LinkRates {
+        let rates = self.rates.lock();
+        LinkRates { link_rate_max: rates.link_rate_max, links_rate_max: rates.all.rate() }
+    }
+
+    /// Changes how fast they may send, at once.
+    pub fn set_rates(&self, wanted: LinkRates) {
+        let mut rates = self.rates.lock();
+        rates.link_rate_max = wanted.link_rate_max;
+        rates.all.set_rate(wanted.links_rate_max, Instant::now());
+    }
+
+    /// The rates as operators see them.
+    pub fn status(&self) -> LinksStatus {
+        let LinkRates { link_rate_max, links_rate_max } = self.rates();
+        LinksStatus {
+            link_rate_max: link_rate_max.map(NonZeroU64::get),
+            links_rate_max: links_rate_max.map(NonZeroU64::get),
+        }
+    }
+
+    /// Whether a message may be sent now by the link that owns the bucket; else when to ask again.
+    fn check_rates(&self, own: &mut Bucket, urgency: Urgency, now: Instant) -> Result<(), Instant> {
+        let mut rates = self.rates.lock();
+        own.set_rate(rates.link_rate_max, now);
+        own.check(urgency, now)?;
+        rates.all.check(urgency, now)
+    }
+
+    fn spend(&self, own: &mut Bucket, bytes: u64, now: Instant) {
+        own.spend(bytes, now);
+        self.rates.lock().all.spend(bytes, now);
+    }
+
+    /// The stream that links of this kind share; it begins at `end`, where a message may end, if there is none.
+    fn tail(self: &Arc<Self>, key: TailKey, end: Lsn) -> Arc<Tail> {
+        let mut tails = self.tails.lock();
+        if let Some(tail) = tails.get(&key).and_then(Weak::upgrade) {
+            return tail;
+        }
+        tails.retain(|_, tail| tail.strong_count() > 0);
+        let tail = Arc::new(Tail::new(Arc::clone(self), key.compression, end));
+        tails.insert(key, Arc::downgrade(&tail));
+        tail
+    }
+
+    /// The number of a new epoch. A stream of 4 MiB each would have to run for years to use a number again, and then in vain:
+    /// what follows is held to the positions, too.
+    fn new_epoch(&self) -> u32 {
+        self.metrics.epochs.increment(1);
+        self.epochs.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+}
+
+/// What a link carries, as operators see it; absent where there is no link.
+pub fn link_status(traffic: &LinkTraffic, now: Instant) -> Option<LinkStatus> {
+    let TrafficSample { compression, encoding, wal_bytes, wire_bytes, wire_rate } = traffic.sample(now)?;
+    #[allow(clippy::cast_precision_loss)] // shown, not computed with
+    let ratio = (wire_bytes > 0).then(|| wal_bytes as f64 / wire_bytes as f64);
+    Some(LinkStatus {
+        codec: compression.to_string(),
+        encoding: encoding.as_str(),
+        wal_bytes,
+        wire_bytes,
+        ratio,
+        wire_rate,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::AllMetrics;
+
+    fn links(compressions: &[Compression]) -> Arc<Links> {
+        let settings = config::Links {
+            compressions: compressions.to_vec(),
+            adapt: true,
+            link_rate_max: None,
+            links_rate_max: None,
+        };
+        Arc::new(Links::new(&settings, AllMetrics::default().link))
+    }
+
+    const ZSTD: Compression = Compression::Zstd { level: 3 };
+
+    #[test]
+    fn an_offer_is_accepted_for_wal_alone_and_as_far_as_it_is_allowed() {
+        let accepted = |links: &Links, offer: &str, mode| {
+            links.accept(&Startup::new([("user", "u"), (OFFER_PARAMETER, offer)]), mode)
+        };
+        let both = links(&[ZSTD, Compression::Lz4]);
+        let physical = ReplicationMode::Physical;
+        let full = AcceptedLink { compression: ZSTD, fallback: Some(Compression::Lz4) };
+        assert_eq!(accepted(&both, "1;zstd,lz4", physical), Some(full));
+        assert_eq!(accepted(&both, "1;zstd", physical), Some(AcceptedLink { fallback: None, ..full }));
+        let lz4 = Some(AcceptedLink { compression: Compression::Lz4, fallback: None });
+        assert_eq!(accepted(&both, "1;lz4,zstd", physical), lz4);
+        assert_eq!(accepted(&links(&[Compression::Lz4]), "1;zstd,lz4", physical), lz4);
+        assert_eq!(accepted(&links(&[]), "1;zstd,lz4", physical), None);
+        assert_eq!(accepted(&both, "2;zstd", physical), None);
+        assert_eq!(accepted(&both, "1;zstd;must!", physical), None);
+        for mode in [ReplicationMode::Off, ReplicationMode::Database] {
+            assert_eq!(accepted(&both, "1;zstd", mode), None);
+        }
+        assert_eq!(both.accept(&Startup::new([("user", "u")]), physical), None);
+    }
+
+    #[test]
+    fn links_of_one_kind_share_a_stream_as_long_as_there_is_one() {
+        let links = links(&[ZSTD]);
+        let key = TailKey { timeline: TimelineId::FIRST, compression: ZSTD, policy: SendPolicy::Received };
+        let first = links.tail(key, Lsn::MIN);
+        assert!(Arc::ptr_eq(&first, &links.tail(key, Lsn::MIN)));
+        let flushed = links.tail(TailKey { policy: SendPolicy::Flushed, ..key }, Lsn::MIN);
+        assert!(!Arc::ptr_eq(&first, &flushed));
+        drop((first, flushed));
+        let _other = links.tail(TailKey { compression: Compression::Lz4, ..key }, Lsn::MIN);
+        assert_eq!(links.tails.lock().len(), 1, "those without links are forgotten");
+    }
+}

@@ -1,0 +1,190 @@
+//! The compressed link to a relay before us: what is asked for, and what comes.
+//!
+//! Owns the wish for a link, the terms of one that was accepted, and its receiving side: frames become WAL in blocks that the
+//! store keeps like those off the socket. WAL of a frame goes to the store only once the frame is proved.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+use crate::metrics::{Carried, LinkMetrics, LinkTraffic};
+use crate::net::DecodingBlocks;
+use crate::net::blocks::Decoded;
+use crate::protocol::FRAME_HEADER_BYTES;
+use crate::protocol::link::inbound::Held;
+use crate::protocol::link::offer::{ANSWER_PARAMETER, OFFER_PARAMETER};
+use crate::protocol::link::{
+    Arrival, Codec, Compression, Encoding, FrameHeader, FrameKind, Inbound, LinkError, Offer,
+};
+use crate::protocol::replication::{WAL_DATA_FRAME_BYTES, WalDataHeader};
+use crate::store::Store;
+use crate::upstream::UpstreamError;
+use crate::upstream::blocking::block_in_place;
+use crate::upstream::course::Course;
+use crate::upstream::dialog::Introduction;
+use crate::upstream::walreceiver::WalReceiver;
+use crate::wal::{Lsn, SystemId, TimelineId};
+
+pub use crate::config::LinkMode;
+
+/// What is wanted of a link.
+#[derive(Clone, Debug)]
+pub struct LinkSettings {
+    /// Whether one is asked for, or demanded.
+    pub mode: LinkMode,
+    /// Codecs that may be used, the preferred one first.
+    pub codecs: Vec<Codec>,
+}
+
+/// What is asked of a server at the login.
+#[derive(Clone, Debug)]
+pub(crate) struct LinkWish {
+    pub(crate) offer: Offer,
+    is_required: bool,
+}
+
+impl LinkSettings {
+    /// What to ask for in the next session.
+    pub(super) fn wish(&self, course: &Course) -> Option<LinkWish> {
+        let is_required = self.mode == LinkMode::Require;
+        if self.mode == LinkMode::Off || (course.link_distrusted && !is_required) {
+            return None;
+        }
+        Some(LinkWish { offer: Offer::of(&self.codecs)?, is_required })
+    }
+
+    /// After something wrong has come over a link: what the next session is to be.
+    pub(super) fn tell_distrust(&self) {
+        if self.mode == LinkMode::Require {
+            tracing::warn!("the next session is compressed again, because upstream.link is \"require\"");
+        } else {
+            tracing::warn!("the next session is not compressed");
+        }
+    }
+}
+
+impl LinkWish {
+    /// The startup parameter.
+    pub(crate) fn parameter(&self) -> (String, String) {
+        (OFFER_PARAMETER.to_owned(), self.offer.to_string())
+    }
+
+    /// What the server makes of it, by what it said at the login.
+    pub(crate) fn outcome(
+        &self,
+        introduction: &Introduction,
+        host: &str,
+    ) -> Result<Option<Compression>, UpstreamError> {
+        let is_declined = introduction.declined.iter().any(|name| name == OFFER_PARAMETER);
+        match introduction.parameters.get(ANSWER_PARAMETER).filter(|_| !is_declined) {
+            Some(answer) => match self.offer.read_answer(answer) {
+                Some(compression) => Ok(Some(compression)),
+                None => Err(UpstreamError::LinkAnswer(answer.clone())),
+            },
+            None if self.is_required => Err(UpstreamError::LinkDeclined { host: host.to_owned() }),
+            None => Ok(None),
+        }
+    }
+}
+
+/// A link that was accepted, for one stream.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LinkTerms {
+    compression: Compression,
+    held: Held,
+}
+
+impl LinkTerms {
+    pub(super) fn new(
+        compression: Compression,
+        system_id: SystemId,
+        timeline: TimelineId,
+        store: &Store,
+    ) -> Result<Self, UpstreamError> {
+        let history = block_in_place(|| store.history_hash(timeline))?;
+        Ok(Self { compression, held: Held { system_id, timeline, history } })
+    }
+}
+
+/// The receiving side of one stream.
+pub(super) struct ReceivedLink {
+    inbound: Inbound,
+    blocks: DecodingBlocks,
+    traffic: Arc<LinkTraffic>,
+    metrics: LinkMetrics,
+}
+
+impl ReceivedLink {
+    pub(super) fn new(
+        terms: LinkTerms,
+        start: Lsn,
+        blocks: DecodingBlocks,
+        traffic: &Arc<LinkTraffic>,
+        metrics: &LinkMetrics,
+    ) -> Self {
+        traffic.begin(terms.compression, Instant::now());
+        let (traffic, metrics) = (Arc::clone(traffic), metrics.clone());
+        Self { inbound: Inbound::new(terms.held, start), blocks, traffic, metrics }
+    }
+
+    /// Reads a message; what it says of its WAL, and the WAL.
+    pub(super) fn take(&mut self, body: Bytes) -> Result<Option<(FrameHeader, Decoded)>, LinkError> {
+        let wire_bytes = (FRAME_HEADER_BYTES + body.len()) as u64;
+        let Self { inbound, blocks, .. } = self;
+        let frame = match inbound.take(body)? {
+            Arrival::Hello(hello) => {
+                tracing::debug!(?hello, "link begins");
+                return Ok(None);
+            }
+            Arrival::Frame(frame) => frame,
+        };
+        let header = *frame.header();
+        let decoded = blocks.decode(header.wal_bytes(), |wal| inbound.expand(&frame, wal))?;
+        let carried = match header.kind {
+            FrameKind::Standalone => Carried::Bulk,
+            FrameKind::Stream { .. } => Carried::Stream,
+        };
+        self.note(carried, header.encoding, header.range.bytes(), wire_bytes);
+        Ok(Some((header, decoded)))
+    }
+
+    /// A plain message of WAL begins.
+    pub(super) fn note_plain(&mut self, header: &WalDataHeader, bytes: u32) -> Result<(), LinkError> {
+        let bytes = u64::from(bytes);
+        self.inbound.note_plain(header.start, bytes)?;
+        self.note(Carried::Plain, Encoding::Plain, bytes, bytes + WAL_DATA_FRAME_BYTES as u64);
+        Ok(())
+    }
+
+    fn note(&self, carried: Carried, encoding: Encoding, wal_bytes: u64, wire_bytes: u64) {
+        self.metrics.received.note(carried, wal_bytes, wire_bytes);
+        self.traffic.note(encoding, wal_bytes, wire_bytes, Instant::now());
+    }
+}
+
+impl WalReceiver<'_> {
+    /// Reads a message of the link; its WAL goes the way of all WAL.
+    pub(super) fn take_link(&mut self, body: Bytes) -> Result<(), UpstreamError> {
+        let Some(link) = &mut self.link else {
+            return Err(UpstreamError::Unexpected("link message".to_owned()));
+        };
+        let Some((header, wal)) = link.take(body)? else { return Ok(()) };
+        if let Some(wal_end) = header.wal_end {
+            self.note_wal_end(wal_end);
+        }
+        let mut at = header.range.start();
+        for (bytes, block) in wal {
+            let next = at.advance(bytes.len() as u64);
+            self.take_wal(at, bytes, block)?;
+            at = next;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ReceivedLink {
+    fn drop(&mut self) {
+        self.traffic.end();
+    }
+}
