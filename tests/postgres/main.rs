@@ -21,6 +21,7 @@ mod descriptors;
 mod disk_full;
 mod divergence;
 mod divergence_report;
+mod far_site;
 mod feedback;
 mod fence;
 mod harness;

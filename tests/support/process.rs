@@ -192,6 +192,10 @@ impl Program {
             ]);
         }
         command.arg("--").args(&self.wrapper).arg(&self.path).args(&self.arguments);
+        if self.user.is_some() {
+            // Not that of the person who runs the tests, which another user may not even look into.
+            command.env("HOME", "/nonexistent");
+        }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         // A libpq setting of the person who runs the tests must not reach the programs under test.
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("PG")) {

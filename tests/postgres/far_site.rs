@@ -1,0 +1,252 @@
+//! Two sites with a long cable between them: what the compressed link gains over PostgreSQL's own stream on the same cable in
+//! the same run, and that nothing a cable does leads to a wrong byte or to a stream that stands still.
+
+use std::time::{Duration, Instant};
+
+use crate::support::MB;
+use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::lab::Installation;
+use crate::support::load::{pgbench, pgbench_tables, write_wal};
+use crate::support::postgres::{Postgres, Stop};
+use crate::support::raw::RawClient;
+use crate::support::two_sites::TwoSites;
+use crate::support::wait::{wait_for, wait_until};
+use crate::support::{lsn, lsn_text};
+
+const ROUND_TRIP: Duration = Duration::from_millis(50);
+const RATE_BITS: u64 = 100_000_000;
+const LOST_PPM: u64 = 1_000;
+
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / MB as f64
+}
+
+/// What it took to get `bytes` of WAL over the cable.
+#[derive(Clone, Copy, Debug)]
+struct Crossing {
+    seconds: f64,
+    bytes: u64,
+    on_the_wire: u64,
+}
+
+/// From the first bytes over the cable to the moment when `reached` says so.
+fn cross(sites: &TwoSites, bytes: u64, start: impl FnOnce(), reached: impl Fn() -> bool) -> Crossing {
+    let before = sites.wan.bytes_to_far();
+    start();
+    // The handshake and what is asked before a stream are not what is measured.
+    let begun = wait_for("the stream to begin", || {
+        (sites.wan.bytes_to_far() > before + 64 * 1024).then(Instant::now)
+    });
+    wait_until("all WAL to be at the far end", reached);
+    Crossing {
+        seconds: begun.elapsed().as_secs_f64(),
+        bytes,
+        on_the_wire: sites.wan.bytes_to_far() - before,
+    }
+}
+
+/// WAL as pgbench makes it after a checkpoint, with its page images; returns its end.
+fn write_pgbench_wal(primary: &Postgres, bytes: u64) -> u64 {
+    primary.checkpoint();
+    let from = primary.insert_position();
+    while primary.insert_position() - from < bytes {
+        pgbench(primary, 4, 2).wait_for_end();
+    }
+    primary.flushed()
+}
+
+/// WAL that nothing makes smaller.
+fn write_incompressible_wal(primary: &Postgres, bytes: u64) -> u64 {
+    primary.sql("create table if not exists noise (filling bytea)");
+    primary.sql("alter table noise alter column filling set storage external");
+    for _ in 0..bytes / MB {
+        primary.sql(
+            "insert into noise select string_agg(decode(md5(random()::text || n), 'hex'), '') from generate_series(1, 65536) n",
+        );
+    }
+    primary.flushed()
+}
+
+#[test]
+fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let Some(mut sites) = TwoSites::new(&installation, ROUND_TRIP) else { return };
+    pgbench_tables(&sites.primary, 10);
+    sites.near.wait_flushed(sites.primary.flushed());
+    sites.far.start();
+    sites.far.wait_flushed(sites.primary.flushed());
+    let mut direct = sites.direct_standby("direct");
+    direct.wait_replayed(sites.primary.flushed());
+    println!("| WAL | MB | direct s | link s | faster | on the wire: direct MB | link MB | ratio |");
+    for (what, shrinks) in [("pgbench with page images", true), ("incompressible", false)] {
+        direct.stop(Stop::Fast);
+        sites.far.terminate();
+        let from = sites.primary.flushed();
+        let to = if shrinks {
+            write_pgbench_wal(&sites.primary, 40 * MB)
+        } else {
+            write_incompressible_wal(&sites.primary, 20 * MB)
+        };
+        sites.near.wait_flushed(to);
+        sites.wan.cable.set_rate(RATE_BITS);
+        sites.wan.cable.set_lost_ppm(LOST_PPM);
+        let primary = &sites.primary;
+        let by_postgres = cross(&sites, to - from, || direct.launch(), || primary.reported_flush("direct") >= to);
+        let mut far = std::mem::replace(&mut sites.far, crate::support::relay::Relay::new("nobody", 1));
+        let by_link = cross(&sites, to - from, || far.launch(), {
+            let near = &sites.near;
+            move || near.downstream("far").iter().any(|session| session["flush_lsn"].as_str().is_some_and(|text| lsn(text) >= to))
+        });
+        sites.far = far;
+        sites.wan.cable.set_rate(0);
+        sites.wan.cable.set_lost_ppm(0);
+        let faster = by_postgres.seconds / by_link.seconds;
+        let ratio = by_postgres.on_the_wire as f64 / by_link.on_the_wire as f64;
+        println!(
+            "| {what} | {:.0} | {:.2} | {:.2} | {faster:.2} | {:.1} | {:.1} | {ratio:.2} |",
+            megabytes(by_postgres.bytes),
+            by_postgres.seconds,
+            by_link.seconds,
+            megabytes(by_postgres.on_the_wire),
+            megabytes(by_link.on_the_wire),
+        );
+        assert_same_wal(&sites.far.wal_dir(), &sites.primary, to);
+        if shrinks {
+            assert!(ratio > 3.0, "WAL of pgbench shrinks more than {ratio:.2}");
+            assert!(faster >= 0.9 * ratio, "{faster:.2} times faster, and {ratio:.2} times smaller");
+        } else {
+            assert!(faster >= 0.95, "slower: {faster:.2}");
+        }
+        wait_until("the standby to serve", || RawClient::sql(direct.port).is_ok());
+    }
+}
+
+/// The moments at which a standby is seen to have replayed each of these positions.
+fn watch_replay(port: u16, positions: std::sync::mpsc::Receiver<(u64, Instant)>) -> Vec<Duration> {
+    let mut client = RawClient::sql(port).unwrap();
+    let mut replayed = 0;
+    let mut took = Vec::new();
+    for (position, committed) in positions {
+        while replayed < position {
+            let rows = client.rows("select pg_last_wal_replay_lsn()").unwrap();
+            replayed = rows[0][0].as_deref().map_or(0, lsn);
+        }
+        took.push(committed.elapsed());
+    }
+    took
+}
+
+#[test]
+fn commits_are_seen_at_the_far_end_no_later_than_by_a_standby_of_the_primary() {
+    let Some(installation) = Installation::any() else { return };
+    let Some(mut sites) = TwoSites::new(&installation, ROUND_TRIP) else { return };
+    pgbench_tables(&sites.primary, 2);
+    sites.near.wait_flushed(sites.primary.flushed());
+    sites.far.start();
+    let (direct, relayed) = (sites.direct_standby("direct"), sites.relayed_standby("relayed"));
+    for standby in [&direct, &relayed] {
+        standby.wait_replayed(sites.primary.flushed());
+    }
+    sites.wan.cable.set_rate(RATE_BITS);
+    sites.wan.cable.set_lost_ppm(LOST_PPM);
+    let mut client = RawClient::sql(sites.primary.port).unwrap();
+    let (mut seen, mut watching) = (Vec::new(), Vec::new());
+    for standby in [&direct, &relayed] {
+        let (tell, positions) = std::sync::mpsc::channel();
+        let port = standby.port;
+        watching.push((tell, std::thread::spawn(move || watch_replay(port, positions))));
+    }
+    client.rows("create table seen (id serial primary key, filling text)").unwrap();
+    for number in 0..300 {
+        client.rows("insert into seen (filling) select repeat(md5(random()::text), 10)").unwrap();
+        let position = lsn(client.rows("select pg_current_wal_flush_lsn()").unwrap()[0][0].as_deref().unwrap());
+        let committed = Instant::now();
+        for (tell, _) in &watching {
+            tell.send((position, committed)).unwrap();
+        }
+        // Not in step with anything.
+        std::thread::sleep(Duration::from_millis(13 + number % 7));
+    }
+    for (tell, thread) in watching {
+        drop(tell);
+        let mut took = thread.join().unwrap();
+        took.sort();
+        seen.push(took);
+    }
+    let at = |took: &[Duration], percent: usize| took[took.len() * percent / 100].as_secs_f64() * 1000.0;
+    println!("| commit to replay, ms | p50 | p90 | p99 |");
+    for (name, took) in [("standby of the primary", &seen[0]), ("standby behind two relays", &seen[1])] {
+        println!("| {name} | {:.2} | {:.2} | {:.2} |", at(took, 50), at(took, 90), at(took, 99));
+    }
+    // A cable that loses a packet makes its own times; the medians do not see that.
+    let (direct, relayed) = (at(&seen[0], 50), at(&seen[1], 50));
+    assert!(relayed <= direct * 1.05, "median {relayed:.2} ms behind the relays, {direct:.2} ms without");
+}
+
+/// Seconds for which the cable is cut at once.
+fn cut_seconds() -> u64 {
+    std::env::var("WALRELAY_CUT_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(8)
+}
+
+#[test]
+fn whatever_the_cable_does_the_far_end_catches_up_with_the_primarys_bytes() {
+    let Some(installation) = Installation::any() else { return };
+    let Some(mut sites) = TwoSites::new(&installation, Duration::from_millis(20)) else { return };
+    pgbench_tables(&sites.primary, 1);
+    sites.near.wait_flushed(sites.primary.flushed());
+    sites.far.set("upstream.wal_receiver_timeout", "\"3s\"");
+    sites.near.set("downstream.wal_sender_timeout", "\"3s\"");
+    sites.near.terminate();
+    sites.near.start();
+    sites.far.start();
+    let standby = sites.relayed_standby("far_standby");
+    let catches_up = |sites: &TwoSites, what: &str| {
+        let upto = sites.primary.flushed();
+        let begun = Instant::now();
+        sites.far.wait_flushed(upto);
+        println!("{what}: caught up with {} in {:.1} s", lsn_text(upto), begun.elapsed().as_secs_f64());
+        assert_same_wal(&sites.far.wal_dir(), &sites.primary, upto);
+    };
+    let load = |sites: &TwoSites| pgbench(&sites.primary, 2, 600);
+
+    // Nobody is told, and nothing passes: each end gives up by its own clock.
+    let writing = load(&sites);
+    sites.wan.cable.cut();
+    let cut_at = Instant::now();
+    wait_until("the far relay to give the connection up", || sites.far.metric("walrelay_upstream_streaming") == Some(0.0));
+    wait_until("the near relay to give the connection up", || sites.near.downstream("far").is_empty());
+    assert!(cut_at.elapsed() < Duration::from_secs(20), "given up after {:?}", cut_at.elapsed());
+    std::thread::sleep(Duration::from_secs(cut_seconds()).saturating_sub(cut_at.elapsed()));
+    sites.wan.cable.mend();
+    catches_up(&sites, "cut");
+
+    for _ in 0..4 {
+        sites.wan.cable.cut();
+        std::thread::sleep(Duration::from_millis(1500));
+        sites.wan.cable.mend();
+        std::thread::sleep(Duration::from_millis(1500));
+    }
+    catches_up(&sites, "flapping");
+
+    sites.wan.cable.set_reordered_ppm(30_000);
+    sites.wan.cable.set_lost_ppm(20_000);
+    write_wal(&sites.primary, 4 * MB);
+    catches_up(&sites, "2 % lost, 3 % out of order");
+    sites.wan.cable.set_reordered_ppm(0);
+    sites.wan.cable.set_lost_ppm(0);
+
+    // TLS notices each of them, and the connection is a new one.
+    for _ in 0..3 {
+        let sessions = sites.far.status()["upstream"]["sessions"].as_u64();
+        sites.wan.cable.flip(1);
+        wait_until("a bit to be flipped", || sites.wan.cable.left_to_flip() == 0);
+        wait_until("a new session", || sites.far.status()["upstream"]["sessions"].as_u64() > sessions);
+    }
+    catches_up(&sites, "bits flipped under TLS");
+    drop(writing);
+    let upto = sites.primary.flushed();
+    sites.far.wait_flushed(upto);
+    standby.wait_replayed(upto);
+    assert_equal_clusters(&sites.primary, &standby);
+    assert_eq!(sites.far.status()["upstream"]["needs_attention"], false);
+}
