@@ -9,6 +9,7 @@ use crate::support::lab::Installation;
 use crate::support::load::{pgbench, pgbench_tables, write_wal};
 use crate::support::postgres::{Postgres, Stop};
 use crate::support::raw::RawClient;
+use crate::support::relay::Relay;
 use crate::support::two_sites::TwoSites;
 use crate::support::wait::{wait_for, wait_until};
 use crate::support::{lsn, lsn_text};
@@ -22,11 +23,36 @@ fn megabytes(bytes: u64) -> f64 {
 }
 
 /// What it took to get `bytes` of WAL over the cable.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Crossing {
     seconds: f64,
     bytes: u64,
     on_the_wire: u64,
+}
+
+impl std::ops::AddAssign for Crossing {
+    fn add_assign(&mut self, other: Self) {
+        self.seconds += other.seconds;
+        self.bytes += other.bytes;
+        self.on_the_wire += other.on_the_wire;
+    }
+}
+
+/// What is written.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Pgbench,
+    Incompressible,
+}
+
+impl Kind {
+    /// Returns its end.
+    fn write(self, primary: &Postgres, bytes: u64) -> u64 {
+        match self {
+            Self::Pgbench => write_pgbench_wal(primary, bytes),
+            Self::Incompressible => write_incompressible_wal(primary, bytes),
+        }
+    }
 }
 
 /// From the first bytes over the cable to the moment when `reached` says so.
@@ -38,11 +64,7 @@ fn cross(sites: &TwoSites, bytes: u64, start: impl FnOnce(), reached: impl Fn() 
         (sites.wan.bytes_to_far() > before + 64 * 1024).then(Instant::now)
     });
     wait_until("all WAL to be at the far end", reached);
-    Crossing {
-        seconds: begun.elapsed().as_secs_f64(),
-        bytes,
-        on_the_wire: sites.wan.bytes_to_far() - before,
-    }
+    Crossing { seconds: begun.elapsed().as_secs_f64(), bytes, on_the_wire: sites.wan.bytes_to_far() - before }
 }
 
 /// WAL as pgbench makes it after a checkpoint, with its page images; returns its end.
@@ -78,46 +100,59 @@ fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
     let mut direct = sites.direct_standby("direct");
     direct.wait_replayed(sites.primary.flushed());
     println!("| WAL | MB | direct s | link s | faster | on the wire: direct MB | link MB | ratio |");
-    for (what, shrinks) in [("pgbench with page images", true), ("incompressible", false)] {
-        direct.stop(Stop::Fast);
-        sites.far.terminate();
-        let from = sites.primary.flushed();
-        let to = if shrinks {
-            write_pgbench_wal(&sites.primary, 40 * MB)
-        } else {
-            write_incompressible_wal(&sites.primary, 20 * MB)
-        };
-        sites.near.wait_flushed(to);
-        sites.wan.cable.set_rate(RATE_BITS);
-        sites.wan.cable.set_lost_ppm(LOST_PPM);
-        let primary = &sites.primary;
-        let by_postgres = cross(&sites, to - from, || direct.launch(), || primary.reported_flush("direct") >= to);
-        let mut far = std::mem::replace(&mut sites.far, crate::support::relay::Relay::new("nobody", 1));
-        let by_link = cross(&sites, to - from, || far.launch(), {
-            let near = &sites.near;
-            move || near.downstream("far").iter().any(|session| session["flush_lsn"].as_str().is_some_and(|text| lsn(text) >= to))
-        });
-        sites.far = far;
-        sites.wan.cable.set_rate(0);
-        sites.wan.cable.set_lost_ppm(0);
+    let cases = [
+        // Several times: when a packet is lost is chance, and decides how fast PostgreSQL's stream gets.
+        (Kind::Pgbench, 3, LOST_PPM),
+        // Without loss, so that nothing is chance.
+        (Kind::Incompressible, 1, 0),
+    ];
+    for (kind, rounds, lost_ppm) in cases {
+        let (mut by_postgres, mut by_link) = (Crossing::default(), Crossing::default());
+        for _ in 0..rounds {
+            direct.stop(Stop::Fast);
+            sites.far.terminate();
+            let from = sites.primary.flushed();
+            let to = kind.write(&sites.primary, 16 * MB);
+            sites.near.wait_flushed(to);
+            sites.wan.cable.set_rate(RATE_BITS);
+            sites.wan.cable.set_lost_ppm(lost_ppm);
+            let primary = &sites.primary;
+            by_postgres +=
+                cross(&sites, to - from, || direct.launch(), || primary.reported_flush("direct") >= to);
+            let mut far = std::mem::replace(&mut sites.far, Relay::new("nobody", 1));
+            let has_flushed = |session: &serde_json::Value| {
+                session["flush_lsn"].as_str().is_some_and(|text| lsn(text) >= to)
+            };
+            by_link += cross(
+                &sites,
+                to - from,
+                || far.launch(),
+                || sites.near.downstream("far").iter().any(has_flushed),
+            );
+            sites.far = far;
+            sites.wan.cable.set_rate(0);
+            sites.wan.cable.set_lost_ppm(0);
+            assert_same_wal(&sites.far.wal_dir(), &sites.primary, to);
+            wait_until("the standby to serve", || RawClient::sql(direct.port).is_ok());
+        }
         let faster = by_postgres.seconds / by_link.seconds;
         let ratio = by_postgres.on_the_wire as f64 / by_link.on_the_wire as f64;
         println!(
-            "| {what} | {:.0} | {:.2} | {:.2} | {faster:.2} | {:.1} | {:.1} | {ratio:.2} |",
+            "| {kind:?} | {:.0} | {:.2} | {:.2} | {faster:.2} | {:.1} | {:.1} | {ratio:.2} |",
             megabytes(by_postgres.bytes),
             by_postgres.seconds,
             by_link.seconds,
             megabytes(by_postgres.on_the_wire),
             megabytes(by_link.on_the_wire),
         );
-        assert_same_wal(&sites.far.wal_dir(), &sites.primary, to);
-        if shrinks {
-            assert!(ratio > 3.0, "WAL of pgbench shrinks more than {ratio:.2}");
-            assert!(faster >= 0.9 * ratio, "{faster:.2} times faster, and {ratio:.2} times smaller");
-        } else {
-            assert!(faster >= 0.95, "slower: {faster:.2}");
+        match kind {
+            Kind::Pgbench => {
+                assert!(ratio > 3.0, "WAL of pgbench shrinks more than {ratio:.2}");
+                assert!(faster >= 0.9 * ratio, "{faster:.2} times faster, and {ratio:.2} times smaller");
+            }
+            // As much again as a busy machine may take away.
+            Kind::Incompressible => assert!(faster >= 0.9, "slower: {faster:.2}"),
         }
-        wait_until("the standby to serve", || RawClient::sql(direct.port).is_ok());
     }
 }
 
@@ -159,7 +194,8 @@ fn commits_are_seen_at_the_far_end_no_later_than_by_a_standby_of_the_primary() {
     client.rows("create table seen (id serial primary key, filling text)").unwrap();
     for number in 0..300 {
         client.rows("insert into seen (filling) select repeat(md5(random()::text), 10)").unwrap();
-        let position = lsn(client.rows("select pg_current_wal_flush_lsn()").unwrap()[0][0].as_deref().unwrap());
+        let position =
+            lsn(client.rows("select pg_current_wal_flush_lsn()").unwrap()[0][0].as_deref().unwrap());
         let committed = Instant::now();
         for (tell, _) in &watching {
             tell.send((position, committed)).unwrap();
@@ -213,7 +249,9 @@ fn whatever_the_cable_does_the_far_end_catches_up_with_the_primarys_bytes() {
     let writing = load(&sites);
     sites.wan.cable.cut();
     let cut_at = Instant::now();
-    wait_until("the far relay to give the connection up", || sites.far.metric("walrelay_upstream_streaming") == Some(0.0));
+    wait_until("the far relay to give the connection up", || {
+        sites.far.metric("walrelay_upstream_streaming") == Some(0.0)
+    });
     wait_until("the near relay to give the connection up", || sites.near.downstream("far").is_empty());
     assert!(cut_at.elapsed() < Duration::from_secs(20), "given up after {:?}", cut_at.elapsed());
     std::thread::sleep(Duration::from_secs(cut_seconds()).saturating_sub(cut_at.elapsed()));
@@ -238,9 +276,14 @@ fn whatever_the_cable_does_the_far_end_catches_up_with_the_primarys_bytes() {
     // TLS notices each of them, and the connection is a new one.
     for _ in 0..3 {
         let sessions = sites.far.status()["upstream"]["sessions"].as_u64();
-        sites.wan.cable.flip(1);
-        wait_until("a bit to be flipped", || sites.wan.cable.left_to_flip() == 0);
-        wait_until("a new session", || sites.far.status()["upstream"]["sessions"].as_u64() > sessions);
+        wait_until("a new session", || {
+            // It may hit another connection than the stream's.
+            if sites.wan.cable.left_to_flip() == 0 {
+                sites.wan.cable.flip(1);
+            }
+            sites.far.status()["upstream"]["sessions"].as_u64() > sessions
+        });
+        sites.wan.cable.flip(0);
     }
     catches_up(&sites, "bits flipped under TLS");
     drop(writing);

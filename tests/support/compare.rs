@@ -187,7 +187,15 @@ fn check_indexes(primary: &Postgres, standby: &Postgres) {
     standby.wait_replayed(primary.flushed());
     let report = Program::new(installation.program("pg_amcheck"))
         // By its socket, which is there wherever the server's network is.
-        .args(["--heapallindexed", "-h", standby.socket_folder().to_str().unwrap(), "-U", "postgres", "-d", "postgres"])
+        .args([
+            "--heapallindexed",
+            "-h",
+            standby.socket_folder().to_str().unwrap(),
+            "-U",
+            "postgres",
+            "-d",
+            "postgres",
+        ])
         .args(["-p", &standby.port.to_string()])
         .run();
     assert_eq!(report, "", "pg_amcheck complains");

@@ -38,14 +38,21 @@ impl TwoSites {
         primary.add_settings("ssl = on\nssl_cert_file = 'server.crt'\nssl_key_file = 'server.key'");
         primary.sql("create role far replication login password 'secret'");
         let rules = std::fs::read_to_string(data.join("pg_hba.conf")).unwrap();
-        std::fs::write(data.join("pg_hba.conf"), format!("hostssl replication far {FAR}/32 scram-sha-256\n{rules}")).unwrap();
+        std::fs::write(
+            data.join("pg_hba.conf"),
+            format!("hostssl replication far {FAR}/32 scram-sha-256\n{rules}"),
+        )
+        .unwrap();
         primary.restart(Stop::Fast);
 
         let mut near = Relay::new("near", primary.port).within(&wan.near).with_token();
         let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'far'");
         let users = near.write_file("users.toml", &format!("far = \"{verifier}\"\n"));
         near.set("downstream.users", &format!("{users:?}"));
-        near.set("downstream.tls", &format!("{{ cert = {:?}, key = {:?} }}", certificate.cert, certificate.key));
+        near.set(
+            "downstream.tls",
+            &format!("{{ cert = {:?}, key = {:?} }}", certificate.cert, certificate.key),
+        );
         near.set("downstream.listen", &format!("[\"127.0.0.1:{0}\", \"{NEAR}:{0}\"]", near.port));
         near.start();
         let conninfo = Self::conninfo_of(near.port, "far", &authority.root());
@@ -75,7 +82,10 @@ impl TwoSites {
 
     /// A standby at the far end that streams from the relay there.
     pub(crate) fn relayed_standby(&self, name: &str) -> Postgres {
-        let conninfo = format!("host=127.0.0.1 port={} user=postgres application_name={name} sslmode=disable", self.far.port);
+        let conninfo = format!(
+            "host=127.0.0.1 port={} user=postgres application_name={name} sslmode=disable",
+            self.far.port
+        );
         self.primary.standby_by(&conninfo, "", Some(&self.wan.far))
     }
 
