@@ -326,7 +326,6 @@ impl UpstreamError {
             | Self::UnknownPeer(_)
             | Self::WrongPeer { .. }
             | Self::NoChannelBinding(_)
-            | Self::Tls { .. }
             | Self::NoTls
             | Self::NoAlpn
             | Self::ErrorBeforeTls
@@ -335,6 +334,8 @@ impl UpstreamError {
             | Self::OldProtocol { .. }
             | Self::LinkDeclined { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
+            Self::Tls { source, .. } if source.is_lasting() => Advice::RetryLater,
+            Self::Tls { .. } => Advice::Retry,
             Self::Link(error) if error.needs_a_person() => Advice::TellAHuman,
             Self::Link(_) => Advice::Retry,
             Self::Unsupported(_)
@@ -411,7 +412,7 @@ impl UpstreamError {
             | Self::NoAlpn
             | Self::NoCertificate(_)
             | Self::OldProtocol { .. } => true,
-            Self::Tls { source, .. } => !matches!(**source, TlsError::Io(_)),
+            Self::Tls { source, .. } => source.is_lasting(),
             Self::AllHosts(errors) => errors.iter().all(|(_, error)| error.is_refusal()),
             _ => false,
         }

@@ -132,9 +132,11 @@ fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
             sites.far = far;
             sites.wan.cable.set_rate(0);
             sites.wan.cable.set_lost_ppm(0);
-            assert_same_wal(&sites.far.wal_dir(), &sites.primary, to);
             wait_until("the standby to serve", || RawClient::sql(direct.port).is_ok());
         }
+        let upto = sites.primary.flushed();
+        sites.far.wait_flushed(upto);
+        assert_same_wal(&sites.far.wal_dir(), &sites.primary, upto);
         let faster = by_postgres.seconds / by_link.seconds;
         let ratio = by_postgres.on_the_wire as f64 / by_link.on_the_wire as f64;
         println!(
@@ -276,14 +278,18 @@ fn whatever_the_cable_does_the_far_end_catches_up_with_the_primarys_bytes() {
     // TLS notices each of them, and the connection is a new one.
     for _ in 0..3 {
         let sessions = sites.far.status()["upstream"]["sessions"].as_u64();
+        let mut flipped_at = Instant::now();
+        sites.wan.cable.flip(1);
         wait_until("a new session", || {
-            // It may hit another connection than the stream's.
-            if sites.wan.cable.left_to_flip() == 0 {
+            // It may have hit another connection than the stream's.
+            if flipped_at.elapsed() > Duration::from_secs(10)
+                && sites.far.metric("walrelay_upstream_streaming") == Some(1.0)
+            {
+                flipped_at = Instant::now();
                 sites.wan.cable.flip(1);
             }
             sites.far.status()["upstream"]["sessions"].as_u64() > sessions
         });
-        sites.wan.cable.flip(0);
     }
     catches_up(&sites, "bits flipped under TLS");
     drop(writing);

@@ -21,7 +21,7 @@ mod trust;
 use std::{io, path::PathBuf, sync::Arc};
 
 use rustls::{
-    Error,
+    AlertDescription, Error,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{CertificateDer, PrivateKeyDer},
     sign::CertifiedKey,
@@ -108,6 +108,39 @@ impl TlsError {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
             Some(tls) => Self::Handshake(tls.clone()),
             None => Self::Io(error),
+        }
+    }
+}
+
+impl TlsError {
+    /// Whether the next attempt will most likely fail in the same way: something is not as the settings have it. What only
+    /// broke off, or arrived spoiled, passes.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Io(_) => false,
+            Self::Handshake(error) => matches!(
+                error,
+                Error::InvalidCertificate(_)
+                    | Error::InvalidCertRevocationList(_)
+                    | Error::PeerIncompatible(_)
+                    | Error::NoCertificatesPresented
+                    | Error::NoApplicationProtocol
+                    | Error::AlertReceived(
+                        AlertDescription::HandshakeFailure
+                            | AlertDescription::BadCertificate
+                            | AlertDescription::UnsupportedCertificate
+                            | AlertDescription::CertificateRevoked
+                            | AlertDescription::CertificateExpired
+                            | AlertDescription::CertificateUnknown
+                            | AlertDescription::CertificateRequired
+                            | AlertDescription::UnknownCA
+                            | AlertDescription::AccessDenied
+                            | AlertDescription::ProtocolVersion
+                            | AlertDescription::InsufficientSecurity
+                            | AlertDescription::NoApplicationProtocol
+                    )
+            ),
+            _ => true,
         }
     }
 }
