@@ -14,7 +14,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -146,6 +146,7 @@ impl Relay {
             instances: instances.subscribe(),
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
+            started: Instant::now(),
         });
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);

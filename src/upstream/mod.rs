@@ -29,6 +29,7 @@ mod slot_advance;
 mod slot_cost;
 mod slot_memory;
 mod slot_use;
+mod synchronous;
 #[cfg(test)]
 mod tests;
 mod walreceiver;
@@ -58,7 +59,8 @@ use crate::upstream::connect::{Beginning, Connected, Order, StreamPlan};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
-use crate::upstream::retained::Retained;
+use crate::upstream::retained::{Retained, SlotMover};
+use crate::upstream::slot::SlotOrigin;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -129,6 +131,16 @@ pub struct Upstream {
 impl Upstream {
     /// Runs until shutdown. Errors end sessions, not this task.
     pub async fn run(mut self) {
+        let watch = self.expectation().watch();
+        tokio::select! {
+            () = self.follow_until_stopped() => {}
+            // Only to be heard meanwhile.
+            () = watch => {}
+        }
+        self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
+    }
+
+    async fn follow_until_stopped(&mut self) {
         let mut course = Course::new(self.settings.retry_interval);
         fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
@@ -145,7 +157,6 @@ impl Upstream {
                 () = watch => {}
             }
         }
-        self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
     }
 
     /// One session, and the pause behind it; `leave` ends both.
@@ -303,6 +314,8 @@ impl Upstream {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
             Arc::new(retained)
         });
+        let is_slot_holding_back =
+            retained.is_some() && mover == SlotMover::Reports && slot.origin != SlotOrigin::Created;
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
@@ -312,7 +325,8 @@ impl Upstream {
         self.tell_streaming(&planned, course, host.clone(), is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, host, introduction, settings, lost: planned.lost, retained })
+        let lost = planned.lost;
+        Ok(Opened { streaming, host, introduction, settings, lost, retained, is_slot_holding_back })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -380,6 +394,8 @@ struct Opened {
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
     retained: Option<Arc<Retained>>,
+    /// Whether the slot by which WAL is streamed may hold back what an earlier process told.
+    is_slot_holding_back: bool,
 }
 
 /// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.

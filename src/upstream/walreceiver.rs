@@ -129,7 +129,7 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, introduction, settings, lost, retained, .. } = opened;
+        let Opened { streaming, introduction, settings, lost, retained, is_slot_holding_back, .. } = opened;
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -139,6 +139,8 @@ impl<'a> WalReceiver<'a> {
         let (read, write) = streaming.socket.into_split();
         let mut stream = CopyStream::new();
         stream.push(streaming.already_read, streaming.block.0);
+        let feedbacks = context.feedbacks.as_ref().filter(|_| is_slot_holding_back);
+        let silent_until = feedbacks.map(|feedbacks| feedbacks.complete_from());
         let mut session = Receiver::new(settings, progress, Instant::now());
         if let Some(lost) = lost {
             session.vouch_only_from(lost.to);
@@ -150,7 +152,7 @@ impl<'a> WalReceiver<'a> {
             introduction,
             gathering: Gathering::new(),
             held_back: Feedback::default(),
-            feedback: FeedbackSender::default(),
+            feedback: FeedbackSender::silent_until(silent_until),
             blocks: BlockReader::new(streaming.block, context.writer.memory_bytes_max()),
             context,
             read,

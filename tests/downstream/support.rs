@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -168,6 +168,7 @@ impl Relay {
             instances: watch::Sender::default().subscribe(),
             metrics: AllMetrics::default().downstream,
             cold_reads: ColdReads::default(),
+            started: Instant::now(),
         };
         let shutdown = CancellationToken::new();
         let served = tokio::spawn(serve(Arc::new(context), vec![listener], shutdown.clone()));
