@@ -209,7 +209,8 @@ pub struct UpstreamStatus {
     pub sessions: u64,
     /// What is acknowledged.
     pub acknowledge: AcknowledgeStatus,
-    /// `pg_stat_replication.sync_state` of this relay there, as last seen; absent where the server does not tell.
+    /// `pg_stat_replication.sync_state` of this relay there, as last seen; absent where the server does not tell, and when it has
+    /// not been seen for too long.
     pub sync_state: Option<String>,
     /// Others that report there under this relay's `application_name`; absent where the server does not tell.
     pub namesakes: Option<u32>,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use walrelay::store::disk::OpenMode;
+use walrelay::store::disk::{DIRECT_READ_BYTES, OpenMode};
 use walrelay::store::{
     Access, AppendError, BlockId, Condition, Disk, Identity, Observer, Positions, Read, ReadError, RealDisk,
     RetentionLimits, ServerFacts, SlotKind, Store, StoreError, StoreSettings, WalWriter, WhenInvalid,
@@ -480,22 +480,84 @@ fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     assert_eq!((promised, opened.store.oldest()), (oldest, oldest), "the slot points at WAL that is gone");
 }
 
+/// The disk does not answer who reads from it alone.
+#[derive(Default)]
+struct Stalled {
+    state: Mutex<Stall>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Stall {
+    is_met: bool,
+    is_over: bool,
+}
+
+impl Hooks for Stalled {
+    fn before_direct_read(&self) {
+        let mut state = self.state.lock();
+        state.is_met = true;
+        self.changed.notify_all();
+        self.changed.wait_while(&mut state, |state| !state.is_over);
+    }
+}
+
 #[test]
-fn what_is_read_from_the_disk_is_not_what_the_system_remembers() {
+fn a_stop_does_not_wait_for_a_disk_that_does_not_answer_the_scrubber() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = some_wal(3 << 20);
+    let mut opened = fresh(dir.path(), &wal);
+    deliver(&mut opened, &wal);
+    opened.watch.wait_until("all", |now| now.flushed == wal.end() && now.sealed.is_some());
+    drop(opened);
+    let stalled = Arc::new(Stalled::default());
+    let settings = StoreSettings { scrub_interval: Some(Duration::from_secs(1)), ..settings(dir.path()) };
+    let opened = open_on(Arc::new(HookedDisk(stalled.clone())), settings).unwrap();
+    stalled.changed.wait_while(&mut stalled.state.lock(), |state| !state.is_met);
+    let (stopped, has_stopped) = std::sync::mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        opened.store.shutdown();
+        drop(opened);
+        stopped.send(()).unwrap();
+    });
+    let in_time = has_stopped.recv_timeout(Duration::from_secs(10));
+    stalled.state.lock().is_over = true;
+    stalled.changed.notify_all();
+    in_time.expect("the stop waits for the scrubber");
+}
+
+#[test]
+fn what_is_read_from_the_disk_is_not_what_the_system_remembers_and_does_not_change_that() {
     const BYTES: usize = 1 << 20;
     // Where files are memory there is nothing else to read.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("file");
     let file = RealDisk.open(&path, OpenMode::CreateNew).unwrap();
-    let content = vec![7; BYTES];
+    let content: Vec<u8> = (0..=u8::MAX).cycle().take(BYTES).collect();
     file.write_at(&[std::io::IoSlice::new(&content)], 0).unwrap();
     file.sync().unwrap();
     let mapping = RealDisk.map(&path, BYTES as u64).unwrap();
-    let whole = 0..BYTES;
-    assert!(mapping.is_resident(whole.clone()), "it was just written");
+    let is_resident = || mapping.is_resident(0..BYTES);
+    assert!(is_resident(), "it was just written");
+    let mut buffer = vec![0; BYTES + DIRECT_READ_BYTES];
+    let start = buffer.as_ptr().align_offset(DIRECT_READ_BYTES);
+    let mut read_whole = || {
+        let buffer = &mut buffer[start..start + BYTES];
+        buffer.fill(0);
+        let again = RealDisk.open(&path, OpenMode::ReadFromDisk).unwrap();
+        assert_eq!(again.read_at(buffer, 0).unwrap(), BYTES);
+        buffer == content
+    };
+    assert!(read_whole());
+    assert!(is_resident(), "somebody may just be sending it");
+    let forget = std::fs::File::open(&path).unwrap();
+    rustix::fs::fadvise(&forget, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    assert!(!is_resident());
+    assert!(read_whole());
+    assert!(!is_resident(), "it was read by way of the memory");
+    // What no disk can give like this is given nevertheless.
     let again = RealDisk.open(&path, OpenMode::ReadFromDisk).unwrap();
-    assert!(!mapping.is_resident(whole), "it is read again");
-    let mut read = vec![0; BYTES];
-    assert_eq!(again.read_at(&mut read, 0).unwrap(), read.len());
-    assert_eq!(read, content);
+    let mut odd = vec![0; 1001];
+    assert_eq!(again.read_at(&mut odd, 513).unwrap(), odd.len());
+    assert_eq!(odd, content[513..513 + 1001]);
 }

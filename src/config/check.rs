@@ -2,7 +2,7 @@
 //!
 //! Reads no file; the users and the token have been read before.
 
-use std::{ops::RangeInclusive, path::Path, time::Duration};
+use std::{collections::BTreeMap, ops::RangeInclusive, path::Path, time::Duration};
 
 use secrecy::SecretString;
 
@@ -190,13 +190,15 @@ fn send_policies(raw: &RawDownstream) -> Result<SendPolicies, Problem> {
         "flushed" => Ok(SendPolicy::Flushed),
         other => Err(Problem::invalid(key, other, "expected \"received\" or \"flushed\"")),
     };
-    let named = |(name, text): (&String, &String)| {
-        Ok((name.to_ascii_lowercase(), policy("downstream.send_to", text)?))
-    };
-    Ok(SendPolicies {
-        default: policy("downstream.send", &raw.send)?,
-        by_name: raw.send_to.iter().map(named).collect::<Result<_, _>>()?,
-    })
+    const NAMED: &str = "downstream.send_to";
+    let mut by_name = BTreeMap::new();
+    for (name, text) in &raw.send_to {
+        // As application names are compared.
+        if by_name.insert(name.to_ascii_lowercase(), policy(NAMED, text)?).is_some() {
+            return Err(Problem::invalid(NAMED, name, "the name is there twice; case does not matter"));
+        }
+    }
+    Ok(SendPolicies { default: policy("downstream.send", &raw.send)?, by_name })
 }
 
 /// With users, everybody proves who they are; without, only this machine may connect, if that is allowed.

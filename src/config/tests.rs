@@ -366,6 +366,15 @@ fn who_is_sent_what_is_one_of_two() {
 }
 
 #[test]
+fn who_is_sent_what_is_said_once_for_each_application_name() {
+    assert_eq!(
+        complaint("[downstream]\nsend_to = { archiver = \"flushed\", Archiver = \"received\" }"),
+        "line 2: invalid value for parameter \"downstream.send_to\": \"archiver\" \
+         (the name is there twice; case does not matter)"
+    );
+}
+
+#[test]
 fn what_has_no_default_must_be_set() {
     assert_eq!(complaint_about(""), "parameter \"relay.name\" must be set, as in name = \"dc1_a\"");
     assert_eq!(

@@ -23,7 +23,7 @@ mod walsender;
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -85,6 +85,8 @@ pub struct DownstreamContext {
     pub metrics: DownstreamMetrics,
     /// Reads from the disk.
     pub cold_reads: ColdReads,
+    /// When the relay began to serve.
+    pub started: Instant,
 }
 
 /// One stream among those that are counted; ends when dropped.
@@ -95,6 +97,10 @@ impl Feedbacks for DownstreamContext {
         // What was said before it could be checked is checked again: the primary would take nothing of what goes with it.
         let next = self.store.next_xid();
         self.registry.feedback(next).and(self.store.slots().feedback(next))
+    }
+
+    fn complete_from(&self) -> Instant {
+        self.started + RETURN_TIME
     }
 }
 
@@ -349,6 +355,9 @@ async fn end_handshake<S: Stream>(
     let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.shutdown()).await;
 }
 
+/// Time in which standbys are back after a restart and have told what they hold back, with `wal_retrieve_retry_interval` and
+/// `wal_receiver_status_interval` at their defaults.
+const RETURN_TIME: Duration = Duration::from_secs(15);
 /// Reads from the disk at a time, over all streams.
 pub const COLD_READS_MAX: usize = 4;
 /// Pause after a failed accept.

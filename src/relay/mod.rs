@@ -15,7 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -154,6 +154,7 @@ impl Relay {
             links: Arc::new(Links::new(&config.downstream.links, metrics.link.clone())),
             metrics: metrics.downstream.clone(),
             cold_reads: ColdReads::default(),
+            started: Instant::now(),
         });
         let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));

@@ -199,7 +199,7 @@ pub(super) fn condition_text(condition: &Condition) -> String {
     }
 }
 
-fn error_text(error: &StoreError) -> String {
+pub(super) fn error_text(error: &StoreError) -> String {
     let cause = std::error::Error::source(error);
     cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"))
 }

@@ -1,20 +1,22 @@
 //! The alarm for WAL that was acknowledged and is nowhere but here.
 //!
 //! Looks every second at what was acknowledged and what standbys have, whether or not there is an upstream. Sets gauges and the
-//! status, and says so once when it has lasted. After a restart nobody knows what was acknowledged before: until something is,
-//! all that is durable here counts.
+//! status, says so once when it has lasted, and has the store remember it for the next process. After a restart nobody knows
+//! what was acknowledged before: until something is, all that is durable here counts.
 
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::downstream::Registry;
 use crate::metrics::{StoreMetrics, bytes_value};
+use crate::relay::observer::error_text;
 use crate::session::acknowledge::Standbys;
-use crate::session::only_copy::{Held, OnlyCopy, OnlyCopyTracker};
+use crate::session::only_copy::{Held, Known, OnlyCopy, OnlyCopyTracker, Recalled};
 use crate::status::{OnlyCopyStatus, Timestamp, UpstreamStatus};
-use crate::store::Store;
-use crate::wal::PgTimestamp;
+use crate::store::{OnlyCopySince, Store, StoreError};
+use crate::wal::{Lsn, PgTimestamp, TimelineId};
 
 /// Where the state of it is taken from, and where it goes.
 pub(super) struct OnlyCopyAlarm {
@@ -29,12 +31,22 @@ impl OnlyCopyAlarm {
     /// Never comes back.
     pub(super) async fn run(self) {
         let (mut tracker, mut has_warned) = (OnlyCopyTracker::default(), false);
+        let mut memory = Memory { store: self.store.clone(), said: None, saving: None, saved_at: None };
+        if let Some(OnlyCopySince { timeline, elsewhere, end, age }) = self.store.only_copy_before() {
+            // No more is told than is known.
+            let age = age.unwrap_or_default();
+            tracker.recall(Instant::now(), Recalled { timeline, elsewhere, end, age });
+        }
         let mut interval = tokio::time::interval(LOOK_INTERVAL);
         loop {
             interval.tick().await;
-            let Some(held) = self.held() else { continue };
-            let now = tracker.update(Instant::now(), held);
+            let Some(held) = self.held(tracker.timeline()) else { continue };
+            let moment = Instant::now();
+            let now = tracker.update(moment, held);
             self.publish(now);
+            if self.upstream.borrow().acknowledge.flush.is_some() {
+                memory.keep(moment, held.timeline, tracker.known(moment)).await;
+            }
             let lasts = now.age >= WARN_AFTER;
             if lasts && !has_warned {
                 tracing::warn!(
@@ -47,16 +59,16 @@ impl OnlyCopyAlarm {
         }
     }
 
-    fn held(&self) -> Option<Held> {
+    fn held(&self, before: Option<TimelineId>) -> Option<Held> {
         let (positions, oldest) = (self.store.positions()?, self.store.oldest()?);
-        let begun = self.store.lineage()?.ancestors().last().map(|ancestor| ancestor.switch_lsn);
+        let left = before.and_then(|before| self.store.lineage()?.left(before)).map(|(fork, _)| fork);
         let mut flushed = None;
         self.registry.show(positions.timeline, &mut |standbys| {
             flushed = standbys.iter().filter_map(|standby| standby.flush).max();
         });
         let acknowledged = self.upstream.borrow().acknowledge.flush.unwrap_or(positions.flushed);
         let acknowledged = acknowledged.min(positions.flushed);
-        Some(Held { timeline: positions.timeline, begun, acknowledged, oldest, flushed })
+        Some(Held { timeline: positions.timeline, left, acknowledged, oldest, flushed })
     }
 
     fn publish(&self, now: OnlyCopy) {
@@ -68,6 +80,45 @@ impl OnlyCopyAlarm {
         self.told.send_replace(Some(OnlyCopyStatus { bytes, since }));
     }
 }
+
+/// What the next process will know.
+struct Memory {
+    store: Store,
+    /// What is written down, or being written: the timeline, what standbys have, and whether more was acknowledged.
+    said: Option<(TimelineId, Option<Lsn>, bool)>,
+    saving: Option<JoinHandle<Result<(), StoreError>>>,
+    saved_at: Option<Instant>,
+}
+
+impl Memory {
+    /// Has it written down, one write at a time, and not too often; what was written before is on the safe side meanwhile: no
+    /// less was only here.
+    async fn keep(&mut self, now: Instant, timeline: TimelineId, known: Known) {
+        if self.saving.as_ref().is_some_and(|saving| !saving.is_finished()) {
+            return;
+        }
+        if let Some(saving) = self.saving.take()
+            && let Ok(Err(error)) = saving.await
+        {
+            tracing::warn!(
+                error = %error_text(&error),
+                "could not write down since when WAL is nowhere but here"
+            );
+            self.said = None;
+        }
+        let wanted = Some((timeline, known.elsewhere, known.age.is_some()));
+        let is_due = self.saved_at.is_none_or(|at| now.saturating_duration_since(at) >= SAVE_INTERVAL);
+        if !is_due || self.said == wanted {
+            return;
+        }
+        (self.said, self.saved_at) = (wanted, Some(now));
+        let (store, Known { elsewhere, age }) = (self.store.clone(), known);
+        self.saving = Some(tokio::task::spawn_blocking(move || store.remember_only_copy(elsewhere, age)));
+    }
+}
+
+/// Changes are written down at most so often.
+const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How often it is looked.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);

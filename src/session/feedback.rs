@@ -1,7 +1,8 @@
 //! Hot standby feedback: what the standbys behind us still read, told upstream as one.
 //!
 //! Owns the smallest of what they hold back, in 64 bits, and when it is told: at once at the beginning of a session, soon when
-//! it has changed, and again from time to time. Asks nobody and sends nothing.
+//! it has changed, and again from time to time. Just after the start of the relay a slot's memory is not overwritten: the
+//! standbys it stands for are still coming back. Asks nobody and sends nothing.
 
 use std::time::{Duration, Instant};
 
@@ -11,15 +12,25 @@ use crate::protocol::feedback::Feedback;
 pub trait Feedbacks: Send + Sync {
     /// The smallest of it.
     fn smallest(&self) -> Feedback;
+
+    /// Until then standbys that were there before this process began may not have come back.
+    fn complete_from(&self) -> Instant;
 }
 
 /// When feedback is told in one upstream session.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct FeedbackSender {
+    /// Nothing is told before.
+    silent_until: Option<Instant>,
     sent: Option<(Feedback, Instant)>,
 }
 
 impl FeedbackSender {
+    /// One that says nothing before `silent_until`: the slot that the session streams by keeps what was told by it before.
+    pub fn silent_until(silent_until: Option<Instant>) -> Self {
+        Self { silent_until, sent: None }
+    }
+
     /// What to tell now, if anything; it counts as told.
     pub fn poll(&mut self, now: Instant, wanted: Feedback) -> Option<Feedback> {
         if self.due(wanted).is_some_and(|due| now < due) || self.is_settled(wanted) {
@@ -31,7 +42,7 @@ impl FeedbackSender {
 
     /// When [`Self::poll`] has something to tell, if nothing changes; `None`: at once, or never again.
     pub fn due(&self, wanted: Feedback) -> Option<Instant> {
-        let (told, at) = self.sent?;
+        let Some((told, at)) = self.sent else { return self.silent_until };
         (!self.is_settled(wanted)).then_some(())?;
         Some(at + if told == wanted { REPEAT_INTERVAL } else { CHANGE_INTERVAL_MIN })
     }
@@ -80,6 +91,24 @@ mod tests {
         let later = now + Duration::from_secs(5);
         assert_eq!(sender.poll(later, Feedback::default()), Some(Feedback::default()), "nobody is left");
         assert_eq!(sender.poll(later + Duration::from_secs(50), Feedback::default()), None);
+    }
+
+    #[test]
+    fn what_a_slot_holds_back_stays_until_standbys_had_time_to_come_back() {
+        let start = Instant::now();
+        let until = start + Duration::from_secs(15);
+        let mut sender = FeedbackSender::silent_until(Some(until));
+        let one = Feedback::from_raw(700, 0);
+        for (seconds, wanted) in [(0, Feedback::default()), (5, one)] {
+            let now = start + Duration::from_secs(seconds);
+            assert_eq!(sender.poll(now, wanted), None, "another may need older rows");
+            assert_eq!(sender.due(wanted), Some(until));
+        }
+        assert_eq!(sender.poll(until, one), Some(one));
+        assert_eq!(sender.due(one), Some(until + REPEAT_INTERVAL));
+        let mut nobody = FeedbackSender::silent_until(Some(until));
+        assert_eq!(nobody.poll(until, Feedback::default()), Some(Feedback::default()), "nobody came back");
+        assert_eq!(nobody.due(Feedback::default()), None);
     }
 
     proptest! {

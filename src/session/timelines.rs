@@ -57,10 +57,10 @@ pub fn route(held: &Lineage, end: Lsn, upstream: &TimelineHistory) -> Result<Rou
     if theirs < ours {
         return Err(Refusal::Behind { held: ours, upstream: theirs });
     }
-    // Without a history file nothing is known of the ancestors, but that the first timeline has none.
-    let is_known = !held.ancestors().is_empty() || ours == TimelineId::FIRST;
-    let shared = upstream.ancestors().iter().take_while(|ancestor| ancestor.timeline < ours);
-    let is_other = is_known && !shared.eq(held.ancestors());
+    // Of what was before the oldest timeline that is known here there is no history: it cannot be compared.
+    let oldest = held.ancestors().first().map_or(ours, |ancestor| ancestor.timeline);
+    let shared = upstream.ancestors().iter().filter(|ancestor| (oldest..ours).contains(&ancestor.timeline));
+    let is_other = !shared.eq(held.ancestors());
     if theirs == ours {
         return if is_other { Err(Refusal::OtherHistory(ours)) } else { Ok(Route::Same) };
     }
@@ -140,11 +140,31 @@ mod tests {
         assert_eq!(route(&held, at(700), &history(4, &[(1, 500), (2, 600), (3, 550)])), Err(other));
     }
 
+    #[test]
+    fn of_ancestors_that_are_not_known_only_the_known_ones_are_compared() {
+        let held = lineage(2, &[]);
+        let upstream = history(4, &[(1, 500), (2, 600), (3, 700)]);
+        let fork = |next, lsn| Fork { next: timeline(next), at: at(lsn) };
+        assert_eq!(route(&held, at(600), &upstream), Ok(Route::Follow(fork(3, 600))));
+        let held = held.followed_by(timeline(3), at(600));
+        assert_eq!(route(&held, at(650), &history(3, &[(1, 500), (2, 600)])), Ok(Route::Same));
+        assert_eq!(route(&held, at(650), &upstream), Ok(Route::Finish(fork(4, 700))));
+        // The one that is known was left elsewhere.
+        let other = Err(Refusal::OtherHistory(timeline(3)));
+        assert_eq!(route(&held, at(650), &history(3, &[(1, 500), (2, 601)])), other);
+        assert_eq!(route(&held, at(650), &history(4, &[(1, 500), (3, 700)])), other);
+    }
+
     /// Timelines as they come about: each leaves an earlier one somewhere.
     #[derive(Clone, Debug)]
     struct Tree(Vec<(Option<u32>, u64)>);
 
     impl Tree {
+        /// One of its timelines.
+        fn pick(&self, index: prop::sample::Index) -> u32 {
+            u32::try_from(index.index(self.0.len())).unwrap() + 1
+        }
+
         fn path(&self, last: u32) -> Vec<(u32, u64)> {
             let mut path = Vec::new();
             let mut child = last;
@@ -173,27 +193,35 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(4_000))]
 
         /// Step by step it arrives at the server's timeline, and everything that is kept on the way was written by an ancestor
-        /// of it; or it is refused, and then the server's path does not go through what is held.
+        /// of it; or it is refused, and then the server's path does not go through what is held, as far as that is known. The
+        /// server may be of another family, whose timelines have the same numbers; and of what is held the oldest ancestors may
+        /// not be known.
         #[test]
         fn whoever_is_followed_is_followed_to_the_end(
-            tree in trees(),
-            ours in any::<prop::sample::Index>(),
-            theirs in any::<prop::sample::Index>(),
+            (tree, other) in (trees(), prop::option::of(trees())),
+            (ours, theirs) in any::<(prop::sample::Index, prop::sample::Index)>(),
+            unknown in any::<prop::sample::Index>(),
             ahead in 0_u64..1500,
         ) {
-            let pick = |index: prop::sample::Index| u32::try_from(index.index(tree.0.len())).unwrap() + 1;
-            let (ours, theirs) = (pick(ours), pick(theirs));
-            let (our_path, their_path) = (tree.path(ours), tree.path(theirs));
+            let their_tree = other.as_ref().unwrap_or(&tree);
+            let (ours, theirs) = (tree.pick(ours), their_tree.pick(theirs));
+            let (our_path, their_path) = (tree.path(ours), their_tree.path(theirs));
+            let began = our_path.last().map_or(1, |(_, began)| *began);
+            let known = &our_path[unknown.index(our_path.len() + 1)..];
             let upstream = history(theirs, &their_path);
-            let mut held = lineage(ours, &our_path);
-            let mut end = at(our_path.last().map_or(1, |(_, began)| *began).max(1) + ahead);
-            let is_on_their_path =
-                ours == theirs || their_path.iter().any(|(ancestor, _)| *ancestor == ours);
+            let mut held = lineage(1, &[]);
+            if ours > 1 {
+                let ancestor = |(number, lsn): &(u32, u64)| Ancestor { timeline: timeline(*number), switch_lsn: at(*lsn) };
+                held = Lineage::new(timeline(ours), known.iter().map(ancestor).collect(), SegmentSize::DEFAULT);
+            }
+            let mut end = at(began.max(1) + ahead);
+            let is_on_their_path = is_followable(ours, known, theirs, &their_path);
             for step in 0..20 {
                 match route(&held, end, &upstream) {
                     Ok(Route::Same) => {
                         prop_assert_eq!(held.timeline(), timeline(theirs));
-                        prop_assert_eq!(held.ancestors(), upstream.ancestors());
+                        prop_assert!(upstream.ancestors().ends_with(held.ancestors()));
+                        prop_assert!(known.len() < our_path.len() || held.ancestors() == upstream.ancestors());
                         prop_assert!(is_on_their_path);
                         break;
                     }
@@ -217,5 +245,16 @@ mod tests {
                 prop_assert!(step < 19);
             }
         }
+    }
+
+    /// Whether a server's path goes through a timeline, and came there as it is known here.
+    fn is_followable(ours: u32, known: &[(u32, u64)], theirs: u32, their_path: &[(u32, u64)]) -> bool {
+        let left = their_path.iter().find(|(number, _)| *number == ours);
+        let came = their_path.iter().filter(|(number, _)| *number < ours);
+        let oldest = known.first().map_or(ours, |(number, _)| *number);
+        let came_as_known = came.filter(|(number, _)| *number >= oldest).eq(known);
+        let began = known.last().map_or(0, |(_, began)| *began);
+        let is_passed = ours == theirs || left.is_some_and(|(_, left)| *left >= began);
+        is_passed && came_as_known
     }
 }

@@ -79,7 +79,8 @@ pub trait Mapping: Send + Sync {
 pub enum OpenMode {
     /// An existing file, to read.
     Read,
-    /// An existing file, to read what the disk has: the system's copy in memory goes first, as far as nobody uses it.
+    /// An existing file, to read what the disk has. The system's copy in memory, which others may just be reading, is neither
+    /// read nor changed, if buffers and offsets are multiples of [`DIRECT_READ_BYTES`] and the file system can do so.
     ReadFromDisk,
     /// An existing file, to read and write.
     Write,
@@ -114,7 +115,10 @@ impl Disk for RealDisk {
         let mut options = OpenOptions::new();
         options.read(true);
         match mode {
-            OpenMode::Read | OpenMode::ReadFromDisk => {}
+            OpenMode::Read => {}
+            OpenMode::ReadFromDisk => {
+                options.custom_flags(libc::O_DIRECT);
+            }
             OpenMode::Write => {
                 options.write(true);
             }
@@ -122,10 +126,13 @@ impl Disk for RealDisk {
                 options.write(true).create_new(true).mode(0o600);
             }
         }
-        let file = options.open(path)?;
-        if mode == OpenMode::ReadFromDisk {
-            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        }
+        let file = match options.open(path) {
+            // The file system has no such way.
+            Err(error) if mode == OpenMode::ReadFromDisk && is_invalid(&error) => {
+                options.custom_flags(0).open(path)?
+            }
+            opened => opened?,
+        };
         Ok(Arc::new(RealFile(file)))
     }
 
@@ -246,6 +253,11 @@ impl DiskFile for RealFile {
         loop {
             match FileExt::read_at(&self.0, buffer, offset) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What the disk cannot give as it is asked for is read by way of the memory.
+                Err(error) if is_invalid(&error) && self.is_direct()? => {
+                    let flags = rustix::fs::fcntl_getfl(&self.0)?;
+                    rustix::fs::fcntl_setfl(&self.0, flags - rustix::fs::OFlags::DIRECT)?;
+                }
                 other => return other,
             }
         }
@@ -264,6 +276,19 @@ impl DiskFile for RealFile {
         Ok(self.0.metadata()?.len())
     }
 }
+
+impl RealFile {
+    fn is_direct(&self) -> io::Result<bool> {
+        Ok(rustix::fs::fcntl_getfl(&self.0)?.contains(rustix::fs::OFlags::DIRECT))
+    }
+}
+
+fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// No disk wants reads to be multiples of more.
+pub const DIRECT_READ_BYTES: usize = 4096;
 
 /// What is told of a segment that somebody cut.
 pub(super) const FILE_IS_SHORT: &str = "file is shorter than a segment";

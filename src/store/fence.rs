@@ -87,26 +87,39 @@ pub fn fence_directory(
     must_hold: MustHold,
 ) -> Result<FencedDirectory, StoreError> {
     let layout = Layout::new(data_dir);
-    // One that is not there is not made: it is hardly the right one. One that is empty is closed to others, as at a first start.
-    disk.list(data_dir).map_err(StoreError::io("list", data_dir))?;
+    // One that is not there is not made: it is hardly the right one.
+    let files = disk.list(data_dir).map_err(StoreError::io("list", data_dir))?;
+    let lock_name = layout.lock();
+    let was_opened = files.iter().any(|file| lock_name.ends_with(&file.name));
+    if !was_opened {
+        // Nobody has it open, and one that is refused is left as it was, without a lock.
+        found(disk, &layout, must_hold)?;
+    }
+    // One that is empty is closed to others, as at a first start.
     disk.create_dir(data_dir).map_err(StoreError::io("use directory", data_dir))?;
     let _lock = open::lock(disk, &layout)?;
-    let control = Control::read(disk, &layout)?;
-    let standing = read(disk, &layout)?;
-    let is_right = match must_hold {
-        MustHold::Wal => control.is_some(),
-        MustHold::WalOrFence => control.is_some() || standing.is_some(),
-        MustHold::Nothing => true,
-    };
-    if !is_right {
-        return Err(StoreError::NoWal { path: data_dir.to_owned() });
-    }
+    let (control, standing) = found(disk, &layout, must_hold)?;
     let changes = standing.is_some() != fence.is_some();
     if changes {
         write(disk, &layout, fence)?;
     }
     let fence = if changes { fence } else { standing };
     Ok(FencedDirectory { fence, holds: control.map(|control| (control.system_id, control.timeline)) })
+}
+
+/// What is in a directory, if that is what must be there.
+fn found(
+    disk: &dyn Disk,
+    layout: &Layout,
+    must_hold: MustHold,
+) -> Result<(Option<Control>, Option<Fence>), StoreError> {
+    let (control, standing) = (Control::read(disk, layout)?, read(disk, layout)?);
+    let is_right = match must_hold {
+        MustHold::Wal => control.is_some(),
+        MustHold::WalOrFence => control.is_some() || standing.is_some(),
+        MustHold::Nothing => true,
+    };
+    if is_right { Ok((control, standing)) } else { Err(StoreError::NoWal { path: layout.data_dir.clone() }) }
 }
 
 fn read(disk: &dyn Disk, layout: &Layout) -> Result<Option<Fence>, StoreError> {
@@ -126,6 +139,8 @@ const FENCE_FILE: StateFile = StateFile { name: "walrelay.fence", magic: *b"WRFE
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::store::{RealDisk, small};
 
@@ -177,13 +192,17 @@ mod tests {
     fn a_directory_without_wal_may_be_one_whose_disk_is_not_mounted() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path();
+        // Whose disk is not mounted, is not ours to change.
+        std::fs::set_permissions(dir, PermissionsExt::from_mode(0o755)).unwrap();
         for must_hold in [MustHold::Wal, MustHold::WalOrFence] {
             for fence in [Some(FENCE), None] {
                 let error = fence_directory(dir, &RealDisk, fence, must_hold).unwrap_err();
                 assert!(matches!(error, StoreError::NoWal { .. }), "{error}");
             }
-            assert!(!dir.join("walrelay.fence").exists());
         }
+        let left: Vec<_> = RealDisk.list(dir).unwrap();
+        assert!(left.is_empty(), "a refusal has left {left:?}");
+        assert_eq!(std::fs::metadata(dir).unwrap().permissions().mode() & 0o777, 0o755);
         fence_in(dir, Some(FENCE)).unwrap();
         // What was set can be set again and taken away, but not where there must be WAL.
         let error = fence_directory(dir, &RealDisk, None, MustHold::Wal).unwrap_err();

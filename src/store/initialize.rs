@@ -14,7 +14,7 @@ use crate::store::positions::Positions;
 use crate::store::rewrite::DETACHED_SUFFIX;
 use crate::store::writer::{Crossings, WalWriter};
 use crate::wal::scanner::{ScanContext, Scanner};
-use crate::wal::{Lineage, Lsn, SegmentSize, TimelineId};
+use crate::wal::{Lineage, Lsn, NextXid, SegmentSize, TimelineId};
 
 /// Positions from here on are nonsense: a log does not grow to 8 EiB. Far enough from the end of the address space for
 /// all arithmetic.
@@ -55,6 +55,8 @@ impl WalWriter {
         let scanner = Scanner::at_segment_start(context, start);
         self.crossings = Crossings::from(Some(&scanner), Some(identity.segment_size));
         self.scanner = Some(scanner);
+        self.next_xid = NextXid::counting_from(start);
+        self.shared.xids.note(None, timeline, start);
         self.shared.publish(|_| ());
         self.shared.keeper.notify();
         Ok(())

@@ -98,7 +98,9 @@ impl Keeper {
         if limited || removed || self.keep_to_budget(now, size)? {
             return Ok(true);
         }
-        self.shared.redo.save_if_due(now, self.shared.positions()?.flushed)?;
+        let flushed = self.shared.positions()?.flushed;
+        self.shared.redo.save_if_due(now, flushed)?;
+        self.shared.xids.save_if_due(now, flushed)?;
         Ok(!self.is_stopping && (self.compact_index(size)? || self.prepare(size)?))
     }
 

@@ -16,7 +16,9 @@
 //!   walrelay.fence               whether the relay is fenced; a state file
 //!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
 //!   walrelay.checkpoint          the newest checkpoint in the WAL that is held; a state file
+//!   walrelay.xids                the next transaction id at some place in it; a state file
 //!   walrelay.windows             WAL that was acknowledged while it was durable here alone; a state file
+//!   walrelay.only_copy           since when WAL is nowhere but here; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
 //!   wal/
@@ -125,7 +127,6 @@
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 mod budget;
@@ -147,6 +148,7 @@ mod initialize;
 mod inventory;
 mod keeper;
 mod mapping;
+mod only_copy;
 mod open;
 mod overlap;
 mod partials;
@@ -176,6 +178,7 @@ mod unproven;
 mod walk;
 mod windows;
 mod writer;
+mod xids;
 
 pub use checkpoint::SlotState;
 pub use consumers::{CONSUMERS_MAX, ConsumerGuard};
@@ -185,6 +188,7 @@ pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
 pub use fence::{Fence, FencedDirectory, MustHold, fence_directory};
 pub use health::{Observer, SlotCause, SlotNotice};
+pub use only_copy::OnlyCopySince;
 pub use positions::Positions;
 pub use reader::{Access, ColdRead, Read, WalReader};
 pub use repair::{DamagedSegment, SegmentRepair};
@@ -195,6 +199,7 @@ pub use windows::AcknowledgedAlone;
 pub use writer::{ResumePlan, WalWriter};
 
 use fence::FenceFile;
+use only_copy::OnlyCopyFile;
 use shared::Shared;
 use threads::Threads;
 use windows::WindowsFile;
@@ -233,12 +238,14 @@ pub fn open(
     let opened = open::open(settings, disk, observer, open::Variant::default())?;
     let fence = FenceFile::read(&*opened.shared.disk, &opened.shared.layout)?;
     let windows = WindowsFile::read(&opened.shared)?;
+    let only_copy = OnlyCopyFile::read(&opened.shared)?;
     let threads = Threads::start(&opened.shared, opened.has_reserve)?;
     let handle = Arc::new(StoreHandle { threads, _lock: opened.lock });
     let writer = WalWriter::new(opened.shared.clone(), Some(handle.clone()), opened.scanner);
     // What recovery found counts as news.
     opened.shared.publish(|_| ());
-    Ok((Store { shared: opened.shared, handle, notes: opened.notes.into(), fence, windows }, writer))
+    let notes = opened.notes.into();
+    Ok((Store { shared: opened.shared, handle, notes, fence, windows, only_copy }, writer))
 }
 
 /// The threads and the lock; both end with the last of the store and its writer.
@@ -261,6 +268,7 @@ pub struct Store {
     notes: Arc<[String]>,
     fence: FenceFile,
     windows: WindowsFile,
+    only_copy: OnlyCopyFile,
 }
 
 impl Store {
@@ -326,11 +334,9 @@ impl Store {
         WalReader::new(self.shared.clone(), timeline, access)
     }
 
-    /// The transaction id that the primary gives out next, as far as its WAL tells; `None` until this process has received a
-    /// checkpoint.
+    /// The transaction id that the primary gives out next, as far as the WAL that is held tells; `None` where that does not.
     pub fn next_xid(&self) -> Option<FullXid> {
-        let next = self.shared.next_xid.load(Ordering::Relaxed);
-        (next > 0).then_some(FullXid(next))
+        self.shared.xids.next()
     }
 
     /// The replication slots.

@@ -6,7 +6,6 @@
 use std::any::Any;
 use std::io;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -29,6 +28,7 @@ use crate::store::shared::Shared;
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
 use crate::store::unproven::Unproven;
+use crate::store::xids::Xids;
 use crate::wal::scanner::Scanner;
 
 /// An open store, before its threads run.
@@ -76,6 +76,7 @@ pub(super) fn open(
         slots.forget_invalidations();
     }
     let line = recovered.as_ref().map(Recovered::line);
+    let xids = Xids::open(disk.clone(), layout.clone(), health.clone())?;
     let redo = Redo::open(disk.clone(), layout.clone(), health.clone(), line)?;
     let retain = settings.limits.retain_without_slot;
     let consumers = Consumers::open(disk.clone(), layout.clone(), health.clone(), retain)?;
@@ -97,7 +98,7 @@ pub(super) fn open(
         control_file: Mutex::new(()),
         wal_dir,
         positions: Mutex::new(None),
-        next_xid: AtomicU64::new(0),
+        xids,
         redo,
         unsynced: Unsynced::default(),
         partials: Mutex::default(),

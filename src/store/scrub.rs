@@ -2,15 +2,18 @@
 //!
 //! Owns the rounds over the complete segments: each is read from the disk and compared with its checksum within
 //! `scrub_interval`, a little at a time, so that damage is found, and repaired, while the upstream still has the WAL. Only
-//! reads; what is found is told as if a client had met it. Must never slow the stream down: it reads slowly, and no faster
-//! than it must to be in time.
+//! reads, by a descriptor of its own and past the system's memory: what others are being sent stays where it is, and nothing
+//! that is sent goes for it. What is found is told as if a client had met it. Must never slow the stream down: it reads slowly,
+//! and no faster than it must to be in time.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crc32fast::Hasher;
 
-use crate::store::disk::{DiskFile, OpenMode};
+use crate::store::disk::{DIRECT_READ_BYTES, DiskFile, OpenMode, is_read_shortage};
+use crate::store::error::ReadError;
 use crate::store::mapping::{Fault, MappedSegment};
 use crate::store::shared::Shared;
 use crate::wal::SegmentName;
@@ -23,15 +26,15 @@ pub(super) struct Scrubber {
     round: Option<Instant>,
     /// When the next one begins.
     next_round: Instant,
-    /// The segment that was looked at last in this round.
+    /// The segment that was done with last in this round.
     last: Option<SegmentName>,
     reading: Option<Reading>,
-    buffer: Vec<u8>,
+    buffer: Buffer,
 }
 
 /// A segment that is being read.
 struct Reading {
-    /// While it is held, the file is not used for other WAL.
+    /// While it is held, the file is not used for other WAL. Nothing is read through it.
     mapped: Arc<MappedSegment>,
     file: Arc<dyn DiskFile>,
     expected: u32,
@@ -42,22 +45,14 @@ struct Reading {
 impl Scrubber {
     /// The first round begins at once: damage may have happened while no relay ran.
     pub(super) fn new(shared: Arc<Shared>, interval: Duration, now: Instant) -> Self {
-        let buffer = vec![0; WINDOW_BYTES];
+        let buffer = Buffer::new();
         Self { shared, interval, round: None, next_round: now, last: None, reading: None, buffer }
     }
 
     /// Does a little, and tells how long to wait before the next call.
     pub(super) fn step(&mut self, now: Instant) -> Duration {
-        if let Some(mut reading) = self.reading.take() {
-            match reading.go_on(&self.shared, &mut self.buffer) {
-                Progress::More => self.reading = Some(reading),
-                Progress::Sound => {
-                    reading.mapped.note_sound(&self.shared);
-                    self.shared.health.observer.scrubbed();
-                }
-                Progress::Damaged(fault) => reading.report(&self.shared, fault),
-            }
-            return self.pause();
+        if let Some(reading) = self.reading.take() {
+            return self.go_on(reading);
         }
         let round = match self.round {
             Some(round) => round,
@@ -71,9 +66,31 @@ impl Scrubber {
             self.shared.health.observer.scrub_round_ended();
             return self.next_round.saturating_duration_since(now).min(WAIT_MAX);
         };
-        self.last = Some(name);
-        self.reading = Reading::begin(&self.shared, name);
+        match Reading::begin(&self.shared, name) {
+            Begun::Reading(reading) => self.reading = Some(reading),
+            Begun::Nothing => self.last = Some(name),
+            Begun::Short => return SHORTAGE_PAUSE,
+        }
         Duration::ZERO
+    }
+
+    fn go_on(&mut self, mut reading: Reading) -> Duration {
+        let name = reading.mapped.name;
+        match reading.go_on(&self.shared, self.buffer.bytes()) {
+            Progress::More => self.reading = Some(reading),
+            Progress::Sound => {
+                reading.mapped.note_sound(&self.shared);
+                self.shared.health.observer.scrubbed();
+                self.last = Some(name);
+            }
+            // It begins again with this segment.
+            Progress::Damaged(Fault::Shortage(_)) => return SHORTAGE_PAUSE,
+            Progress::Damaged(fault) => {
+                reading.report(&self.shared, fault);
+                self.last = Some(name);
+            }
+        }
+        self.pause()
     }
 
     fn pause(&self) -> Duration {
@@ -96,18 +113,32 @@ enum Progress {
     Damaged(Fault),
 }
 
+/// What came of the attempt to read a segment.
+enum Begun {
+    Reading(Reading),
+    /// There is nothing to compare with, it is known to be damaged, or it has gone; or that was found just now, and told.
+    Nothing,
+    /// Memory or descriptors are short, which says nothing about it.
+    Short,
+}
+
 impl Reading {
-    /// `None` when there is nothing to compare with, it is known to be damaged, or it has gone; what cannot be opened is told.
-    fn begin(shared: &Arc<Shared>, name: SegmentName) -> Option<Self> {
-        let expected = shared.catalog.lock().get(name)?.crc?;
-        let size = shared.segment_size().ok()?;
-        // An error was told there.
-        let mapped = shared.mappings.open(shared, name).ok()?;
+    fn begin(shared: &Arc<Shared>, name: SegmentName) -> Begun {
+        let expected = shared.catalog.lock().get(name).and_then(|segment| segment.crc);
+        let Some(expected) = expected else { return Begun::Nothing };
+        let Ok(size) = shared.segment_size() else { return Begun::Nothing };
+        let mapped = match shared.mappings.open(shared, name) {
+            Ok(mapped) => mapped,
+            Err(ReadError::Io { source, .. }) if is_read_shortage(&source) => return Begun::Short,
+            // An error was told there.
+            Err(_) => return Begun::Nothing,
+        };
         match shared.disk.open(&shared.layout.complete(name, size), OpenMode::ReadFromDisk) {
-            Ok(file) => Some(Self { mapped, file, expected, hasher: Hasher::new(), at: 0 }),
+            Ok(file) => Begun::Reading(Self { mapped, file, expected, hasher: Hasher::new(), at: 0 }),
+            Err(error) if is_read_shortage(&error) => Begun::Short,
             Err(error) => {
                 Self::report_for(&mapped, shared, Fault::of(error));
-                None
+                Begun::Nothing
             }
         }
     }
@@ -148,11 +179,31 @@ impl Reading {
     }
 }
 
+/// Where windows are read to: as the disk wants it, at a multiple of [`DIRECT_READ_BYTES`].
+struct Buffer(Vec<u8>, Range<usize>);
+
+impl Buffer {
+    fn new() -> Self {
+        let buffer = vec![0; WINDOW_BYTES + DIRECT_READ_BYTES];
+        let start = buffer.as_ptr().align_offset(DIRECT_READ_BYTES);
+        Self(buffer, start..start + WINDOW_BYTES)
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        self.0.get_mut(self.1.clone()).unwrap_or_default()
+    }
+}
+
 /// Read at once.
 const WINDOW_BYTES: usize = 1 << 20;
 
 /// Longest wait between two windows: 16 MiB a second, so that a round over a few gigabytes takes minutes.
 const PAUSE_MAX: Duration = Duration::from_micros(62_500);
+
+/// Pause while descriptors or memory are short.
+const SHORTAGE_PAUSE: Duration = Duration::from_secs(1);
+
+const _: () = assert!(WINDOW_BYTES.is_multiple_of(DIRECT_READ_BYTES));
 
 /// Longest wait for the next round to begin, after which the clock is looked at again.
 const WAIT_MAX: Duration = Duration::from_secs(3600);

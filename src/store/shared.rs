@@ -4,7 +4,6 @@
 //! mappings before catalog; places_held before catalog, partials and the pool; all others are held alone. `keeping` comes before all.
 
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -26,7 +25,8 @@ use crate::store::redo::Redo;
 use crate::store::slots::SlotTable;
 use crate::store::tail::Tail;
 use crate::store::unproven::Unproven;
-use crate::wal::{FullXid, Lineage, SegmentName, SegmentNo, SegmentSize};
+use crate::store::xids::Xids;
+use crate::wal::{Lineage, SegmentName, SegmentNo, SegmentSize};
 
 pub(super) struct Shared {
     pub disk: Arc<dyn Disk>,
@@ -44,8 +44,8 @@ pub(super) struct Shared {
     pub positions: Mutex<Option<Positions>>,
     pub tail: Mutex<Tail>,
     pub queue: WriteQueue,
-    /// What the primary gives out next; 0 while it is not known.
-    pub next_xid: AtomicU64,
+    /// How far the primary has come with its transaction ids.
+    pub xids: Xids,
     /// Where a base backup that is taken now would begin.
     pub redo: Redo,
     pub unsynced: Unsynced,
@@ -112,12 +112,6 @@ impl Shared {
         if self.unproven.settle(epoch) {
             self.keeper.notify();
             self.publish(|_| ());
-        }
-    }
-
-    pub(super) fn note_next_xid(&self, next: Option<FullXid>) {
-        if let Some(FullXid(next)) = next {
-            self.next_xid.store(next, Ordering::Relaxed);
         }
     }
 

@@ -20,6 +20,7 @@ use crate::store::positions::Positions;
 use crate::store::rewrite::copy_head;
 use crate::store::shared::Shared;
 use crate::store::writer::{Crossings, WalWriter};
+use crate::store::xids::recount;
 use crate::wal::scanner::{ScanContext, Scanner};
 use crate::wal::timeline::Ancestor;
 use crate::wal::{Lineage, Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
@@ -71,6 +72,12 @@ impl WalWriter {
         shared.tail.lock().begin_timeline(next, switch_lsn);
         shared.unproven.cut(switch_lsn);
         shared.redo.cut(switch_lsn);
+        shared.xids.cut(switch_lsn);
+        if dead.is_some() {
+            // Ids that were given out beyond the fork are not this timeline's.
+            self.next_xid = recount(&shared, Some(&scanner));
+            shared.xids.note(self.next_xid.get(), next, switch_lsn);
+        }
         self.crossings = Crossings::from(Some(&scanner), Some(size));
         self.scanner = Some(scanner);
         let sealed = positions.sealed.map(|sealed| sealed.min(fork.number.start(size).unwrap_or(sealed)));

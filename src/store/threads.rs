@@ -1,7 +1,7 @@
 //! The threads of the store: loops over plain steps.
 //!
 //! Owns when a step runs, nothing of what it does. They stop in order: what was handed over is written, then synced,
-//! then the keeper saves what waits. A step that panics has found a bug: the store has failed.
+//! then the keeper saves what waits. Nobody waits for the scrubber. A step that panics has found a bug: the store has failed.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -86,13 +86,18 @@ impl Threads {
             &self.shared.keeper,
             &self.shared.scrubber,
         ];
-        for ((handle, stopping), signal) in handles.into_iter().zip(&*self.stopping).zip(signals) {
+        for (place, ((handle, stopping), signal)) in
+            handles.into_iter().zip(&*self.stopping).zip(signals).enumerate()
+        {
             // What was written last may have waited for more, and nothing more is written.
             self.shared.unsynced.gather_no_more();
             stopping.store(true, Ordering::Release);
             signal.notify();
-            // A panic was reported where it happened.
-            let _ = handle.join();
+            // It only reads, and ends when the disk has answered, which may be never.
+            if place != SCRUBBER {
+                // A panic was reported where it happened.
+                let _ = handle.join();
+            }
         }
     }
 }
@@ -155,8 +160,9 @@ fn keep_loop(mut keeper: Keeper, shared: &Shared, stopping: &AtomicBool) {
     let saved = shared.slots.save_now();
     let saved_too = shared.consumers.as_ref().map_or(Ok(()), Consumers::save_now);
     let flushed = shared.positions().map(|positions| positions.flushed);
-    let redo_saved = flushed.map_or(Ok(()), |flushed| shared.redo.save_now(flushed));
-    for error in [saved, saved_too, redo_saved].into_iter().filter_map(Result::err) {
+    let redo_saved = flushed.as_ref().map_or(Ok(()), |flushed| shared.redo.save_now(*flushed));
+    let xids_saved = flushed.map_or(Ok(()), |flushed| shared.xids.save_now(flushed));
+    for error in [saved, saved_too, redo_saved, xids_saved].into_iter().filter_map(Result::err) {
         shared.health.tell(|observer| observer.housekeeping_failed(&error));
     }
 }

@@ -16,6 +16,7 @@ use crate::store::overlap::{Overlap, Verdict};
 use crate::store::queue::{Batch, Follows, Piece, WriteQueue};
 use crate::store::shared::Shared;
 use crate::store::tail::BlockId;
+use crate::store::xids::recount;
 use crate::wal::record::{Record, RecordVisitor};
 use crate::wal::scanner::{ScanContext, Scanner};
 use crate::wal::{Lsn, NewestCheckpoint, NextXid, SegmentNo, SegmentSize, TimelineId};
@@ -28,7 +29,7 @@ pub struct WalWriter {
     pub(super) scanner: Option<Scanner>,
     pub(super) session: Option<Session>,
     pub(super) crossings: Crossings,
-    next_xid: NextXid,
+    pub(super) next_xid: NextXid,
     checkpoint: NewestCheckpoint,
 }
 
@@ -87,7 +88,10 @@ impl WalWriter {
     ) -> Self {
         let size = shared.segment_size().ok();
         let crossings = Crossings::from(scanner.as_ref(), size);
-        let (next_xid, checkpoint) = (NextXid::default(), NewestCheckpoint::default());
+        let (next_xid, checkpoint) = (recount(&shared, scanner.as_ref()), NewestCheckpoint::default());
+        if let Some(scanner) = &scanner {
+            shared.xids.note(next_xid.get(), scanner.context().timeline, scanner.verified_end());
+        }
         Self { shared, _handle: handle, scanner, session: None, crossings, next_xid, checkpoint }
     }
 
@@ -239,7 +243,7 @@ impl WalWriter {
                 catalog.note_crossing(number, start);
             }
         }
-        self.shared.note_next_xid(self.next_xid.get());
+        self.shared.xids.note(self.next_xid.get(), scanner.context().timeline, verified);
         self.shared.redo.note(self.checkpoint.take());
         self.shared.publish(|positions| positions.verified = verified);
         let epoch = session.epoch;

@@ -4,14 +4,15 @@
 //! them, which is never done before it is written down. Knows standbys by what they report and not as connections; decides nothing itself.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
 use crate::metrics::UpstreamMetrics;
 use crate::session::acknowledge::{Acknowledged, Acknowledger, Durable, LocalWindow, Standbys, WindowState};
+use crate::session::only_copy::Recalled;
 use crate::status::{LocalWindowStatus, UpstreamStatus};
-use crate::store::{Positions, Store};
+use crate::store::{OnlyCopySince, Positions, Store};
 use crate::upstream::local_windows::LocalWindows;
 use crate::wal::Lsn;
 
@@ -40,10 +41,17 @@ impl Acknowledging {
         status: watch::Sender<UpstreamStatus>,
         metrics: UpstreamMetrics,
     ) -> Self {
+        let before = store.only_copy_before();
         let windows = LocalWindows::new(store);
         acknowledger.take_over(windows.left());
         if let Some(fork) = windows.left_at() {
             acknowledger.cut(fork);
+        }
+        if let Some(before) = before {
+            let OnlyCopySince { timeline, elsewhere, end, age } = before;
+            // Rather too early than too late: what is not known is taken for too long.
+            let age = age.unwrap_or(Duration::MAX);
+            acknowledger.recall_only_copy(Instant::now(), Recalled { timeline, elsewhere, end, age });
         }
         let (was_degraded, was_held_back, said) = (false, false, None);
         let new = Self {

@@ -9,13 +9,13 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::conninfo::{Conninfo, ProcessSurroundings};
-use crate::metrics::UpstreamMetrics;
 use crate::protocol::SqlState;
 use crate::protocol::instances::{Instances, PARAMETER};
 use crate::status::UpstreamStatus;
 use crate::upstream::dial::log_in;
 use crate::upstream::dialog::Introduction;
 use crate::upstream::seen::{Found, Namesakes, View, is_waited_for};
+use crate::upstream::synchronous::Expectation;
 use crate::upstream::{Opened, Upstream, UpstreamError};
 
 /// One server, looked at as long as this is polled.
@@ -26,11 +26,9 @@ pub(super) struct Looking {
     /// The server's process for our stream.
     pid: Option<u32>,
     is_relay: bool,
-    /// Whether the primary is expected to wait for this relay.
-    expects_sync: bool,
+    expectation: Expectation,
     instances: watch::Sender<Instances>,
     status: watch::Sender<UpstreamStatus>,
-    metrics: UpstreamMetrics,
     namesakes: Namesakes,
     looks: u64,
     /// Whether it was said that nothing can be seen.
@@ -50,10 +48,9 @@ impl Upstream {
             host: opened.host.clone(),
             pid: opened.introduction.process_id,
             is_relay,
-            expects_sync: self.settings.expect_sync,
+            expectation: self.expectation(),
             instances: self.instances.clone(),
             status: self.status.clone(),
-            metrics: self.metrics.clone(),
             namesakes: Namesakes::default(),
             looks: 0,
             is_blindness_told: false,
@@ -73,7 +70,7 @@ impl Looking {
                 Ok(Some(view)) => self.take_in(view),
                 Ok(None) => {
                     if self.is_relay {
-                        self.judge(None);
+                        self.expectation.judge(None);
                     }
                     LOOK_INTERVAL
                 }
@@ -115,7 +112,7 @@ impl Looking {
         let found = self.namesakes.update(&view.others);
         let is_too_early = view.is_catching_up && self.looks == 1;
         if !is_too_early {
-            self.judge(view.sync_state.as_deref());
+            self.expectation.judge(view.sync_state.as_deref());
         }
         self.tell(view.sync_state, found);
         if found.is_new || is_too_early { SECOND_LOOK_DELAY } else { LOOK_INTERVAL }
@@ -156,32 +153,7 @@ impl Looking {
             );
         }
         self.status.send_modify(|status| (status.sync_state, status.namesakes) = (None, None));
-        self.judge(None);
-    }
-
-    /// Whether it is as it should be; what is not known is not.
-    fn judge(&self, sync_state: Option<&str>) {
-        let is_wrong = self.expects_sync && !is_waited_for(sync_state);
-        let metrics = &self.metrics;
-        metrics.not_synchronous.set(f64::from(u8::from(is_wrong)));
-        if self.status.borrow().not_synchronous == is_wrong {
-            return;
-        }
-        if is_wrong {
-            let sync_state = sync_state.unwrap_or("not told");
-            tracing::warn!(
-                sync_state,
-                "the upstream is expected to wait for this relay, and does not, or does not say so: is the relay's name in \
-                 synchronous_standby_names?"
-            );
-        } else {
-            tracing::info!("the upstream waits for this relay, as expected");
-        }
-        self.status.send_modify(|status| {
-            status.not_synchronous = is_wrong;
-            status.needs_attention = status.is_hurt();
-            metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
-        });
+        self.expectation.judge(None);
     }
 }
 
@@ -235,7 +207,7 @@ fn heard(introduction: &Introduction) -> Instances {
 const NAME_SUFFIX: &str = "_look";
 
 /// Time from the begin of a stream to the first look.
-const FIRST_LOOK_DELAY: Duration = Duration::from_secs(2);
+pub(super) const FIRST_LOOK_DELAY: Duration = Duration::from_secs(2);
 
 /// How often the server is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(30);

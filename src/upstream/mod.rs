@@ -31,6 +31,7 @@ mod slot_advance;
 mod slot_cost;
 mod slot_memory;
 mod slot_use;
+mod synchronous;
 #[cfg(test)]
 mod tests;
 mod walreceiver;
@@ -62,7 +63,8 @@ use crate::upstream::course::Course;
 use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
 use crate::upstream::link::LinkTerms;
-use crate::upstream::retained::Retained;
+use crate::upstream::retained::{Retained, SlotMover};
+use crate::upstream::slot::SlotOrigin;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -139,6 +141,16 @@ pub struct Upstream {
 impl Upstream {
     /// Runs until shutdown. Errors end sessions, not this task.
     pub async fn run(mut self) {
+        let watch = self.expectation().watch();
+        tokio::select! {
+            () = self.follow_until_stopped() => {}
+            // Only to be heard meanwhile.
+            () = watch => {}
+        }
+        self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
+    }
+
+    async fn follow_until_stopped(&mut self) {
         let mut course = Course::new(self.settings.retry_interval);
         fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
@@ -155,7 +167,6 @@ impl Upstream {
                 () = watch => {}
             }
         }
-        self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
     }
 
     /// One session, and the pause behind it; `leave` ends both.
@@ -319,6 +330,8 @@ impl Upstream {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
             Arc::new(retained)
         });
+        let is_slot_holding_back =
+            retained.is_some() && mover == SlotMover::Reports && slot.origin != SlotOrigin::Created;
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
@@ -328,7 +341,8 @@ impl Upstream {
         self.tell_streaming(&planned, course, host.clone(), is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, host, introduction, settings, lost: planned.lost, retained, link })
+        let lost = planned.lost;
+        Ok(Opened { streaming, host, introduction, settings, lost, retained, link, is_slot_holding_back })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -398,6 +412,8 @@ struct Opened {
     retained: Option<Arc<Retained>>,
     /// `None`: the stream is plain.
     link: Option<LinkTerms>,
+    /// Whether the slot by which WAL is streamed may hold back what an earlier process told.
+    is_slot_holding_back: bool,
 }
 
 /// Often enough that the upstream never thinks us dead, whatever its `wal_sender_timeout`.

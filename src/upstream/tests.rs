@@ -268,3 +268,21 @@ async fn a_server_with_another_page_size_is_refused_before_anything_is_stored() 
         assert!(is_refused && store.identity().is_none() && writer.holds_nothing());
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_never_finds_an_upstream_does_not_say_that_it_is_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut upstream = upstream(folder.path());
+    upstream.settings.expect_sync = true;
+    let (mut status, store) = (upstream.status.subscribe(), upstream.store.clone());
+    let shutdown = upstream.shutdown.clone();
+    let began = VirtualInstant::now();
+    let running = tokio::spawn(upstream.run());
+    let is_told = status.wait_for(|status| status.not_synchronous && status.needs_attention);
+    tokio::time::timeout(Duration::from_secs(60), is_told).await.unwrap().unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(30), "it may still be coming");
+    shutdown.cancel();
+    running.await.unwrap();
+    assert_eq!(status.borrow().state, WalReceiverState::Stopped);
+    store.shutdown();
+}

@@ -134,7 +134,8 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, introduction, settings, lost, retained, link, .. } = opened;
+        let Opened { streaming, introduction, settings, lost, retained, link, is_slot_holding_back, .. } =
+            opened;
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -144,6 +145,8 @@ impl<'a> WalReceiver<'a> {
         let (read, write) = streaming.socket.into_split();
         let mut stream = if link.is_some() { CopyStream::of_link() } else { CopyStream::new() };
         stream.push(streaming.already_read, streaming.block.0);
+        let feedbacks = context.feedbacks.as_ref().filter(|_| is_slot_holding_back);
+        let silent_until = feedbacks.map(|feedbacks| feedbacks.complete_from());
         let mut session = Receiver::new(settings, progress, Instant::now());
         if let Some(lost) = lost {
             session.vouch_only_from(lost.to);
@@ -161,7 +164,7 @@ impl<'a> WalReceiver<'a> {
             introduction,
             gathering: Gathering::new(),
             held_back: Feedback::default(),
-            feedback: FeedbackSender::default(),
+            feedback: FeedbackSender::silent_until(silent_until),
             blocks,
             context,
             read,

@@ -137,12 +137,26 @@ impl WalBuilder {
 
     /// A checkpoint that began at `redo`.
     pub fn checkpoint(&mut self, redo: Lsn, is_shutdown: bool) -> LsnRange {
+        let body = self.checkpoint_body(redo, 0);
+        self.main_data_record(XLOG_RESOURCE_MANAGER, if is_shutdown { 0x00 } else { 0x10 }, &body)
+    }
+
+    /// The same, online, when `next_xid` was given out next.
+    pub fn checkpoint_with(&mut self, redo: Lsn, next_xid: u64) -> LsnRange {
+        let body = self.checkpoint_body(redo, next_xid);
+        self.main_data_record(XLOG_RESOURCE_MANAGER, 0x10, &body)
+    }
+
+    fn checkpoint_body(&self, redo: Lsn, next_xid: u64) -> Vec<u8> {
         let timeline = self.timeline.get().to_le_bytes();
         let mut body = redo.get().to_le_bytes().to_vec();
         body.extend(timeline);
         body.extend(timeline);
-        body.extend([0; 72]);
-        self.main_data_record(XLOG_RESOURCE_MANAGER, if is_shutdown { 0x00 } else { 0x10 }, &body)
+        // Flags and padding.
+        body.extend([0; 8]);
+        body.extend(next_xid.to_le_bytes());
+        body.extend([0; 56]);
+        body
     }
 
     /// Appends the record of a transaction that was committed at `at`.

@@ -21,11 +21,7 @@ pub struct CheckpointPlace {
 impl CheckpointPlace {
     /// Whether its record is on the line, before `end`.
     pub fn is_on(&self, line: &Lineage, end: Lsn) -> bool {
-        let limit = match line.left(self.timeline) {
-            Some((fork, _)) => Some(fork),
-            None => (line.timeline() == self.timeline).then_some(end),
-        };
-        limit.is_some_and(|limit| self.end <= limit.min(end))
+        line.leads_by(self.timeline, self.end, end)
     }
 }
 

@@ -89,6 +89,15 @@ impl Lineage {
         self.ancestors.iter().find(holds).map_or(self.timeline, |ancestor| ancestor.timeline)
     }
 
+    /// Whether the place `at` of `timeline` is on the line, not beyond `end`.
+    pub fn leads_by(&self, timeline: TimelineId, at: Lsn, end: Lsn) -> bool {
+        let limit = match self.left(timeline) {
+            Some((left, _)) => Some(left.min(end)),
+            None => (self.timeline == timeline).then_some(end),
+        };
+        limit.is_some_and(|limit| at <= limit)
+    }
+
     /// The line as far as `timeline`, which is on it; itself where it is not.
     #[must_use]
     pub fn up_to(&self, timeline: TimelineId) -> Self {

@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -184,6 +184,7 @@ impl Relay {
             links: Arc::clone(&links),
             metrics: metrics.downstream,
             cold_reads: ColdReads::default(),
+            started: Instant::now(),
         };
         let shutdown = CancellationToken::new();
         let served = tokio::spawn(serve(Arc::new(context), vec![listener], shutdown.clone()));

@@ -11,7 +11,7 @@ use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 use crate::support::{MB, lsn, lsn_text};
-use crate::timelines::{Torn, torn, wait_timeline};
+use crate::timelines::{Torn, promote_behind, torn, wait_timeline};
 
 /// A primary that waits for the relay, a proxy that sees what the relay says, and the relay with a policy.
 fn chain(prepare: impl FnOnce(Relay) -> Relay) -> Option<(Postgres, Proxy, Relay)> {
@@ -268,11 +268,7 @@ fn what_is_flushed_on_a_dead_branch_confirms_no_commit_of_the_new_primary() {
             .any(|far| far["flush_lsn"] == lsn_text(end) && far["state"] == "streaming")
     };
     wait_until("what it has to be known", || is_known(&relay));
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.add_settings("synchronous_standby_names = 'relay'");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "synchronous_standby_names = 'relay'");
     wait_timeline(&relay, 2);
     let load = Load::start_waiting(&new);
     new.wait_for_sql("select count(*) from pg_stat_activity where wait_event = 'SyncRep'", "1");

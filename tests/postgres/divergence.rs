@@ -13,8 +13,8 @@ use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
 use crate::support::{lsn, lsn_text};
 use crate::timelines::{
-    Torn, assert_same_timeline, conninfo, dead_branches, end_of_timeline, fork_of, primary, relay_of, torn,
-    wait_timeline,
+    Torn, assert_same_timeline, conninfo, dead_branches, end_of_timeline, fork_of, primary, promote_behind,
+    relay_of, torn, wait_timeline,
 };
 
 #[test]
@@ -25,10 +25,7 @@ fn what_a_new_primary_lacks_is_set_aside_told_exactly_and_not_followed() {
         let behind = old.standby("behind", relay.port, "");
         let (end, before) = (old.flushed(), relay.status());
         behind.wait_replayed(end);
-        old.stop(Stop::Kill);
-        new.make_standby_of(old.port, "next");
-        new.start();
-        new.promote();
+        promote_behind(&mut old, &mut new, "");
         write_wal(&new, 2 * MB);
         wait_timeline(&relay, 2);
         relay.wait_flushed(new.flushed());
@@ -79,11 +76,7 @@ fn commits_that_wait_for_a_far_relay_go_on_after_a_divergence() {
         slots.iter().any(|slot| slot["slot_name"] == "archive" && slot["restart_lsn"] == lsn_text(end))
     });
     drop(client);
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.add_settings("synchronous_standby_names = 'relay'");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "synchronous_standby_names = 'relay'");
     wait_timeline(&relay, 2);
     wait_timeline(&far, 2);
     new.wait_for_sql("select sync_state from pg_stat_replication where application_name = 'relay'", "sync");
@@ -112,10 +105,7 @@ fn a_fork_before_all_that_is_held_is_told_and_leaves_no_slot_behind() {
     relay.wait_flushed(old.flushed());
     relay.terminate();
     let mut old = old;
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "");
     relay.set("upstream.conninfo", &conninfo(&[&new]));
     relay.launch();
     relay.wait_needs_attention();
@@ -138,10 +128,7 @@ fn a_store_that_was_begun_and_holds_nothing_begins_anew_on_a_timeline_that_forke
     relay.launch();
     wait_until("the stream to begin", || relay.status()["upstream"]["sessions"].as_u64() > Some(0));
     relay.terminate();
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "");
     relay.set("upstream.conninfo", &conninfo(&[&new]));
     relay.start();
     relay.wait_logged("nothing is held yet: beginning on the upstream's timeline");
@@ -202,10 +189,7 @@ fn a_relay_that_is_to_stop_at_a_divergence_stops_and_keeps_what_it_has() {
     let settings = [("upstream.on_divergence", "\"stop\"")];
     let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &settings);
     let end = old.flushed();
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "");
     relay.wait_needs_attention();
     relay.wait_logged(&format!(
         "new timeline 2 forked off timeline 1 at {}, before",

@@ -12,7 +12,7 @@ use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
 use crate::support::{MB, lsn, lsn_text};
-use crate::timelines::{dead_branches, fork_of, relay_of, wait_timeline};
+use crate::timelines::{dead_branches, fork_of, promote_behind, relay_of, wait_timeline};
 
 /// What lies between two positions.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,10 +42,7 @@ fn what_is_told_of_a_dead_branch_is_what_pg_waldump_finds_there() {
         new.stop(Stop::Fast);
         beyond_the_fork(&old);
         relay.wait_flushed(old.flushed());
-        old.stop(Stop::Kill);
-        new.make_standby_of(old.port, "next");
-        new.start();
-        new.promote();
+        promote_behind(&mut old, &mut new, "");
         wait_timeline(&relay, 2);
 
         let status = dead_branches(&relay).remove(0);

@@ -8,7 +8,7 @@ use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
-use crate::support::wait::{wait_at_most, wait_for, wait_until};
+use crate::support::wait::{hold, wait_at_most, wait_for, wait_until};
 
 const EAGER: &str = "hot_standby_feedback = on\nwal_receiver_status_interval = 1";
 
@@ -160,10 +160,12 @@ fn lies_that_were_believed_are_forgotten_when_a_checkpoint_tells_better() {
     let Some(installation) = Installation::in_turn(0) else { return };
     let (primary, mut relay) = chain(&installation);
     let standby = primary.standby("standby", relay.port, EAGER);
-    // A relay that was just started, and gets no checkpoint again, knows of no transaction.
+    // A relay that has lost what it knew, and gets no checkpoint again, knows of no transaction.
     write_wal(&primary, MB);
     standby.wait_replayed(primary.flushed());
-    relay.restart_after_kill();
+    relay.kill();
+    std::fs::remove_file(relay.data_dir().join("walrelay.xids")).unwrap();
+    relay.start();
     let mut liars = Vec::new();
     // Of an epoch that has not begun: the primary would take nothing of a message that has it.
     for (slot, xmin, catalog_xmin) in [(None, (5, 0), (1_000_000, 7)), (Some("liar"), (1_000_000, 7), (0, 0))]
@@ -201,6 +203,32 @@ fn lies_that_were_believed_are_forgotten_when_a_checkpoint_tells_better() {
     wait_until("what the slot keeps to be true", || {
         relay.slot("liar").is_some_and(|slot| slot["xmin"] == honest && slot["catalog_xmin"].is_null())
     });
+}
+
+#[test]
+fn a_restart_takes_nothing_back_and_believes_nothing_that_cannot_be() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let (primary, mut relay) = chain(&installation);
+    let standby = primary.standby("standby", relay.port, EAGER);
+    write_transactions(&primary);
+    primary.checkpoint();
+    write_transactions(&primary);
+    standby.wait_replayed(primary.flushed());
+    let (_reader, xmin) = reader(&standby);
+    write_transactions(&primary);
+    wait_held_back(&primary, &xmin);
+    // Without another checkpoint.
+    write_transactions(&primary);
+    relay.restart_after_kill();
+    let mut liar = RawClient::replication(relay.port).unwrap();
+    let (_, timeline, position) = identify_system(&mut liar);
+    liar.start_replication(None, position, timeline).unwrap();
+    liar.send_feedback((1_000_000, 7), (0, 0)).unwrap();
+    write_transactions(&primary);
+    // As long as it takes to tell what there is after the restart, and longer.
+    hold("nothing is taken back", Duration::from_secs(20), || held_back(&primary) == xmin);
+    assert_eq!(relay.downstream("standby")[0]["backend_xmin"].to_string(), xmin);
+    assert!(relay.downstream("raw")[0]["backend_xmin"].is_null(), "a lie is believed");
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::support::proxy::{Proxy, Verdict};
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
-use crate::timelines::{primary, relay_of, wait_timeline};
+use crate::timelines::{primary, promote_again, relay_of, wait_timeline};
 
 /// A cluster on timeline 2, which left timeline 1 after so much WAL. All of them share a system identifier.
 fn promoted_after(installation: &Installation, bytes: u64, settings: &str) -> Postgres {
@@ -102,10 +102,7 @@ fn an_ancestors_history_that_the_upstream_lacks_is_written_from_its_descendants(
     old.stop(Stop::Fast);
     new.promote();
     write_wal(&new, MB);
-    new.stop(Stop::Fast);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_again(&mut new, &old);
     // As on a server that was cloned when it was on timeline 3 already.
     let removed = new.wal_dir().join("00000002.history");
     let content = std::fs::read_to_string(&removed).unwrap();

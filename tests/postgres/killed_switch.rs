@@ -9,7 +9,8 @@ use crate::support::postgres::{Postgres, Stop, copy_folder};
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
 use crate::timelines::{
-    Torn, assert_same_timeline, dead_branches, fork_of, primary, relay_of, torn, wait_timeline,
+    Torn, assert_same_timeline, dead_branches, fork_of, primary, promote_behind, relay_of, torn,
+    wait_timeline,
 };
 
 /// Files that change on the way, and what is done to them: the control file, the history, the first segment's spare and what
@@ -45,10 +46,7 @@ fn killed_at_each_step_of_a_divergence_it_has_both_branches() {
     let Some(installation) = Installation::any() else { return };
     let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &[]);
     relay.terminate();
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "");
     killed_at_each_step(&mut relay, &old, &new, 1);
 }
 

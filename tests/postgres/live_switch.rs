@@ -15,7 +15,10 @@ use crate::support::raw::{Event, RawClient, identify_system};
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::timelines::{Torn, assert_same_timeline, fork_of, primary, relay_of, torn, wait_timeline};
+use crate::timelines::{
+    Torn, assert_same_timeline, fork_of, primary, promote_again, promote_behind, relay_of, torn,
+    wait_timeline,
+};
 
 #[test]
 fn a_stream_that_ends_where_nothing_was_left_is_not_asked_for_without_end() {
@@ -153,10 +156,7 @@ fn archives_that_come_late_go_through_all_timelines() {
     assert_eq!(fork_of(&new, 2), fork);
     for _ in 0..2 {
         write_wal(&new, 3 * MB / 2);
-        new.stop(Stop::Fast);
-        new.make_standby_of(old.port, "next");
-        new.start();
-        new.promote();
+        promote_again(&mut new, &old);
     }
     write_wal(&new, 2 * MB);
     let upto = new.switch_wal().next_multiple_of(MB);
@@ -222,10 +222,7 @@ fn an_archive_keeps_what_diverged_and_goes_on_with_the_new_timeline() {
     write_wal(&old, MB / 2);
     relay.wait_flushed(old.flushed());
     wait_until("the archive to have what will be lost", || has_completed(&folder, 1, end));
-    old.stop(Stop::Kill);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_behind(&mut old, &mut new, "");
     let fork = fork_of(&new, 2);
     assert!(fork < end - 2 * MB);
     let upto = new.switch_wal().next_multiple_of(MB);

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
@@ -247,6 +248,45 @@ fn a_relay_that_may_not_be_the_only_copy_for_long_acknowledges_nothing_more_unti
     wait_until("nothing more to be acknowledged", held_back);
     let took = primary.stop(Stop::Fast);
     assert!(took < Duration::from_secs(3), "the primary's fast stop took {took:?}");
+}
+
+#[test]
+fn a_restart_gives_the_only_copy_no_time_whatever_the_wall_clock_says() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = synchronous(&installation);
+    let faults = Faults::new();
+    let mut relay =
+        Relay::new("relay", primary.port).with_faults(&faults).with("upstream.only_copy_time_max", "\"5s\"");
+    relay.start();
+    let settings = "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s";
+    let mut standby = primary.standby("standby", relay.port, settings);
+    let load = Load::start_waiting(&primary);
+    let held_back = |relay: &Relay| relay.status()["upstream"]["acknowledge"]["held_back"] == true;
+    wait_until("commits", || load.committed() > 10);
+    standby.stop(Stop::Fast);
+    wait_until("nothing more to be acknowledged", || held_back(&relay));
+    const TEN_DAYS: u64 = 10 * 24 * 3600;
+    for fault in ["clock_behind", "clock_ahead"] {
+        relay.kill();
+        faults.set(fault, TEN_DAYS);
+        let before = load.committed();
+        relay.start();
+        wait_until("it to be known again", || held_back(&relay));
+        // One may have been acknowledged just before.
+        hold("no commit is confirmed", Duration::from_secs(2), || load.committed() <= before + 1);
+        faults.clear(fault);
+    }
+    // Nor does a clock that jumps stop what a standby has.
+    standby.start();
+    let go_on = |relay: &Relay| {
+        let before = load.committed();
+        wait_until("commits to go on", || load.committed() > before + 10 && !held_back(relay));
+    };
+    go_on(&relay);
+    relay.kill();
+    faults.set("clock_ahead", TEN_DAYS);
+    relay.start();
+    go_on(&relay);
 }
 
 fn write_wal_without_waiting(primary: &Postgres, bytes: u64) {

@@ -42,6 +42,23 @@ pub(crate) fn wait_timeline(relay: &Relay, timeline: u32) {
     });
 }
 
+/// The primary dies, and a standby that was stopped before is promoted with what it has.
+pub(crate) fn promote_behind(old: &mut Postgres, stopped: &mut Postgres, settings: &str) {
+    old.stop(Stop::Kill);
+    stopped.make_standby_of(old.port, "next");
+    stopped.add_settings(settings);
+    stopped.start();
+    stopped.promote();
+}
+
+/// A server that was promoted is promoted once more; the one it was a standby of is gone.
+pub(crate) fn promote_again(server: &mut Postgres, gone: &Postgres) {
+    server.stop(Stop::Fast);
+    server.make_standby_of(gone.port, "next");
+    server.start();
+    server.promote();
+}
+
 /// Where timeline `timeline` of this server began, by its history file.
 pub(crate) fn fork_of(server: &Postgres, timeline: u32) -> u64 {
     let path = server.wal_dir().join(format!("{timeline:08X}.history"));
@@ -156,10 +173,7 @@ fn promotions_that_were_missed_are_followed_one_after_the_other() {
     new.promote();
     write_wal(&new, 5 * MB / 2);
     for _ in 0..2 {
-        new.stop(Stop::Fast);
-        new.make_standby_of(old.port, "next");
-        new.start();
-        new.promote();
+        promote_again(&mut new, &old);
     }
     assert_eq!(new.timeline(), 4);
     write_wal(&new, 3 * MB);
@@ -330,10 +344,7 @@ fn two_promotions_that_did_not_know_of_each_other_are_told_apart() {
     // Nor is a child of the other one followed.
     relay.terminate();
     let mut right = right;
-    right.stop(Stop::Fast);
-    right.make_standby_of(old.port, "right");
-    right.start();
-    right.promote();
+    promote_again(&mut right, &old);
     assert_eq!(right.timeline(), 3);
     relay.launch();
     relay.wait_logged("timeline 2 of the upstream has another history than timeline 2 of this relay");
@@ -358,10 +369,7 @@ fn a_history_of_which_no_wal_came_gives_way_to_the_one_that_is_followed() {
     old.stop(Stop::Fast);
     new.promote();
     write_wal(&new, MB);
-    new.stop(Stop::Fast);
-    new.make_standby_of(old.port, "next");
-    new.start();
-    new.promote();
+    promote_again(&mut new, &old);
     write_wal(&new, MB);
     relay.start();
     wait_timeline(&relay, 3);

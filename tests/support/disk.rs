@@ -20,12 +20,14 @@ pub(crate) trait Hooks: Send + Sync + 'static {
     /// Of a file, not of a directory.
     fn before_sync(&self) {}
     fn before_rename(&self, _to: &Path) {}
+    /// Of a file that is read from the disk alone.
+    fn before_direct_read(&self) {}
     fn before_slice(&self, _range: &Range<usize>) {}
 }
 
 pub(crate) struct HookedDisk<H>(pub(crate) Arc<H>);
 
-struct HookedFile<H>(Arc<dyn DiskFile>, Arc<H>);
+struct HookedFile<H>(Arc<dyn DiskFile>, OpenMode, Arc<H>);
 
 struct HookedMapping<H>(Arc<dyn Mapping>, Arc<H>);
 
@@ -35,7 +37,7 @@ impl<H: Hooks> Disk for HookedDisk<H> {
     }
 
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        Ok(Arc::new(HookedFile(RealDisk.open(path, mode)?, self.0.clone())))
+        Ok(Arc::new(HookedFile(RealDisk.open(path, mode)?, mode, self.0.clone())))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -70,11 +72,14 @@ impl<H: Hooks> Disk for HookedDisk<H> {
 
 impl<H: Hooks> DiskFile for HookedFile<H> {
     fn write_at(&self, slices: &[IoSlice<'_>], offset: u64) -> io::Result<usize> {
-        self.1.before_write();
+        self.2.before_write();
         self.0.write_at(slices, offset)
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        if self.1 == OpenMode::ReadFromDisk {
+            self.2.before_direct_read();
+        }
         self.0.read_at(buffer, offset)
     }
 
@@ -83,7 +88,7 @@ impl<H: Hooks> DiskFile for HookedFile<H> {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.1.before_sync();
+        self.2.before_sync();
         self.0.sync()
     }
 

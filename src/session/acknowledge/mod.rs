@@ -15,7 +15,7 @@
 use std::time::{Duration, Instant};
 
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
-use crate::session::only_copy::{Held, OnlyCopyTracker};
+use crate::session::only_copy::{Held, OnlyCopyTracker, Recalled};
 use crate::wal::{Lsn, TimelineId};
 
 pub mod policy;
@@ -99,6 +99,15 @@ impl Acknowledger {
         self
     }
 
+    /// How long something has been nowhere else does not begin anew with the process.
+    pub fn recall_only_copy(&mut self, now: Instant, recalled: Recalled) {
+        let Some(limit) = &mut self.only_copy else { return };
+        // By such a policy nothing was acknowledged alone but in windows.
+        let is_alone = self.policy == AcknowledgePolicy::Local || self.windows.open().is_some();
+        let end = if is_alone { Some(recalled.end) } else { recalled.elsewhere };
+        limit.tracker.recall(now, Recalled { end: end.unwrap_or(Lsn::MIN), ..recalled });
+    }
+
     /// Windows that are known from before, oldest first. If the last one is open it stays so until the standbys have all of
     /// it; whether it goes on without them is decided anew.
     pub fn take_over(&mut self, windows: Vec<LocalWindow>) {
@@ -111,16 +120,17 @@ impl Acknowledger {
         let elsewhere = standbys.iter().filter_map(|standby| standby.flush).max();
         self.note_only_copy(now, timeline, elsewhere);
         let is_held_back = self.is_held_back();
-        let limit =
-            self.acknowledged.flush.filter(|_| is_held_back).map_or(flushed, |flush| flush.min(flushed));
+        let limit = if is_held_back { self.acknowledged_before() } else { Some(flushed) };
+        let limit = limit.map(|limit| limit.min(flushed));
         let remote = policy::positions(&self.policy, standbys);
         let apply = remote.apply.map(|apply| apply.min(flushed));
         self.acknowledged.apply = self.acknowledged.apply.max(apply);
-        let flush = match self.policy {
-            AcknowledgePolicy::Local => Some(limit),
-            AcknowledgePolicy::Remote(_) => {
-                self.remote_flush(now, Durable { timeline, flushed: limit }, remote.flush)
+        let flush = match (&self.policy, limit) {
+            (AcknowledgePolicy::Local, limit) => limit,
+            (AcknowledgePolicy::Remote(_), Some(flushed)) => {
+                self.remote_flush(now, Durable { timeline, flushed }, remote.flush)
             }
+            (AcknowledgePolicy::Remote(_), None) => None,
         };
         // A store that held nothing may have begun anew elsewhere: nothing of what was said of it is true any more.
         let held = |position: Lsn| position.min(flushed);
@@ -134,12 +144,18 @@ impl Acknowledger {
     }
 
     fn note_only_copy(&mut self, now: Instant, timeline: TimelineId, elsewhere: Option<Lsn>) {
-        let begun = self.fork.take();
-        let (Some(limit), Some(acknowledged)) = (&mut self.only_copy, self.acknowledged.flush) else {
-            return;
-        };
-        let held = Held { timeline, begun, acknowledged, oldest: Lsn::MIN, flushed: elsewhere };
-        limit.is_over = limit.tracker.update(now, held).age >= limit.time_max;
+        let left = self.fork.take();
+        let acknowledged = self.acknowledged.flush.unwrap_or(Lsn::MIN);
+        let Some(limit) = &mut self.only_copy else { return };
+        let held = Held { timeline, left, acknowledged, oldest: Lsn::MIN, flushed: elsewhere };
+        limit.tracker.update(now, held);
+        limit.is_over = limit.tracker.known(now).age >= Some(limit.time_max);
+    }
+
+    /// No more than this while nothing more is acknowledged: what was, as far as this process knows, or what a standby has.
+    fn acknowledged_before(&self) -> Option<Lsn> {
+        let elsewhere = self.only_copy.as_ref().and_then(|limit| limit.tracker.elsewhere());
+        self.acknowledged.flush.max(elsewhere)
     }
 
     /// The timeline was left at `fork`: nothing beyond is held any more.

@@ -41,6 +41,9 @@ impl Disk for SimDisk {
             inode
         } else {
             state.look()?;
+            if mode == OpenMode::ReadFromDisk {
+                state.read_fault()?;
+            }
             state.named(path)?
         };
         Ok(Arc::new(SimFile { disk: self.clone(), inode }))

@@ -11,13 +11,16 @@ mod disk;
 mod edges;
 mod exhaustive;
 mod named;
+mod process;
 mod random;
 mod repair;
+mod scrub;
 mod switches;
 mod torn;
 mod truth;
 mod unfinished;
 mod world;
+mod xids;
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};

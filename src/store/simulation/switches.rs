@@ -5,21 +5,15 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-use bytes::Bytes;
 
 use super::Mutant;
 use super::disk::{Crash, SimDisk};
+use super::process::Live;
 use super::random::Random;
 use super::world::{Seen, settings};
-use crate::store::control::Identity;
+use crate::store::SlotKind;
 use crate::store::error::{ReadError, StoreError};
-use crate::store::flush::{Step, Syncer, Writer};
-use crate::store::keeper::Keeper;
 use crate::store::open::open;
-use crate::store::shared::Shared;
-use crate::store::{Access, BlockId, Positions, Read, SlotKind, WalReader, WalWriter};
 use crate::wal::builder::WalBuilder;
 use crate::wal::segment::SegmentFile;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SegmentSize, TimelineId};
@@ -134,98 +128,13 @@ impl Histories {
     }
 }
 
-/// A process.
-struct Live {
-    shared: Arc<Shared>,
-    wal_writer: WalWriter,
-    writer: Writer,
-    syncer: Syncer,
-    keeper: Keeper,
-    now: Instant,
-}
-
-impl Live {
-    fn start(disk: &SimDisk, histories: &Histories) -> Result<Self, StoreError> {
-        let opened = open(settings(), Arc::new(disk.clone()), Arc::new(Seen::default()), Mutant::None)?;
-        let shared = opened.shared;
-        let mut wal_writer = WalWriter::new(shared.clone(), None, opened.scanner);
-        if shared.identity.get().is_none() {
-            let context = histories.old.context();
-            let system_id = context.system_id.unwrap();
-            let identity = Identity { system_id, segment_size: context.segment_size };
-            wal_writer.initialize(identity, TimelineId::FIRST, histories.old.start())?;
-            shared.slots.create("all", SlotKind::Permanent, Some(histories.old.start())).unwrap();
-        }
-        Ok(Self {
-            wal_writer,
-            writer: Writer::new(shared.clone()),
-            syncer: Syncer::new(shared.clone()),
-            keeper: Keeper::new(shared.clone(), opened.has_reserve),
-            now: Instant::now(),
-            shared,
-        })
-    }
-
-    fn positions(&self) -> Positions {
-        self.shared.positions().unwrap()
-    }
-
-    /// Receives up to `end`, in pieces, and makes all of it durable; keeps seals for later if asked to.
-    fn receive(&mut self, wal: &WalBuilder, end: Lsn, seals: bool) -> Checked {
-        let told = |error: &dyn std::fmt::Display| error.to_string();
-        let plan = self.wal_writer.plan().ok_or("nothing to resume from")?;
-        self.wal_writer.begin(plan.start).map_err(|error| told(&error))?;
-        let mut at = plan.start;
-        for block in 1.. {
-            let piece_end = at.advance(150_000).min(end);
-            if piece_end <= at {
-                break;
-            }
-            let bytes = Bytes::copy_from_slice(wal.slice(at, piece_end));
-            self.wal_writer.append(at, bytes, BlockId(block)).map_err(|error| format!("{error:?}"))?;
-            at = piece_end;
-            self.wal_writer.submit();
-            self.work(seals);
-        }
-        self.work(seals);
-        if self.shared.health.has_failed() { Err("the store has failed".to_owned()) } else { Ok(()) }
-    }
-
-    fn work(&mut self, seals: bool) {
-        while self.writer.step() == Step::Worked {}
-        while let Some(job) = self.syncer.take() {
-            self.syncer.run(&job);
-        }
-        while seals && self.keeper.step(self.now) == Step::Worked {
-            self.now += Duration::from_secs(11);
-        }
-    }
-
-    /// Reads a range as a client of the timeline would.
-    fn read(&self, timeline: TimelineId, range: LsnRange) -> Result<Vec<u8>, ReadError> {
-        let mut reader = WalReader::new(self.shared.clone(), timeline, Access::Mapped);
-        let mut all = Vec::new();
-        let mut at = range.start();
-        while let Some(part) = LsnRange::new(at, at.advance(128 << 10).min(range.end())) {
-            match reader.read(part)? {
-                Read::Ready(bytes) => {
-                    all.extend(bytes.concat());
-                    at = part.end();
-                }
-                Read::Cold(cold) => cold.load()?,
-            }
-        }
-        Ok(all)
-    }
-}
-
 fn expect(is_so: bool, what: impl FnOnce() -> String) -> Checked {
     if is_so { Ok(()) } else { Err(what()) }
 }
 
 /// What is held before the switch, or after one that a crash has cut short; then all the rest of the way.
 fn go_on(disk: &SimDisk, histories: &Histories) -> Checked {
-    let mut live = Live::start(disk, histories).map_err(|error| format!("does not start: {error:?}"))?;
+    let mut live = Live::start(disk, &histories.old).map_err(|error| format!("does not start: {error:?}"))?;
     let positions = live.positions();
     let ahead = live.shared.slots.get("ahead").ok_or("a slot is gone")?.restart_lsn;
     if positions.timeline == TimelineId::FIRST {
@@ -243,7 +152,7 @@ fn go_on(disk: &SimDisk, histories: &Histories) -> Checked {
     check(&live, disk, histories)?;
     drop(live);
     disk.restart(Crash::PowerCut);
-    let live = Live::start(disk, histories).map_err(|error| format!("does not start: {error:?}"))?;
+    let live = Live::start(disk, &histories.old).map_err(|error| format!("does not start: {error:?}"))?;
     expect(live.positions().flushed >= histories.new_end(), || format!("{:?} is left", live.positions()))?;
     check(&live, disk, histories)
 }
@@ -333,7 +242,7 @@ fn wal(name: &str) -> PathBuf {
 fn received(shape: Shape, seed: u64, seals: bool) -> (SimDisk, Histories, Live) {
     let histories = Histories::new(shape);
     let disk = SimDisk::new(seed);
-    let mut live = Live::start(&disk, &histories).unwrap();
+    let mut live = Live::start(&disk, &histories.old).unwrap();
     live.receive(&histories.old, histories.delivered, seals).unwrap();
     assert_eq!(live.positions().flushed, histories.held, "{shape:?}");
     live.shared.slots.create("ahead", SlotKind::Permanent, Some(histories.held)).unwrap();
@@ -414,7 +323,7 @@ fn slots_go_back_with_the_positions() {
     assert_eq!(restart(&live, "all"), Some(histories.old.start()));
     drop(live);
     disk.restart(Crash::PowerCut);
-    let live = Live::start(&disk, &histories).unwrap();
+    let live = Live::start(&disk, &histories.old).unwrap();
     assert_eq!(restart(&live, "ahead"), Some(histories.fork));
 }
 
@@ -462,18 +371,24 @@ fn what_cannot_be_a_fork_is_refused_and_changes_nothing() {
 #[test]
 fn a_new_timeline_whose_beginning_was_taken_away_is_gone_over_to_again() {
     let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Nothing };
+    let (disk, histories, live) = without_the_beginning(shape);
+    assert_eq!(live.positions().flushed, histories.fork);
+    drop(live);
+    disk.restart(Crash::Kill);
+    go_on(&disk, &histories).unwrap();
+}
+
+/// The new timeline was gone over to, and the file that it begins with was taken away: the old one is received again.
+fn without_the_beginning(shape: Shape) -> (SimDisk, Histories, Live) {
     let (disk, histories, mut live) = received(shape, 1, true);
     live.wal_writer.switch(NEXT, histories.fork).unwrap();
     let number = SegmentNo::holding(histories.fork, histories.size());
     drop(live);
     disk.remove(&wal(&SegmentName { timeline: NEXT, number }.partial_file_name(histories.size())));
     disk.restart(Crash::Kill);
-    let live = Live::start(&disk, &histories).unwrap();
+    let live = Live::start(&disk, &histories.old).unwrap();
     assert_eq!(live.positions().timeline, TimelineId::FIRST);
-    assert_eq!(live.positions().flushed, histories.fork);
-    drop(live);
-    disk.restart(Crash::Kill);
-    go_on(&disk, &histories).unwrap();
+    (disk, histories, live)
 }
 
 #[test]
@@ -520,15 +435,8 @@ fn files_of_a_timeline_not_followed_are_set_aside_unless_they_are_copies_of_what
 #[test]
 fn what_is_received_again_after_a_step_back_is_not_set_aside_as_what_diverged_before() {
     let shape = Shape { fork: ForkAt::WithinASegment, beyond: Beyond::Records(3_000) };
-    let (disk, histories, mut live) = received(shape, 1, true);
-    live.wal_writer.switch(NEXT, histories.fork).unwrap();
-    let number = SegmentNo::holding(histories.fork, histories.size());
-    drop(live);
-    disk.remove(&wal(&SegmentName { timeline: NEXT, number }.partial_file_name(histories.size())));
-    disk.restart(Crash::Kill);
-    // The branch is set aside with all of its segment: that begins anew, on the timeline that had been left.
-    let mut live = Live::start(&disk, &histories).unwrap();
-    assert_eq!(live.positions().timeline, TimelineId::FIRST);
+    // The branch was set aside with all of its segment: that begins anew, on the timeline that had been left.
+    let (disk, histories, mut live) = without_the_beginning(shape);
     live.receive(&histories.old, histories.fork, true).unwrap();
     for _ in 0..2 {
         assert_eq!(
@@ -537,7 +445,7 @@ fn what_is_received_again_after_a_step_back_is_not_set_aside_as_what_diverged_be
         );
         drop(live);
         disk.restart(Crash::PowerCut);
-        live = Live::start(&disk, &histories).unwrap();
+        live = Live::start(&disk, &histories.old).unwrap();
     }
     live.wal_writer.switch(NEXT, histories.fork).unwrap();
     live.receive(&histories.new, histories.new_end(), true).unwrap();

@@ -9,6 +9,7 @@ use crate::session::acknowledge::windows::WINDOWS_MAX;
 use crate::session::acknowledge::{
     Acknowledger, Durable, LocalWindow, RemotePositions, Standby, WindowState,
 };
+use crate::session::only_copy::Recalled;
 use crate::wal::{Lsn, LsnRange, TimelineId};
 
 fn lsn(position: u64) -> Lsn {
@@ -212,4 +213,42 @@ fn after_too_long_as_the_only_copy_nothing_more_is_acknowledged_until_somebody_h
     assert_eq!(at(112, 140, &[standby("a", 110)]), (140, false), "the rest is younger");
     assert_eq!(at(119, 150, &[]), (140, true));
     assert_eq!(at(500, 160, &[standby("b", 160)]), (160, false));
+}
+
+#[test]
+fn a_restart_gives_the_only_copy_no_time() {
+    let start = some_moment();
+    let at = |seconds| start + Duration::from_secs(seconds);
+    let timeline = TimelineId::FIRST;
+    let restarted = |policy: &str, elsewhere: Option<u64>, age| {
+        let limit = Some(Duration::from_secs(10));
+        let mut acknowledger =
+            Acknowledger::new(policy.parse().unwrap(), None).with_only_copy_time_max(limit);
+        let (elsewhere, age) = (elsewhere.map(lsn), Duration::from_secs(age));
+        acknowledger.recall_only_copy(start, Recalled { timeline, elsewhere, end: lsn(100), age });
+        acknowledger
+    };
+    let mut young = restarted("local", Some(90), 4);
+    assert_eq!(young.update(at(5), durable(110), &[]).flush, Some(lsn(110)));
+    assert_eq!(young.update(at(6), durable(120), &[]).flush, Some(lsn(110)), "ten seconds with those before");
+    assert_eq!(young.update(at(7), durable(120), &[standby("a", 99)]).flush, Some(lsn(110)));
+    assert_eq!(young.update(at(8), durable(120), &[standby("a", 100)]).flush, Some(lsn(120)));
+    // What was acknowledged is not known; what is at a standby can be.
+    let mut old = restarted("local", Some(90), 10);
+    assert_eq!(old.update(at(0), durable(100), &[]).flush, Some(lsn(90)));
+    assert!(old.is_held_back());
+    assert_eq!(old.update(at(9), durable(120), &[standby("a", 95)]).flush, Some(lsn(95)));
+    assert_eq!(old.update(at(9), durable(120), &[standby("a", 100)]).flush, Some(lsn(120)));
+    for (policy, is_held_back) in [("local", true), ("ANY 1 (a)", false)] {
+        let mut alone = restarted(policy, None, 99);
+        assert_eq!(alone.update(at(0), durable(100), &[]).flush, None);
+        // By the policy nothing was acknowledged that no standby had.
+        assert_eq!(alone.is_held_back(), is_held_back);
+        assert_eq!(alone.update(at(1), durable(100), &[standby("a", 100)]).flush, Some(lsn(100)));
+    }
+    // Where a standby has all of it the time begins with what comes.
+    let mut idle = restarted("local", Some(100), 99);
+    assert_eq!(idle.update(at(0), durable(110), &[]).flush, Some(lsn(110)));
+    assert_eq!(idle.update(at(9), durable(120), &[]).flush, Some(lsn(120)));
+    assert_eq!(idle.update(at(10), durable(130), &[]).flush, Some(lsn(120)));
 }

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use crate::session::acknowledge::tests::some_moment;
 use crate::session::acknowledge::{Acknowledger, Durable, LocalWindow, Standby, WindowState};
+use crate::session::only_copy::Recalled;
 use crate::wal::{Lsn, TimelineId};
 
 /// What happens.
@@ -214,21 +215,34 @@ proptest! {
     }
 
     /// Nothing more is acknowledged as long as something that was acknowledged too long ago is at no standby, and as soon as
-    /// all of it is somewhere it goes on.
+    /// all of it is somewhere it goes on. Also when the process is another one.
     #[test]
     fn no_more_is_acknowledged_than_the_only_copy_may_hold(
-        steps in proptest::collection::vec((0_u64..4000, 0_u64..30, proptest::option::of(1_u64..300)), 1..60),
+        steps in proptest::collection::vec(
+            (0_u64..4000, 0_u64..30, proptest::option::of(1_u64..300), proptest::bool::weighted(0.1)),
+            1..60,
+        ),
         limit in 1_u64..20_000,
     ) {
         let limit = Duration::from_millis(limit);
-        let mut acknowledger =
-            Acknowledger::new("local".parse().unwrap(), None).with_only_copy_time_max(Some(limit));
+        let fresh = || Acknowledger::new("local".parse().unwrap(), None).with_only_copy_time_max(Some(limit));
+        let mut acknowledger = fresh();
         let timeline = TimelineId::FIRST;
         let (mut now, mut flushed, mut elsewhere, mut before) = (some_moment(), 2, 0, 0);
         // What was acknowledged, and when.
         let mut told: Vec<(u64, Instant)> = Vec::new();
-        for (millis, more, standby) in steps {
+        for (millis, more, standby, restarts) in steps {
             now += Duration::from_millis(millis);
+            if restarts {
+                // All that is held counts, from when the first of it was acknowledged.
+                let since = told.first().map_or(now, |(_, at)| *at);
+                told = if elsewhere < flushed { vec![(flushed, since)] } else { Vec::new() };
+                acknowledger = fresh();
+                let (end, had) = (Lsn::new(flushed).unwrap(), Lsn::new(elsewhere));
+                let recalled = Recalled { timeline, elsewhere: had, end, age: now - since };
+                acknowledger.recall_only_copy(now, recalled);
+                before = 0;
+            }
             flushed += more;
             let standbys = standby.map(|flush| Standby { name: "a", flush: Lsn::new(flush), apply: None });
             elsewhere = standby.unwrap_or(0).max(elsewhere);
@@ -238,7 +252,7 @@ proptest! {
             told.retain(|(position, _)| *position > elsewhere);
             let is_over = told.first().is_some_and(|(_, at)| now - *at >= limit);
             if is_over {
-                prop_assert_eq!(flush, before);
+                prop_assert_eq!(flush, before.max(elsewhere).min(flushed));
             }
             if told.is_empty() {
                 prop_assert_eq!(flush, flushed);
