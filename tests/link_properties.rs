@@ -331,8 +331,8 @@ enum Event {
     Send(usize, usize),
     /// A link receives what was sent, up to so many messages.
     Deliver(usize, usize),
-    /// A link begins, with as much behind it as there is.
-    Join,
+    /// A link begins, with so much to catch up with.
+    Join(usize),
     /// A link ends.
     Leave(usize),
     Pass(Duration),
@@ -347,7 +347,7 @@ fn event() -> impl Strategy<Value = Event> {
         8 => any::<usize>().prop_map(Event::Hear),
         12 => (any::<usize>(), 1_usize..6).prop_map(|(link, most)| Event::Send(link, most)),
         8 => (any::<usize>(), 1_usize..9).prop_map(|(link, most)| Event::Deliver(link, most)),
-        1 => Just(Event::Join),
+        1 => prop_oneof![0_usize..3_000, 0_usize..900_000].prop_map(Event::Join),
         1 => any::<usize>().prop_map(Event::Leave),
         1 => (1_u64..4_000).prop_map(|ms| Event::Pass(Duration::from_millis(ms))),
         1 => Just(Event::Fail),
@@ -407,8 +407,8 @@ impl World {
                 self.safe_ends.insert(at(self.limit));
             }
             Event::Pass(time) => self.now += time,
-            Event::Join if count < 5 => {
-                let start = self.limit / 3 / 8192 * 8192;
+            Event::Join(behind) if count < 5 => {
+                let start = self.limit.saturating_sub(behind) / 8 * 8;
                 self.joined += 1;
                 self.links.push(SimulatedLink {
                     start,
@@ -435,7 +435,7 @@ impl World {
             }
             Event::Deliver(link, most) => self.deliver(link % count, most),
             Event::Leave(link) => drop(self.links.swap_remove(link % count)),
-            Event::Join => {}
+            Event::Join(_) => {}
         }
     }
 
@@ -491,6 +491,7 @@ impl World {
         let is_safe = range.end().page_offset() == 0 || self.safe_ends.contains(&range.end());
         assert!(is_safe, "{} may wedge a standby", range.end());
         let link = &mut self.links[number];
+        assert!(range.end() <= at(link.limit), "more than may be sent");
         link.under_way.push_back(message(kind, range, encoded));
         link.sent += range.bytes() as usize;
     }
@@ -532,7 +533,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let mut world = World::new(compression, seed);
-        world.apply(Event::Join);
+        world.apply(Event::Join(50_000));
         for event in events {
             world.apply(event);
         }
@@ -551,17 +552,13 @@ proptest! {
 fn a_flapping_link_cannot_ruin_the_ratio_of_the_others() {
     let ratio = |is_flapping: bool| {
         let mut world = World::new(Compression::Zstd { level: 1 }, 9);
-        world.apply(Event::Join);
+        world.apply(Event::Join(50_000));
         world.settle();
         let (mut wire, mut sent) = (0, 0);
         while world.limit + 512 < 3 << 20 {
             world.apply(Event::Grow(512));
             if is_flapping {
-                world.apply(Event::Join);
-                let newest = world.links.len() - 1;
-                world.links[newest].start = world.limit - 512;
-                world.links[newest].sent = world.limit - 512;
-                world.links[newest].inbound = inbound(at(world.limit - 512));
+                world.apply(Event::Join(512));
             }
             for number in 0..world.links.len() {
                 world.links[number].limit = world.limit;

@@ -18,6 +18,8 @@ const PROTOCOL_3_0: u32 = 196_608;
 const BUFFER_BYTES: usize = 1 << 20;
 /// `w`, start, end, time.
 const WAL_DATA_HEADER_BYTES: usize = 25;
+/// What a link's frame has before its payload.
+const FRAME_FIELDS_BYTES: usize = 48;
 /// `k`, end, time, whether a reply is wanted.
 const KEEPALIVE_BYTES: usize = 18;
 /// How long a read may find nothing before the caller is asked whether to go on.
@@ -59,7 +61,8 @@ impl Client {
         Self::connect(address, &[("user", USER), ("replication", "true"), ("application_name", "bench")])
     }
 
-    fn connect(address: SocketAddr, parameters: &[(&str, &str)]) -> Result<Self> {
+    /// A connection with these startup parameters.
+    pub(crate) fn connect(address: SocketAddr, parameters: &[(&str, &str)]) -> Result<Self> {
         let socket =
             TcpStream::connect(address).with_context(|| format!("could not connect to {address}"))?;
         socket.set_nodelay(true)?;
@@ -115,7 +118,7 @@ impl Client {
                 if kind == b'E' { error_text(&body) } else { "no error".to_owned() }
             );
         }
-        self.wait_for(5 + length.min(WAL_DATA_HEADER_BYTES))?;
+        self.wait_for(5 + length.min(FRAME_FIELDS_BYTES))?;
         match self.byte(5)? {
             b'w' => {
                 let start = u64::from_be_bytes(self.array(6)?);
@@ -123,6 +126,17 @@ impl Client {
                     length.checked_sub(WAL_DATA_HEADER_BYTES).ok_or_else(|| anyhow!("short WAL data"))?;
                 self.skip(5 + length)?;
                 Ok(Event::Wal { end: start + wal as u64 })
+            }
+            b'z' if self.byte(6)? == b'f' => {
+                let start = u64::from_be_bytes(self.array(21)?);
+                let wal = u32::from_be_bytes(self.array(45)?);
+                self.skip(5 + length)?;
+                Ok(Event::Wal { end: start + u64::from(wal) })
+            }
+            // Whose WAL it is.
+            b'z' => {
+                self.skip(5 + length)?;
+                Ok(Event::Keepalive)
             }
             b'k' => {
                 let wants_reply = self.byte(5 + KEEPALIVE_BYTES - 1)? == 1;

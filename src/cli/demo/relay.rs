@@ -34,6 +34,7 @@ pub struct RelaySettings {
     slot: String,
     upstream: String,
     executable: Option<PathBuf>,
+    downstream: toml::Table,
     store: toml::Table,
 }
 
@@ -45,6 +46,7 @@ impl RelaySettings {
             slot: name.to_owned(),
             upstream: upstream.to_owned(),
             executable: None,
+            downstream: toml::Table::new(),
             store: toml::Table::new(),
         }
     }
@@ -70,6 +72,13 @@ impl RelaySettings {
         self
     }
 
+    /// One more setting of the section `[downstream]`.
+    #[must_use]
+    pub fn downstream(mut self, name: &str, value: impl Into<toml::Value>) -> Self {
+        self.downstream.insert(name.to_owned(), value.into());
+        self
+    }
+
     fn to_toml(&self, data_folder: &Path, listen: SocketAddr, admin: SocketAddr) -> String {
         let section = |pairs: &[(&str, String)]| {
             let pairs = pairs.iter().map(|(name, value)| ((*name).to_owned(), value.clone().into()));
@@ -80,7 +89,9 @@ impl RelaySettings {
         file.insert("relay".into(), section(&[("name", self.name.clone()), ("data_dir", data_folder)]));
         let upstream = [("conninfo", self.upstream.clone()), ("slot", self.slot.clone())];
         file.insert("upstream".into(), section(&upstream));
-        file.insert("downstream".into(), section(&[("listen", listen.to_string())]));
+        let mut downstream = self.downstream.clone();
+        downstream.insert("listen".into(), listen.to_string().into());
+        file.insert("downstream".into(), toml::Value::Table(downstream));
         file.insert("admin".into(), section(&[("listen", admin.to_string())]));
         if !self.store.is_empty() {
             file.insert("store".into(), toml::Value::Table(self.store.clone()));

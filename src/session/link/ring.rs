@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use crate::session::cut::message_end;
-use crate::session::link::LIVE_LAG_MAX;
+use crate::session::link::{BULK_FRAME_BYTES, LIVE_LAG_MAX};
 use crate::wal::{Lsn, LsnRange};
 
 /// The newest frames of a stream; `F` is what they are made of.
@@ -143,7 +143,13 @@ impl<F: Clone> Ring<F> {
             return Step::Bulk { until: link.limit };
         }
         match found {
-            Found::Before(until) => Step::Bulk { until: until.min(link.limit) },
+            Found::Before(until) => {
+                // Others may be faster to look every time: it is waited for at the end.
+                if until == self.end && until.bytes_since(link.sent) <= BULK_FRAME_BYTES {
+                    self.join(others, now);
+                }
+                Step::Bulk { until: until.min(link.limit) }
+            }
             Found::Joining => {
                 self.join(others, now);
                 self.encode_up_to(link.limit)
@@ -238,7 +244,7 @@ impl<F: Clone> Ring<F> {
         if limit > self.end { Step::Encode } else { Step::Wait }
     }
 
-    /// A link has come to the end, and would follow if an epoch began here.
+    /// A link has come to the end, or nearly, and would follow if an epoch began here.
     fn join(&mut self, others: bool, now: Instant) {
         let Some(epoch) = self.epoch else { return };
         let is_long = epoch.wal_bytes >= JOIN_EPOCH_BYTES_MIN;
@@ -370,6 +376,28 @@ mod tests {
         assert_eq!(stream.step(None, limit, limit + 8, true), Step::Encode);
         stream.encode(limit + 8);
         assert_eq!(stream.epochs, 3, "the last one was long ago");
+    }
+
+    #[test]
+    fn a_link_that_is_never_first_to_look_can_follow_all_the_same() {
+        let mut stream = Stream::new(START);
+        let mut limit = START;
+        // Long enough that an epoch may begin for it.
+        while limit < START + JOIN_EPOCH_BYTES_MIN {
+            limit += 1000;
+            stream.encode(limit);
+        }
+        assert_eq!(stream.step(None, limit - 1000, limit, true), Step::Bulk { until: at(limit) });
+        stream.encode(limit + 1000);
+        assert_eq!(stream.epochs, 2);
+        assert!(matches!(stream.step(None, limit, limit + 1000, true), Step::Frame { sequence: 0, .. }));
+        // One that is far behind does not want it yet.
+        let far = limit + 1000 + JOIN_EPOCH_BYTES_MIN + BULK_FRAME_BYTES;
+        (limit + 2000..=far).step_by(1000).for_each(|end| stream.encode(end));
+        let end = stream.ring.end().get();
+        assert_eq!(stream.step(None, limit + 1000, end, true), Step::Bulk { until: at(end) });
+        stream.encode(end + 8);
+        assert_eq!(stream.epochs, 2);
     }
 
     #[test]
