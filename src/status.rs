@@ -26,6 +26,8 @@ pub struct Overview {
     pub store: StoreStatus,
     /// What is held nowhere else, as far as standbys of this relay tell; absent until that has been looked at.
     pub only_copy: Option<OnlyCopyStatus>,
+    /// What became of the files that were read again last.
+    pub reload: ReloadStatus,
     /// Downstream connections (`pg_stat_replication`).
     pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
@@ -177,6 +179,15 @@ pub struct FenceStatus {
     pub timeline: Option<TimelineId>,
     /// End of what is held durably: nothing beyond was acknowledged.
     pub flushed: Option<Lsn>,
+}
+
+/// What became of the files that were read again last (SIGHUP, `POST /reload`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReloadStatus {
+    /// When that was; absent when it never was since the start.
+    pub at: Option<Timestamp>,
+    /// What was wrong, until they are read without an error: what was read before holds.
+    pub error: Option<String>,
 }
 
 /// WAL that was acknowledged upstream and that no standby of the relay has flushed.

@@ -9,6 +9,7 @@ use std::{future::pending, time::Duration};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
+use crate::access::Permissions;
 use crate::downstream::{
     DownstreamContext,
     commands::{self, Answered, CommandError},
@@ -32,6 +33,8 @@ pub(super) struct Session<'a, S> {
     pub(super) context: &'a DownstreamContext,
     pub(super) connection: Connection<S>,
     pub(super) registration: Registration,
+    /// What the user may do.
+    pub(super) may: Permissions,
     pub(super) server: Server,
     pub(super) stop: &'a CancellationToken,
     pub(super) database: Option<String>,
@@ -64,14 +67,22 @@ impl<'a, S: Stream> Session<'a, S> {
         established: Established,
         stop: &'a CancellationToken,
     ) -> Self {
-        let Established { registration, server, version: _, database, client_encoding, wal_sender_timeout } =
-            established;
+        let Established {
+            registration,
+            may,
+            server,
+            version: _,
+            database,
+            client_encoding,
+            wal_sender_timeout,
+        } = established;
         let shown_writable = Writable::of(context);
         let (has_identified, is_skipping) = (false, false);
         Self {
             context,
             connection,
             registration,
+            may,
             server,
             stop,
             database,

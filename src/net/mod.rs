@@ -4,7 +4,11 @@
 //! buffers. Knows no message of the protocol and makes no decision about a peer.
 
 pub mod blocks;
+pub mod interfaces;
 pub mod socket;
+pub mod tls_facts;
 
 pub use blocks::BlockReader;
+pub use interfaces::interfaces;
 pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};
+pub use tls_facts::{ClientCertificate, Encryption, TlsFacts};

@@ -18,6 +18,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix},
 };
 
+use crate::access::Origin;
 use crate::config::ListenAddress;
 
 /// A connected socket. TLS becomes a third variant.
@@ -48,11 +49,11 @@ impl std::fmt::Display for Peer {
 }
 
 impl Peer {
-    /// Whether the peer is certainly on this machine.
-    pub fn is_local(&self) -> bool {
+    /// As a rule about who may connect sees it.
+    pub fn origin(&self) -> Origin {
         match self {
-            Self::Tcp(address) => address.ip().to_canonical().is_loopback(),
-            Self::Unix => true,
+            Self::Tcp(address) => Origin::Tcp(address.ip()),
+            Self::Unix => Origin::Local,
         }
     }
 }

@@ -8,6 +8,7 @@ mod observer;
 mod only_copy;
 mod operations;
 mod pages;
+mod reload;
 
 use std::{
     sync::{
@@ -17,8 +18,9 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinHandle,
 };
@@ -26,9 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Admin;
 use crate::config::{self, Config};
-use crate::downstream::{
-    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Registry,
-};
+use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Registry};
 use crate::metrics::{AllMetrics, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
@@ -39,6 +39,7 @@ use crate::relay::only_copy::OnlyCopyAlarm;
 use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
+use crate::relay::reload::{Reloader, access_part, reload_on};
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
@@ -67,9 +68,6 @@ pub enum RelayError {
         /// The directory.
         directory: String,
     },
-    /// A line of the users file cannot be read.
-    #[error(transparent)]
-    User(#[from] InvalidUser),
     /// An address could not be listened on.
     #[error("could not listen on \"{address}\"")]
     Listen {
@@ -105,11 +103,15 @@ pub struct Relay {
     status: watch::Sender<UpstreamStatus>,
     instances: watch::Sender<Instances>,
     fencing: Fencing,
+    reloader: Arc<Reloader>,
+    hangups: Signal,
 }
 
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
-    pub async fn build(config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
+    pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
+        // Whoever asks early is heard when everything is there.
+        let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
         let (observer, notices) = store_observer(metrics.store.clone());
@@ -140,7 +142,7 @@ impl Relay {
             positions: notices.positions.clone(),
             registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
-            authentication: Authentication::try_from(&config.downstream.authentication)?,
+            access: ArcSwap::from_pointee(std::mem::take(&mut config.downstream.access)),
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
             instances: instances.subscribe(),
@@ -149,6 +151,8 @@ impl Relay {
         });
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
+        let access = access_part(Arc::clone(&downstream), config.downstream.access_files.clone());
+        let reloader = Reloader::new(vec![access], metrics.process.clone());
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -158,9 +162,11 @@ impl Relay {
             registry: Arc::clone(&metrics.registry),
             store_metrics: metrics.store.clone(),
             process: metrics.process.clone(),
+            reloader: Arc::clone(&reloader),
             log_lines_dropped,
         });
-        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence }).await?;
+        let operations = RelayOperations { fence, reloader: Arc::clone(&reloader) };
+        let admin = listen_for_admin(&config.admin, pages, operations).await?;
         Ok(Self {
             config,
             metrics,
@@ -173,6 +179,8 @@ impl Relay {
             status,
             instances,
             fencing,
+            reloader,
+            hangups,
         })
     }
 
@@ -209,6 +217,7 @@ impl Relay {
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
         }
+        tokio::spawn(reload_on(self.hangups, self.reloader, shutdown.clone()));
         let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
         let until = shutdown.clone();
         tokio::spawn(async move { until.run_until_cancelled(reminder).await });
@@ -365,8 +374,8 @@ fn spawn_upkeep(registry: Arc<Metrics>, shutdown: CancellationToken) {
 }
 
 struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl StopSignals {

@@ -2,12 +2,16 @@
 //!
 //! Owns nothing but the way from a request to the part that carries it out.
 
+use std::sync::Arc;
+
 use crate::admin::{FenceWish, OperationFuture, Operations};
+use crate::relay::reload::Reloader;
 use crate::upstream::FenceSwitch;
 
 /// The operations of a relay.
 pub(super) struct RelayOperations {
     pub(super) fence: FenceSwitch,
+    pub(super) reloader: Arc<Reloader>,
 }
 
 impl Operations for RelayOperations {
@@ -19,6 +23,13 @@ impl Operations for RelayOperations {
             };
             let told = outcome.map_err(|error| error.to_string())?;
             serde_json::to_value(told).map_err(|error| error.to_string())
+        })
+    }
+
+    fn reload(&self) -> OperationFuture<'_> {
+        Box::pin(async move {
+            let status = self.reloader.reload().await?;
+            serde_json::to_value(status).map_err(|error| error.to_string())
         })
     }
 }

@@ -10,6 +10,7 @@ use crate::admin::Pages;
 use crate::downstream::DownstreamContext;
 use crate::metrics::{Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
+use crate::relay::reload::Reloader;
 use crate::status::{
     DamagedSegmentStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
 };
@@ -25,6 +26,7 @@ pub(super) struct RelayPages {
     pub(super) registry: Arc<Metrics>,
     pub(super) store_metrics: StoreMetrics,
     pub(super) process: ProcessMetrics,
+    pub(super) reloader: Arc<Reloader>,
     pub(super) log_lines_dropped: LinesDropped,
 }
 
@@ -72,6 +74,7 @@ impl Pages for RelayPages {
                 dead_branches: self.store.dead_branches().iter().map(DeadBranch::status).collect(),
             },
             only_copy: *self.only_copy.borrow(),
+            reload: self.reloader.status(),
             downstream: self.downstream.registry.statuses(),
             slots: self.downstream.replication_slots(),
             consumers: self.downstream.consumers(),
