@@ -20,6 +20,7 @@ use walrelay::{
         },
         copy_stream,
         frontend::{self, CancelKey, CancelRequest, FirstPacket, Password, ProtocolVersion, Startup},
+        md5,
         replication::{
             self, HotStandbyFeedback, Keepalive, PrimaryMessage, StandbyMessage, StandbyStatusUpdate,
             WalDataHeader,
@@ -531,13 +532,14 @@ const SCRAM_PIECES: [&str; 16] = [
 type Body = fn(&[u8]);
 
 /// The fuzz targets, by their names and their folders in the corpus.
-const TARGETS: [(&str, Body); 6] = [
+const TARGETS: [(&str, Body); 7] = [
     ("frontend", frontend::fuzz_frontend),
     ("backend", backend::fuzz_backend),
     ("replication", replication::fuzz_replication),
     ("copy_stream", copy_stream::fuzz_copy_stream),
     ("command", command::fuzz_command),
     ("scram", scram::fuzz_scram),
+    ("password", md5::fuzz_password),
 ];
 
 #[test]

@@ -176,3 +176,127 @@ impl<S: Stream> Authenticator<'_, S> {
 fn malformed(error: DecodeError) -> HandshakeError {
     ServerError::from(&error).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bytes::BytesMut;
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+    use crate::access::{Applicant, NoFiles, Origin, Rules, UserMaps, Wire};
+    use crate::net::{ClientCertificate, TlsFacts};
+    use crate::protocol::backend;
+    use crate::protocol::frontend::ReplicationMode;
+
+    /// What becomes of a client without a password, by one rule and over a connection with this certificate. Returns also the
+    /// first thing that it is asked.
+    async fn outcome(
+        rule: &str,
+        user: &str,
+        encryption: &Encryption,
+    ) -> (Result<(), HandshakeError>, Option<backend::Message>, Attempt) {
+        let rules = Rules::parse(Path::new("hba"), rule, &NoFiles).unwrap();
+        let maps = "m \"/^CN=(.*),O=Example$\" \\1\nm alice relay\n";
+        let maps = UserMaps::parse(Path::new("ident"), maps, &NoFiles).unwrap();
+        let access = Access { rules, maps, users: None };
+        let applicant = Applicant {
+            origin: Origin::Tcp([10, 0, 0, 1].into()),
+            wire: encryption.wire(),
+            mode: ReplicationMode::Physical,
+            database: "",
+            user,
+        };
+        let (mut client, server) = tokio::io::duplex(4096);
+        let (mut connection, mut attempt) = (Connection::new(server), Attempt::default());
+        let reading = tokio::spawn(async move {
+            let mut said = BytesMut::new();
+            let _ = client.read_buf(&mut said).await;
+            backend::Message::decode(&mut said).unwrap()
+        });
+        let authenticator = Authenticator {
+            access: &access,
+            rule: access.rule_for(&applicant, &Vec::new).unwrap(),
+            user,
+            encryption,
+            peer_user_id: None,
+            connection: &mut connection,
+            attempt: &mut attempt,
+        };
+        let outcome = authenticator.run().await;
+        drop(connection);
+        (outcome, reading.await.unwrap(), attempt)
+    }
+
+    fn tls(certificate: Option<(Option<&str>, &str)>) -> Encryption {
+        let certificate = certificate.map(|(common_name, distinguished_name)| ClientCertificate {
+            common_name: common_name.map(str::to_owned),
+            distinguished_name: distinguished_name.to_owned(),
+        });
+        let binding = scram::ChannelBinding::TlsServerEndPoint(vec![7; 32]);
+        Encryption::Tls(TlsFacts { client_certificate: certificate, binding })
+    }
+
+    #[tokio::test]
+    async fn a_certificate_must_be_there_and_name_the_user() {
+        let alice = tls(Some((Some("alice"), "CN=alice,O=Example")));
+        let nameless = tls(Some((None, "O=Example")));
+        let cert = "certificate authentication failed for user \"USER\"";
+        let trust = "\"trust\" authentication failed for user \"USER\"";
+        let missing = "connection requires a valid client certificate";
+        for (rule, user, encryption, expected) in [
+            ("cert", "alice", &alice, ""),
+            ("cert", "bob", &alice, cert),
+            ("cert", "alice", &tls(None), missing),
+            ("cert", "", &nameless, cert),
+            ("cert map=m", "relay", &alice, ""),
+            ("cert map=m", "alice", &alice, cert),
+            ("cert clientname=DN", "alice", &alice, cert),
+            ("cert clientname=DN", "CN=alice,O=Example", &alice, ""),
+            ("cert map=m clientname=DN", "alice", &alice, ""),
+            ("cert map=m clientname=DN", "bob", &alice, cert),
+            ("trust clientcert=verify-ca", "bob", &alice, ""),
+            ("trust clientcert=verify-ca", "bob", &tls(None), missing),
+            ("trust clientcert=verify-full", "alice", &alice, ""),
+            ("trust clientcert=verify-full", "bob", &alice, trust),
+            ("trust", "bob", &tls(None), ""),
+        ] {
+            let (outcome, asked, _) =
+                outcome(&format!("hostssl all,replication all all {rule}"), user, encryption).await;
+            let told = match &outcome {
+                Ok(()) => String::new(),
+                Err(HandshakeError::Denied { told, .. } | HandshakeError::Refused(told)) => {
+                    assert!(told.is(SqlState::INVALID_AUTHORIZATION_SPECIFICATION));
+                    told.message.clone()
+                }
+                Err(other) => panic!("{other:?}"),
+            };
+            assert_eq!(told, expected.replace("USER", user), "{rule} {user}");
+            assert_eq!(asked, None, "{rule}: nothing is asked");
+        }
+    }
+
+    #[tokio::test]
+    async fn why_a_certificate_was_not_enough_is_for_the_log_alone() {
+        let alice = tls(Some((Some("alice"), "CN=alice")));
+        let (_, _, attempt) = outcome("hostssl all,replication all all cert map=m", "bob", &alice).await;
+        let expected = "no match in usermap \"m\" for user \"bob\" authenticated as \"alice\"";
+        assert_eq!(attempt.detail.as_deref(), Some(expected));
+    }
+
+    #[tokio::test]
+    async fn a_password_is_asked_for_beside_a_certificate_and_bound_to_the_connection() {
+        let rule = "hostssl all,replication all all scram-sha-256 clientcert=verify-full";
+        let (refused, asked, _) = outcome(rule, "alice", &tls(None)).await;
+        assert!(matches!(refused, Err(HandshakeError::Refused(_))) && asked.is_none(), "{asked:?}");
+        let (_, asked, _) = outcome(rule, "alice", &tls(Some((Some("alice"), "CN=alice")))).await;
+        let offered = ["SCRAM-SHA-256-PLUS", "SCRAM-SHA-256"].map(str::to_owned).to_vec();
+        assert_eq!(asked, Some(backend::Message::Authentication(Request::Sasl(offered))));
+        let clear = "host all,replication all all scram-sha-256";
+        let (_, asked, _) = outcome(clear, "alice", &Encryption::None).await;
+        let offered = vec!["SCRAM-SHA-256".to_owned()];
+        assert_eq!(asked, Some(backend::Message::Authentication(Request::Sasl(offered))));
+        assert_eq!(Encryption::None.wire(), Wire::Clear);
+    }
+}

@@ -10,12 +10,17 @@
     reason = "clippy exempts test functions, not their helpers"
 )]
 
+mod access;
 mod commands;
 #[path = "../support/disk.rs"]
 mod disk;
+mod guessing;
 mod handshake;
+mod hostile;
 mod limits;
+mod logins;
 mod panics;
+mod permissions;
 mod policies;
 mod slots;
 mod streaming;
