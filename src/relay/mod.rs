@@ -104,32 +104,17 @@ pub struct Relay {
     instances: watch::Sender<Instances>,
     fencing: Fencing,
     reloader: Arc<Reloader>,
+    /// From the beginning: whoever asks early is heard when everything is there.
     hangups: Signal,
 }
 
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
     pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
-        // Whoever asks early is heard when everything is there.
         let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
-        let (observer, notices) = store_observer(metrics.store.clone());
-        let settings = store_settings(&config);
-        let directory = settings.data_dir.display().to_string();
-        let opening = tokio::task::spawn_blocking(move || {
-            store::open(settings, Arc::new(RealDisk), Arc::new(observer))
-        });
-        let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
-        let (store, writer) =
-            opened.map_err(|source| RelayError::OpenStore { directory: directory.clone(), source })?;
-        if config.relay.data_must_exist && store.identity().is_none() {
-            return Err(RelayError::NoData { directory });
-        }
-        for note in store.recovery_notes() {
-            tracing::warn!(note, "recovery of the store");
-        }
-
+        let (store, writer, notices) = open_store(&config, &metrics).await?;
         let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
@@ -151,8 +136,7 @@ impl Relay {
         });
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
-        let access = access_part(Arc::clone(&downstream), config.downstream.access_files.clone());
-        let reloader = Reloader::new(vec![access], metrics.process.clone());
+        let reloader = Reloader::new(vec![access_part(&downstream, &config)], metrics.process.clone());
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -239,6 +223,28 @@ impl Relay {
         admin_shutdown.cancel();
         stopped.map_err(|_| RelayError::StopTimedOut)
     }
+}
+
+/// Opens the store, and tells what its recovery found.
+async fn open_store(
+    config: &Config,
+    metrics: &AllMetrics,
+) -> Result<(Store, WalWriter, Notices), RelayError> {
+    let (observer, notices) = store_observer(metrics.store.clone());
+    let settings = store_settings(config);
+    let directory = settings.data_dir.display().to_string();
+    let opening =
+        tokio::task::spawn_blocking(move || store::open(settings, Arc::new(RealDisk), Arc::new(observer)));
+    let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
+    let (store, writer) =
+        opened.map_err(|source| RelayError::OpenStore { directory: directory.clone(), source })?;
+    if config.relay.data_must_exist && store.identity().is_none() {
+        return Err(RelayError::NoData { directory });
+    }
+    for note in store.recovery_notes() {
+        tracing::warn!(note, "recovery of the store");
+    }
+    Ok((store, writer, notices))
 }
 
 async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, RelayError> {

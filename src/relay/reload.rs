@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use tokio::signal::unix::Signal;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::AccessFiles;
+use crate::config::Config;
 use crate::conninfo::ProcessSurroundings;
 use crate::downstream::DownstreamContext;
 use crate::metrics::ProcessMetrics;
@@ -76,7 +76,8 @@ pub(super) async fn reload_on(mut hangups: Signal, reloader: Arc<Reloader>, shut
 }
 
 /// Who may connect.
-pub(super) fn access_part(context: Arc<DownstreamContext>, files: AccessFiles) -> Part {
+pub(super) fn access_part(context: &Arc<DownstreamContext>, config: &Config) -> Part {
+    let (context, files) = (Arc::clone(context), config.downstream.access_files.clone());
     Box::new(move || {
         let loaded = files.load(&ProcessSurroundings).map_err(|error| in_one_line(&error))?;
         let context = Arc::clone(&context);

@@ -278,6 +278,14 @@ fn the_same_users_log_in_with_the_same_passwords_as_at_a_server() {
     }
 }
 
+/// What patterns are put together from.
+#[rustfmt::skip]
+const PIECES: &[&str] = &[
+    "a", "b", "1", "-", "_", "\u{e9}", ".", "*", "+", "?", "|", "(", ")", "[", "]", "^", "$", "{", "}", ",", "{1}", "{0,2}",
+    "(?:", "[^", "[a-", "[[:alpha:]]", "\\", "\\d", "\\w", "\\S", "\\.", "\\A", "\\Z", "&&", "~~", "--", " ", "\n", "(?i)",
+];
+const SUBJECTS: &[&str] = &["a", "b", "1", "-", "_", "\u{e9}", " ", "\n", "&", "[", "]", "{", "^", "A"];
+
 #[test]
 fn patterns_mean_what_they_mean_to_a_server() {
     let Some(installation) = Installation::any() else { return };
@@ -288,47 +296,6 @@ fn patterns_mean_what_they_mean_to_a_server() {
          exception when others then return 'wrong'; end $$",
     );
     let mut chance = Chance::seeded();
-    let pieces = [
-        "a",
-        "b",
-        "1",
-        "-",
-        "_",
-        "\u{e9}",
-        ".",
-        "*",
-        "+",
-        "?",
-        "|",
-        "(",
-        ")",
-        "[",
-        "]",
-        "^",
-        "$",
-        "{",
-        "}",
-        ",",
-        "{1}",
-        "{0,2}",
-        "(?:",
-        "[^",
-        "[a-",
-        "[[:alpha:]]",
-        "\\",
-        "\\d",
-        "\\w",
-        "\\S",
-        "\\.",
-        "\\A",
-        "\\Z",
-        "&&",
-        "~~",
-        "--",
-        " ",
-        "\n",
-        "(?i)",
-    ];
     let mut text = |most: u64, pieces: &[&str]| -> String {
         let length = 1 + chance.between(0, most);
         (0..length)
@@ -339,10 +306,9 @@ fn patterns_mean_what_they_mean_to_a_server() {
     for _ in 0..300 {
         let mut questions = Vec::new();
         while questions.len() < 20 {
-            let pattern = text(6, &pieces);
+            let pattern = text(6, PIECES);
             if let Ok(regex) = walrelay::access::Regex::compile(&pattern) {
-                let subject =
-                    text(5, &["a", "b", "1", "-", "_", "\u{e9}", " ", "\n", "&", "[", "]", "{", "^", "A"]);
+                let subject = text(5, SUBJECTS);
                 questions.push((regex.is_match(&subject), subject, pattern));
             }
         }

@@ -42,16 +42,34 @@ fn no_secret_is_in_logs_pages_arguments_or_errors() {
     write_wal(&primary, MB / 4);
     relay.wait_flushed(primary.flushed());
 
-    let psql = |user: &str, password: &str| {
-        let conninfo =
-            format!("host=127.0.0.1 port={} user={user} replication=true sslmode=disable", relay.port);
-        let output = std::process::Command::new(installation.program("psql"))
-            .args(["-X", "-d", &conninfo, "-c", "IDENTIFY_SYSTEM"])
-            .env("PGPASSWORD", password)
-            .output()
-            .unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
-    };
+    let mut told = tried_logins(&installation, &relay);
+    told.extend(mistakes_in_the_users_file(&relay, &scram));
+    relay.wait_logged("configuration files contain errors");
+    let id = relay.process().id();
+    for name in ["cmdline", "environ", "comm", "status"] {
+        let read = std::fs::read(format!("/proc/{id}/{name}")).unwrap();
+        told.push(String::from_utf8_lossy(&read).into_owned());
+    }
+    for path in ["/status", "/metrics", "/readyz", "/livez"] {
+        let request = format!("GET {path}");
+        told.push(http::ask(relay.admin_port, &request, relay.token(), Duration::from_secs(5)).unwrap().1);
+    }
+    relay.terminate();
+    let log = relay.log();
+    assert!(log.contains("client refused") && log.contains("client connected"), "{log}");
+    told.push(log);
+    // The secrets as they are stored are as good as passwords, in parts, too.
+    let (stored_key, server_key) = scram.rsplit('$').next().unwrap().split_once(':').unwrap();
+    let token = relay.token().unwrap();
+    for secret in [UPSTREAM, CLIENT, MD5_CLIENT, stored_key, server_key, &md5[3..], token] {
+        for text in &told {
+            assert!(!text.contains(secret), "{secret} is told:\n{text}");
+        }
+    }
+}
+
+/// Right and wrong passwords, and one where none belongs; what the clients are told.
+fn tried_logins(installation: &Installation, relay: &Relay) -> Vec<String> {
     let mut told = Vec::new();
     for (user, password, is_right) in [
         ("standby", CLIENT, true),
@@ -60,11 +78,27 @@ fn no_secret_is_in_logs_pages_arguments_or_errors() {
         ("old", CLIENT, false),
         ("nobody", CLIENT, false),
     ] {
-        let (is_in, complaint) = psql(user, password);
-        assert_eq!(is_in, is_right, "{user}: {complaint}");
+        let conninfo =
+            format!("host=127.0.0.1 port={} user={user} replication=true sslmode=disable", relay.port);
+        let output = std::process::Command::new(installation.program("psql"))
+            .args(["-X", "-d", &conninfo, "-c", "IDENTIFY_SYSTEM"])
+            .env("PGPASSWORD", password)
+            .output()
+            .unwrap();
+        let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.success(), is_right, "{user}: {complaint}");
         told.push(complaint);
     }
-    // A password in the wrong place is not repeated, wherever the mistake is told.
+    let mut raw = RawClient::connect(relay.port).unwrap();
+    raw.send_startup(&[("user", "standby"), ("replication", "true"), ("password", CLIENT)]).unwrap();
+    let answer = raw.read_message(Duration::from_secs(10)).unwrap().unwrap();
+    told.push(String::from_utf8_lossy(&answer.body).into_owned());
+    told
+}
+
+/// A password in the wrong place is not repeated, wherever the mistake is told.
+fn mistakes_in_the_users_file(relay: &Relay, scram: &str) -> Vec<String> {
+    let mut told = Vec::new();
     for wrong in [
         format!("standby = \"{CLIENT}\"\n"),
         format!("standby = {{ secret = \"{CLIENT}\" }}\n"),
@@ -75,39 +109,9 @@ fn no_secret_is_in_logs_pages_arguments_or_errors() {
         relay.file("users.toml", 0o600, &wrong);
         let (status, answer) = relay.post("/reload").unwrap();
         assert_eq!(status, 422, "{wrong}");
-        told.push(answer.to_string());
-        told.push(relay.status().to_string());
         let path = relay.write_config();
         let (_, out, complaint) = Relay::command(&["config", "check", "--config", path.to_str().unwrap()]);
-        told.extend([out, complaint]);
+        told.extend([answer.to_string(), relay.status().to_string(), out, complaint]);
     }
-    relay.wait_logged("configuration files contain errors");
-    let mut raw = RawClient::connect(relay.port).unwrap();
-    raw.send_startup(&[("user", "standby"), ("replication", "true"), ("password", CLIENT)]).unwrap();
-    raw.read_message(Duration::from_secs(10)).unwrap();
-    drop(raw);
-
-    let id = relay.process().id();
-    for name in ["cmdline", "environ", "comm", "status"] {
-        let read = std::fs::read(format!("/proc/{id}/{name}")).unwrap();
-        told.push(String::from_utf8_lossy(&read).into_owned());
-    }
-    for path in ["/status", "/metrics", "/readyz", "/livez"] {
-        let answer =
-            http::ask(relay.admin_port, &format!("GET {path}"), relay.token(), Duration::from_secs(5));
-        told.push(answer.unwrap().1);
-    }
-    relay.terminate();
-    told.push(relay.log());
-    let log = told.last().unwrap();
-    assert!(log.contains("client refused") && log.contains("client connected"), "{log}");
-    // The secrets as they are stored are as good as passwords, in parts, too.
-    let stored_key = scram.rsplit('$').next().unwrap();
-    let (stored_key, server_key) = stored_key.split_once(':').unwrap();
-    let token = relay.token().unwrap();
-    for secret in [UPSTREAM, CLIENT, MD5_CLIENT, stored_key, server_key, &md5[3..], token] {
-        for text in &told {
-            assert!(!text.contains(secret), "{secret} is told:\n{text}");
-        }
-    }
+    told
 }
