@@ -1,4 +1,5 @@
-//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence`, `/unfence` and `/links`.
+//! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence`, `/unfence`, `/links` and
+//! `/reload`.
 //!
 //! Owns HTTP and its authentication. Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
 //! the [`Pages`] and the [`Operations`]; nothing is changed without a token, from wherever it is asked for. Every connection
@@ -46,6 +47,8 @@ pub trait Operations: Send + Sync + 'static {
     fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_>;
     /// Changes how fast links may send; the answer is what holds then, until the relay is started again.
     fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_>;
+    /// Reads the files again that can be; the error says what is wrong with them, and then all is as it was.
+    fn reload(&self) -> OperationFuture<'_>;
 }
 
 /// The JSON of an operation's answer, or why it was not done, in one line.
@@ -90,6 +93,7 @@ impl Admin {
             .route("/fence", post(fence))
             .route("/unfence", post(unfence))
             .route("/links", post(links).layer(DefaultBodyLimit::max(OPERATION_BYTES_MAX)))
+            .route("/reload", post(reload))
             .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_set_token));
         let guarded = Router::new()
             .route("/metrics", get(metrics))
@@ -203,7 +207,12 @@ async fn unfence(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Respo
 
 async fn links(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> Response {
     match rates_wish(&body) {
-        Ok(wish) => operate(&shared, &headers, shared.operations.set_rates(wish)).await,
+        Ok(wish) => {
+            if let Some(refusal) = another_is_meant(&shared, &headers) {
+                return refusal;
+            }
+            answer(shared.operations.set_rates(wish).await, StatusCode::SERVICE_UNAVAILABLE)
+        }
         Err(why) => {
             (StatusCode::BAD_REQUEST, axum::Json(serde_json::json!({ "error": why }))).into_response()
         }
@@ -229,26 +238,37 @@ fn rates_wish(body: &[u8]) -> Result<RatesWish, String> {
 }
 
 async fn set_fence(shared: &Shared, headers: &HeaderMap, wish: FenceWish) -> Response {
-    operate(shared, headers, shared.operations.set_fence(wish)).await
+    if let Some(refusal) = another_is_meant(shared, headers) {
+        return refusal;
+    }
+    answer(shared.operations.set_fence(wish).await, StatusCode::SERVICE_UNAVAILABLE)
 }
 
-/// Does what is asked of this relay, unless another one was meant.
-async fn operate(shared: &Shared, headers: &HeaderMap, operation: OperationFuture<'_>) -> Response {
-    if let Some(meant) = headers.get(RELAY_HEADER) {
-        let name = shared.pages.status().get("name").and_then(|name| Some(name.as_str()?.to_owned()));
-        let name = name.unwrap_or_default();
-        // Blanks at the ends of a header are nobody's.
-        if meant.as_bytes() != name.trim().as_bytes() {
-            let error = format!("this is relay \"{name}\"");
-            return (StatusCode::CONFLICT, axum::Json(serde_json::json!({ "error": error }))).into_response();
-        }
+async fn reload(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    if let Some(refusal) = another_is_meant(&shared, &headers) {
+        return refusal;
     }
-    match operation.await {
+    answer(shared.operations.reload().await, StatusCode::UNPROCESSABLE_ENTITY)
+}
+
+fn answer(outcome: Result<serde_json::Value, String>, when_not_done: StatusCode) -> Response {
+    match outcome {
         Ok(told) => axum::Json(told).into_response(),
-        Err(why) => {
-            (StatusCode::SERVICE_UNAVAILABLE, axum::Json(serde_json::json!({ "error": why }))).into_response()
-        }
+        Err(why) => (when_not_done, axum::Json(serde_json::json!({ "error": why }))).into_response(),
     }
+}
+
+/// The refusal of a request that names another relay.
+fn another_is_meant(shared: &Shared, headers: &HeaderMap) -> Option<Response> {
+    let meant = headers.get(RELAY_HEADER)?;
+    let name = shared.pages.status().get("name").and_then(|name| Some(name.as_str()?.to_owned()));
+    let name = name.unwrap_or_default();
+    // Blanks at the ends of a header are nobody's.
+    if meant.as_bytes() == name.trim().as_bytes() {
+        return None;
+    }
+    let error = format!("this is relay \"{name}\"");
+    Some((StatusCode::CONFLICT, axum::Json(serde_json::json!({ "error": error }))).into_response())
 }
 
 /// Header of a request that changes something: the name of the relay that is meant. Another one that is reached does nothing.
@@ -299,6 +319,9 @@ mod tests {
         fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_> {
             Box::pin(async move { Ok(serde_json::json!(format!("{wish:?}"))) })
         }
+        fn reload(&self) -> OperationFuture<'_> {
+            Box::pin(async { Err("line 2 is wrong".to_owned()) })
+        }
     }
 
     async fn start(token: Option<&str>) -> SocketAddr {
@@ -334,7 +357,7 @@ mod tests {
     }
 
     /// Every route, and its status: without a token set; with one that is not given, given wrong, and given right.
-    const ROUTES: [(&str, &str, [u16; 4]); 12] = [
+    const ROUTES: [(&str, &str, [u16; 4]); 14] = [
         ("GET", "/livez", [200, 200, 200, 200]),
         ("GET", "/readyz", [503, 503, 503, 503]),
         ("GET", "/metrics", [200, 401, 401, 200]),
@@ -342,6 +365,8 @@ mod tests {
         ("POST", "/status", [405, 401, 401, 405]),
         ("POST", "/fence", [403, 401, 401, 200]),
         ("POST", "/unfence", [403, 401, 401, 200]),
+        ("POST", "/reload", [403, 401, 401, 422]),
+        ("GET", "/reload", [403, 401, 401, 405]),
         ("GET", "/fence", [403, 401, 401, 405]),
         ("PUT", "/unfence", [403, 401, 401, 405]),
         ("POST", "/links", [403, 401, 401, 400]),
@@ -382,6 +407,7 @@ mod tests {
         let right = "Authorization: Bearer canary\r\n";
         assert!(ask(address, "POST", "/fence", right).await.ends_with("{\"fenced\":true}"));
         assert!(ask(address, "POST", "/unfence", right).await.ends_with("{\"fenced\":false}"));
+        assert!(ask(address, "POST", "/reload", right).await.ends_with("{\"error\":\"line 2 is wrong\"}"));
     }
 
     #[test]
@@ -411,9 +437,9 @@ mod tests {
     async fn a_relay_that_was_not_meant_changes_nothing() {
         let address = start(Some("canary")).await;
         let meant = |name: &str| format!("Authorization: Bearer canary\r\n{RELAY_HEADER}: {name}\r\n");
-        for path in ["/fence", "/unfence"] {
+        for (path, status) in [("/fence", "200"), ("/unfence", "200"), ("/reload", "422")] {
             let answer = ask(address, "POST", path, &meant("dc1_a")).await;
-            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
             let answer = ask(address, "POST", path, &meant("dc1_b")).await;
             assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
             assert!(answer.ends_with("{\"error\":\"this is relay \\\"dc1_a\\\"\"}"), "{answer}");

@@ -26,12 +26,13 @@
 //!
 //! | layer | modules | what it may do |
 //! |---|---|---|
-//! | 7 | `main.rs`, [`cli`] | arguments, logging, exit status |
-//! | 6 | [`relay`] | build the parts, start and stop them |
-//! | 5 | [`upstream`], [`downstream`], [`admin`] | async drivers; decide nothing that [`session`] can decide |
-//! | 4 | [`net`] | sockets and receive buffers |
-//! | 3 | [`session`] (pure), [`store`] (files and threads, no tokio) | decisions; bytes on disk |
-//! | 2 | [`config`], [`metrics`], [`status`] | plain data |
+//! | 8 | `main.rs`, [`cli`] | arguments, logging, exit status |
+//! | 7 | [`relay`] | build the parts, start and stop them |
+//! | 6 | [`upstream`], [`downstream`], [`admin`] | async drivers; decide nothing that [`session`] can decide |
+//! | 5 | [`net`] | sockets and receive buffers |
+//! | 4 | [`session`] (pure), [`store`] (files and threads, no tokio) | decisions; bytes on disk |
+//! | 3 | [`config`], [`metrics`], [`status`] | plain data |
+//! | 2 | [`access`] (pure) | who may connect, by PostgreSQL's rules |
 //! | 1 | [`protocol`] (pure), [`conninfo`] | bytes on the wire; libpq's connection strings |
 //! | 0 | [`wal`] (pure) | positions, segments, timelines, verification |
 //!
@@ -45,6 +46,7 @@
 //! 4. [`upstream`] and [`downstream`]: the same, on real sockets.
 //! 5. [`relay`]: how it is put together.
 
+pub mod access;
 pub mod admin;
 pub mod cli;
 pub mod config;

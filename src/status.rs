@@ -30,6 +30,8 @@ pub struct Overview {
     pub upstream_link: Option<LinkStatus>,
     /// How fast compressed links to relays behind this one may send.
     pub links: LinksStatus,
+    /// What became of the files that were read again last.
+    pub reload: ReloadStatus,
     /// Downstream connections (`pg_stat_replication`).
     pub downstream: Vec<WalSenderStatus>,
     /// Downstream slots (`pg_replication_slots`).
@@ -181,6 +183,15 @@ pub struct FenceStatus {
     pub timeline: Option<TimelineId>,
     /// End of what is held durably: nothing beyond was acknowledged.
     pub flushed: Option<Lsn>,
+}
+
+/// What became of the files that were read again last (SIGHUP, `POST /reload`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ReloadStatus {
+    /// When that was; absent when it never was since the start.
+    pub at: Option<Timestamp>,
+    /// What was wrong, until they are read without an error: what was read before holds.
+    pub error: Option<String>,
 }
 
 /// WAL that was acknowledged upstream and that no standby of the relay has flushed.

@@ -20,7 +20,7 @@ use walrelay::{
         },
         copy_stream,
         frontend::{self, CancelKey, CancelRequest, FirstPacket, Password, ProtocolVersion, Startup},
-        link,
+        link, md5,
         replication::{
             self, HotStandbyFeedback, Keepalive, PrimaryMessage, StandbyMessage, StandbyStatusUpdate,
             WalDataHeader,
@@ -532,7 +532,7 @@ const SCRAM_PIECES: [&str; 16] = [
 type Body = fn(&[u8]);
 
 /// The fuzz targets, by their names and their folders in the corpus.
-const TARGETS: [(&str, Body); 8] = [
+const TARGETS: [(&str, Body); 9] = [
     ("frontend", frontend::fuzz_frontend),
     ("backend", backend::fuzz_backend),
     ("replication", replication::fuzz_replication),
@@ -541,6 +541,7 @@ const TARGETS: [(&str, Body); 8] = [
     ("scram", scram::fuzz_scram),
     ("link", link::inbound::fuzz_inbound),
     ("link_offer", link::offer::fuzz_offer),
+    ("password", md5::fuzz_password),
 ];
 
 #[test]

@@ -32,8 +32,10 @@ pub fn run(config: &Path) -> anyhow::Result<()> {
 
 /// Checks a configuration and says that it is good, or what is wrong.
 pub fn check(config: &Path) -> anyhow::Result<()> {
-    Config::load(config)?;
     use std::io::Write;
+    for warning in Config::load(config)?.warnings {
+        writeln!(std::io::stderr(), "walrelay: warning: {warning}")?;
+    }
     writeln!(std::io::stdout(), "configuration file \"{}\" is valid", config.display())?;
     Ok(())
 }

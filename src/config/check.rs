@@ -1,18 +1,18 @@
 //! From what is written to what can be relied on: every check of every setting, and of those that depend on each other.
 //!
-//! Reads no file; the users and the token have been read before.
+//! Reads no file: the token has been read before, and who may connect is read after.
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::Path, time::Duration};
 
 use secrecy::SecretString;
 
+use crate::access::Access;
 use crate::config::{
-    Admin, Authentication, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence,
-    PatroniUrl, Relay, SendPolicies, SendPolicy, Store, Upstream, Users,
+    AccessFiles, Admin, Config, Downstream, ListenAddress, Log, LogFormat, LogLevel, OnDivergence,
+    PatroniUrl, Relay, SendPolicies, SendPolicy, Store, Upstream,
     error::Problem,
     links, listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
-    standbys, tls,
     units::{Size, Span},
 };
 use crate::conninfo::{Conninfo, Surroundings};
@@ -21,10 +21,9 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicyError;
 /// A configuration file and the files it names, read but not checked.
 pub(crate) struct Loaded<'a> {
     pub(crate) raw: Raw,
-    pub(crate) users: Option<Users>,
     pub(crate) token: Option<SecretString>,
-    /// Relative paths start here.
-    pub(crate) directory: &'a Path,
+    /// Relative paths start at the directory of the configuration file.
+    pub(crate) path: &'a Path,
     pub(crate) surroundings: &'a dyn Surroundings,
 }
 
@@ -32,11 +31,11 @@ impl TryFrom<Loaded<'_>> for Config {
     type Error = Problem;
 
     fn try_from(loaded: Loaded<'_>) -> Result<Self, Problem> {
-        let Loaded { raw, users, token, directory, surroundings } = loaded;
+        let Loaded { raw, token, path, surroundings } = loaded;
+        let directory = path.parent().unwrap_or(Path::new(""));
         let relay = relay(&raw.relay, directory)?;
         let upstream = upstream(&raw.upstream, &relay.name, surroundings)?;
-        standbys::check(&upstream.acknowledge, &upstream.acknowledge_users, users.as_ref())?;
-        let downstream = downstream(&raw.downstream, users, directory)?;
+        let downstream = downstream(&raw.downstream, path, &upstream)?;
         let store = store(&raw.store)?;
         let admin = admin(&raw.admin, token)?;
         if let Some(address) = admin.listen.map(ListenAddress::Tcp)
@@ -137,7 +136,7 @@ fn check_slot_name(name: &str) -> Result<(), Problem> {
     Err(Problem::invalid("upstream.slot", name, advice))
 }
 
-fn downstream(raw: &RawDownstream, users: Option<Users>, directory: &Path) -> Result<Downstream, Problem> {
+fn downstream(raw: &RawDownstream, path: &Path, upstream: &Upstream) -> Result<Downstream, Problem> {
     const LISTEN: &str = "downstream.listen";
     let listen = listen::parse_list(&raw.listen.0)
         .map_err(|wrong| Problem::invalid(LISTEN, &wrong, listen::ADVICE))?;
@@ -150,7 +149,22 @@ fn downstream(raw: &RawDownstream, users: Option<Users>, directory: &Path) -> Re
     if let Some((_, address)) = twice {
         return Err(Problem::AddressTwice { key: LISTEN, address: address.to_string() });
     }
-    let authentication = authentication(raw, users, &listen)?;
+    let directory = path.parent().unwrap_or(Path::new(""));
+    let tls = raw.tls.as_ref().map(|tls| tls.check(directory)).transpose()?;
+    let file = |name: &Option<String>| name.as_ref().map(|name| directory.join(name));
+    let access_files = AccessFiles {
+        configuration: path.to_owned(),
+        users: file(&raw.users),
+        hba: file(&raw.hba),
+        ident: file(&raw.ident),
+        trust_local: raw.trust_local,
+        allow_remote_trust: raw.allow_remote_trust,
+        allow_plaintext: raw.allow_plaintext,
+        listen: listen.clone(),
+        tls: tls.clone(),
+        acknowledge: upstream.acknowledge.clone(),
+        acknowledge_users: upstream.acknowledge_users.clone(),
+    };
     const ALL: &str = "downstream.unauthenticated_connections_max";
     const PER_ADDRESS: &str = "downstream.unauthenticated_connections_per_address_max";
     let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 1..=100_000)?;
@@ -167,8 +181,10 @@ fn downstream(raw: &RawDownstream, users: Option<Users>, directory: &Path) -> Re
     }
     Ok(Downstream {
         listen,
-        authentication,
-        tls: raw.tls.as_ref().map(|raw| tls::tls(raw, directory)).transpose()?,
+        tls,
+        // Nobody, until the files have been read.
+        access: Access::default(),
+        access_files,
         send: send_policies(raw)?,
         create_slots: raw.create_slots,
         links: links::sent(raw)?,
@@ -199,24 +215,6 @@ fn send_policies(raw: &RawDownstream) -> Result<SendPolicies, Problem> {
         }
     }
     Ok(SendPolicies { default: policy("downstream.send", &raw.send)?, by_name })
-}
-
-/// With users, everybody proves who they are; without, only this machine may connect, if that is allowed.
-fn authentication(
-    raw: &RawDownstream,
-    users: Option<Users>,
-    listen: &[ListenAddress],
-) -> Result<Authentication, Problem> {
-    if let Some(users) = users {
-        return Ok(Authentication::Scram(users));
-    }
-    if !raw.trust_local {
-        return Err(Problem::UsersRequired);
-    }
-    match listen.iter().find(|address| !address.is_local()) {
-        Some(address) => Err(Problem::Unauthenticated(address.to_string())),
-        None => Ok(Authentication::TrustLocal),
-    }
 }
 
 fn store(raw: &RawStore) -> Result<Store, Problem> {

@@ -59,7 +59,9 @@ impl<'a> Document<'a> {
         let exact = keys.iter().find_map(|key| {
             let in_section = || {
                 let (section, name) = key.split_once('.')?;
-                table.get(section)?.get_ref().as_table()?.get_key_value(name)
+                let section = table.get(section)?.get_ref().as_table()?;
+                // What is within a value that is a table itself is on that value's line.
+                section.get_key_value(name).or_else(|| section.get_key_value(name.split_once('.')?.0))
             };
             table.get_key_value(*key).or_else(in_section)
         });

@@ -5,6 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::access::LineProblem;
 use crate::conninfo::ConninfoError;
 
 /// The configuration cannot be used.
@@ -53,6 +54,10 @@ pub enum FileKind {
     Configuration,
     /// `downstream.users`.
     Users,
+    /// `downstream.hba`, or a file that it includes.
+    Hba,
+    /// `downstream.ident`, or a file that it includes.
+    Ident,
     /// `admin.token_file`.
     Token,
 }
@@ -62,6 +67,8 @@ impl fmt::Display for FileKind {
         f.write_str(match self {
             Self::Configuration => "configuration",
             Self::Users => "users",
+            Self::Hba => "hba",
+            Self::Ident => "ident",
             Self::Token => "token",
         })
     }
@@ -149,6 +156,31 @@ pub enum Problem {
     /// The connection string is wrong. Not shown: it may hold a password.
     #[error("invalid value for parameter \"upstream.conninfo\": {0}")]
     Conninfo(ConninfoError),
+    /// A line of `pg_hba.conf` or `pg_ident.conf`.
+    #[error(transparent)]
+    Line(LineProblem),
+    /// A rule by which whoever comes is who he says.
+    #[error(
+        "this line lets in whoever connects from elsewhere, as any user (use scram-sha-256 or cert, or set \
+         \"downstream.allow_remote_trust\" to true)"
+    )]
+    RemoteTrust,
+    /// A rule that asks for passwords that nobody has.
+    #[error("authentication method \"{0}\" needs users: parameter \"downstream.users\" must be set")]
+    PasswordWithoutUsers(&'static str),
+    /// A rule that asks for certificates that nobody can check.
+    #[error(
+        "client certificates can only be checked if a root certificate store is available: \"client_ca\" of parameter \
+         \"downstream.tls\" must be set"
+    )]
+    NoClientAuthority,
+    /// Open to the network without encryption.
+    #[error(
+        "parameter \"downstream.listen\" names \"{0}\", which is reachable by others, but there is no \"downstream.tls\" to \
+         encrypt with (set it, or \"downstream.allow_plaintext\" to true where the network is private, or write rules into a \
+         \"downstream.hba\" file)"
+    )]
+    Plaintext(String),
     /// Open to the network without authentication.
     #[error(
         "parameter \"downstream.listen\" names \"{0}\", which is reachable by others, but there is no \"downstream.users\" file \
@@ -177,6 +209,16 @@ pub enum Problem {
          (expected SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY, as \"walrelay scram\" prints and pg_authid holds)"
     )]
     InvalidVerifier(String),
+    /// Something about a user. The value is not shown: it may be a secret in the wrong place.
+    #[error("user \"{user}\": invalid \"{key}\" ({advice})")]
+    InvalidUser {
+        /// The user.
+        user: String,
+        /// What about him.
+        key: String,
+        /// What would be right.
+        advice: String,
+    },
     /// A users file without users.
     #[error("no user is defined (expected lines as in standby = \"SCRAM-SHA-256$...\")")]
     NoUsers,
@@ -202,11 +244,15 @@ impl Problem {
             Self::OutOfRange { key, .. } | Self::AddressTwice { key, .. } => vec![key],
             Self::Relation { key, other, .. } => vec![key, other],
             Self::Conninfo(_) => vec!["upstream.conninfo"],
-            Self::Unauthenticated(_) => vec!["downstream.listen"],
+            Self::Unauthenticated(_) | Self::Plaintext(_) => vec!["downstream.listen"],
             Self::UsersRequired => vec!["downstream.trust_local"],
             Self::TokenRequired(_) => vec!["admin.listen"],
-            Self::InvalidVerifier(user) => vec![user],
+            Self::InvalidVerifier(user) | Self::InvalidUser { user, .. } => vec![user],
             Self::Syntax(_) | Self::Missing { .. } | Self::NoUsers | Self::InvalidToken { .. } => Vec::new(),
+            // These come with their lines.
+            Self::Line(_) | Self::RemoteTrust | Self::PasswordWithoutUsers(_) | Self::NoClientAuthority => {
+                Vec::new()
+            }
         }
     }
 

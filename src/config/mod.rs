@@ -1,11 +1,15 @@
 //! Every setting: its default, its check, its type.
 //!
-//! Owns the configuration file and the users file. `raw.rs` mirrors the file and holds the defaults; `check.rs` turns it
-//! into a [`Config`] that cannot be wrong; the rest of the program sees only that. Everything is read and checked once, when
-//! the program starts. A wrong setting is one line that names file, line, key, value and the way out.
+//! Owns the configuration file and those it names. `raw.rs` mirrors the file and holds the defaults; `check.rs` turns it
+//! into a [`Config`] that cannot be wrong; the rest of the program sees only that. Everything is read and checked when the
+//! program starts; who may connect ([`AccessFiles`]) can be read again. A wrong setting is one line that names file, line, key,
+//! value and the way out.
 //!
 //! Settings have PostgreSQL's names and units where PostgreSQL has the setting.
 
+mod access;
+#[cfg(test)]
+mod access_tests;
 mod check;
 mod document;
 mod error;
@@ -30,18 +34,21 @@ use std::{
 };
 
 use secrecy::SecretString;
+use zeroize::Zeroizing;
 
+use crate::access::Access;
 use crate::conninfo::{Conninfo, FoundFile, ProcessSurroundings, Surroundings};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::link::{Codec, Compression};
 
+pub use access::{AccessFiles, LoadedAccess};
 pub use error::{ConfigError, FileKind, Place, Problem};
 pub use links::RateLimit;
 pub use listen::ListenAddress;
 pub use patroni::PatroniUrl;
-pub use tls::Tls;
-pub use users::Users;
+pub use tls::{Tls, TlsVersion};
 
+use access::AccessError;
 use check::Loaded;
 use document::Document;
 use raw::Raw;
@@ -142,10 +149,12 @@ pub enum LinkMode {
 pub struct Downstream {
     /// Where to listen; never empty.
     pub listen: Vec<ListenAddress>,
-    /// How clients prove who they are.
-    pub authentication: Authentication,
-    /// What TLS is spoken with, if it is.
+    /// TLS, if any.
     pub tls: Option<Tls>,
+    /// Who may connect, as it was when the files were read.
+    pub access: Access,
+    /// Where that is written.
+    pub access_files: AccessFiles,
     /// When WAL may be sent.
     pub send: SendPolicies,
     /// Whether a slot that a client wants to use is created when it is absent.
@@ -175,15 +184,6 @@ pub struct Links {
     pub link_rate_max: Option<NonZeroU64>,
     /// The same for all links together.
     pub links_rate_max: Option<NonZeroU64>,
-}
-
-/// How clients prove who they are.
-#[derive(Clone, Debug)]
-pub enum Authentication {
-    /// Not at all: every address is local ([`ListenAddress::is_local`]).
-    TrustLocal,
-    /// By SCRAM-SHA-256, from wherever they connect.
-    Scram(Users),
 }
 
 /// When WAL may be sent to whom.
@@ -319,11 +319,16 @@ impl Config {
         };
         let raw: Raw = document.read(&Raw::default()).map_err(hide_secrets).map_err(with_line)?;
         let directory = path.parent().unwrap_or(Path::new(""));
-        let users = raw.downstream.users.as_ref().map(|name| read_users(&directory.join(name), surroundings));
         let token = raw.admin.token_file.as_ref().map(|name| read_token(&directory.join(name), surroundings));
-        let (users, token) = (users.transpose()?, token.transpose()?);
-        let loaded = Loaded { raw, users, token, directory, surroundings };
+        let loaded = Loaded { raw, token: token.transpose()?, path, surroundings };
         let mut config = Self::try_from(loaded).map_err(with_line)?;
+        let read = config.downstream.access_files.read(surroundings);
+        let LoadedAccess { access, warnings } = read.map_err(|error| match error {
+            AccessError::File(error) => error,
+            AccessError::Setting(problem) => with_line(problem),
+        })?;
+        config.downstream.access = access;
+        config.warnings.extend(warnings);
         let is_world_readable = file.mode & WORLD_BITS != 0;
         if is_world_readable && config.upstream.conninfo.is_password_given_in_string() {
             config.warnings.push(format!(
@@ -333,11 +338,6 @@ impl Config {
         }
         Ok(config)
     }
-}
-
-fn read_users(path: &Path, surroundings: &dyn Surroundings) -> Result<Users, ConfigError> {
-    let text = FileKind::Users.read_secret(path, surroundings)?;
-    Users::parse(&text).map_err(|(problem, line)| problem.at(FileKind::Users, path, line))
 }
 
 fn read_token(path: &Path, surroundings: &dyn Surroundings) -> Result<SecretString, ConfigError> {
@@ -382,11 +382,15 @@ impl FileKind {
     }
 
     /// Reads a file that holds secrets.
-    fn read_secret(self, path: &Path, surroundings: &dyn Surroundings) -> Result<String, ConfigError> {
+    fn read_secret(
+        self,
+        path: &Path,
+        surroundings: &dyn Surroundings,
+    ) -> Result<Zeroizing<String>, ConfigError> {
         let file = self.read(path, surroundings)?;
         if file.mode & WORLD_BITS != 0 {
             return Err(ConfigError::WorldAccess { kind: self, file: path.to_owned() });
         }
-        Ok(file.text)
+        Ok(Zeroizing::new(file.text))
     }
 }

@@ -61,9 +61,13 @@ pub(crate) struct RawUpstream {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RawDownstream {
     pub(crate) listen: OneOrMany,
-    pub(crate) users: Option<String>,
     pub(crate) tls: Option<RawTls>,
+    pub(crate) users: Option<String>,
+    pub(crate) hba: Option<String>,
+    pub(crate) ident: Option<String>,
     pub(crate) trust_local: bool,
+    pub(crate) allow_remote_trust: bool,
+    pub(crate) allow_plaintext: bool,
     pub(crate) send: String,
     pub(crate) send_to: BTreeMap<String, String>,
     pub(crate) create_slots: bool,
@@ -140,9 +144,13 @@ impl Default for RawDownstream {
     fn default() -> Self {
         Self {
             listen: OneOrMany(vec!["127.0.0.1:5433".to_owned()]),
-            users: None,
             tls: None,
+            users: None,
+            hba: None,
+            ident: None,
             trust_local: true,
+            allow_remote_trust: false,
+            allow_plaintext: false,
             send: "received".to_owned(),
             send_to: BTreeMap::new(),
             create_slots: false,

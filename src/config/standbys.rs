@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::config::{Users, error::Problem};
+use crate::access::Users;
+use crate::config::error::Problem;
 use crate::protocol::acknowledge_policy::{AcknowledgePolicy, Member};
 
 const POLICY: &str = "upstream.acknowledge";
@@ -27,7 +28,7 @@ pub(super) fn check(
         if bound.keys().take(at).any(|earlier| earlier.eq_ignore_ascii_case(name)) {
             return wrong("the name is there twice; case does not matter".to_owned());
         }
-        if users.is_some_and(|users| users.verifier(user).is_none()) {
+        if users.is_some_and(|users| users.user(user).is_none()) {
             return wrong(format!("user \"{user}\" is not in the file of downstream.users"));
         }
     }

@@ -4,8 +4,9 @@ use std::{path::Path, time::Duration};
 
 use secrecy::ExposeSecret as _;
 
+use crate::access::{Method, Secret};
 use crate::config::{
-    Authentication, Config, LinkMode, ListenAddress, LogFormat, LogLevel, SendPolicies, SendPolicy,
+    Config, LinkMode, ListenAddress, LogFormat, LogLevel, SendPolicies, SendPolicy,
     document::{Document, known_keys},
     raw::Raw,
 };
@@ -16,22 +17,26 @@ const EXAMPLE: &str = include_str!("../../config/walrelay.example.toml");
 const CASCADE: &str = include_str!("../../config/relay.cascade.toml");
 
 /// The least that is needed.
-const LEAST: &str = "[relay]\nname = \"r\"\ndata_dir = \"d\"\n[upstream]\nconninfo = \"host=h\"\n";
+pub(super) const LEAST: &str = "[relay]\nname = \"r\"\ndata_dir = \"d\"\n[upstream]\nconninfo = \"host=h\"\n";
 
-const VERIFIER: &str = "SCRAM-SHA-256$4096:c2FsdHNhbHRzYWx0c2E=$\
+pub(super) const VERIFIER: &str = "SCRAM-SHA-256$4096:c2FsdHNhbHRzYWx0c2E=$\
                         MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=:MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=";
 
-fn surroundings() -> FixedSurroundings {
+pub(super) fn surroundings() -> FixedSurroundings {
     FixedSurroundings::of_user("walrelay")
 }
 
-fn load_in(text: &str, surroundings: FixedSurroundings) -> Result<Config, String> {
+pub(super) fn load_in(text: &str, surroundings: FixedSurroundings) -> Result<Config, String> {
     let surroundings = surroundings.with_file("/etc/walrelay/w.toml", 0o644, text);
     Config::load_in(Path::new("/etc/walrelay/w.toml"), &surroundings).map_err(|error| error.to_string())
 }
 
-fn load(text: &str) -> Result<Config, String> {
+pub(super) fn load(text: &str) -> Result<Config, String> {
     load_in(text, surroundings())
+}
+
+pub(super) fn methods(config: &Config) -> Vec<Method> {
+    config.downstream.access.rules.iter().map(|rule| rule.method).collect()
 }
 
 /// What is said of the least file with `lines` added, without the file's name.
@@ -59,7 +64,8 @@ fn the_least_file_gives_the_defaults() {
     assert_eq!(config.upstream.wal_retrieve_retry_interval, Duration::from_secs(5));
     assert_eq!(config.upstream.conninfo.application_name.as_deref(), Some("r"));
     assert_eq!(config.downstream.listen, [ListenAddress::Tcp("127.0.0.1:5433".parse().unwrap())]);
-    assert!(matches!(config.downstream.authentication, Authentication::TrustLocal));
+    assert_eq!(methods(&config), [Method::Trust; 3]);
+    assert!(config.downstream.access.users.is_none() && config.downstream.tls.is_none());
     assert_eq!(config.downstream.send, SendPolicies::for_all(SendPolicy::Received));
     assert_eq!(config.downstream.max_wal_senders, 64);
     assert_eq!(config.store.wal_keep_size, 1 << 30);
@@ -107,11 +113,19 @@ fn commented_samples_of_the_example_are_good() {
     let text = text.collect::<Vec<_>>().join("\n");
     let surroundings = surroundings()
         .with_file("/etc/walrelay/users.toml", 0o600, &format!("standby = \"{VERIFIER}\""))
+        .with_file("/etc/walrelay/pg_hba.conf", 0o644, "host replication all 10.1.0.0/16 scram-sha-256")
+        .with_file("/etc/walrelay/pg_ident.conf", 0o644, "map root standby")
         .with_file("/etc/walrelay/admin.token", 0o600, "0123456789abcdef\n");
     let config = load_in(&text, surroundings).unwrap();
     assert_eq!(config.upstream.slot.as_deref(), Some("walrelay_dc1"));
-    let Authentication::Scram(users) = config.downstream.authentication else { panic!("not SCRAM") };
-    assert_eq!(users.verifier("standby").unwrap().expose_secret(), VERIFIER);
+    let access = config.downstream.access;
+    let Some(Secret::Scram(verifier)) = &access.users.as_ref().unwrap().user("standby").unwrap().secret
+    else {
+        panic!()
+    };
+    assert_eq!(verifier.to_string(), VERIFIER);
+    assert_eq!(access.rules.iter().count(), 1);
+    assert_eq!(config.downstream.tls.unwrap().cert, Path::new("/etc/walrelay/server.crt"));
     assert_eq!(config.admin.token.unwrap().expose_secret(), "0123456789abcdef");
 }
 
@@ -427,10 +441,7 @@ fn only_local_addresses_are_trusted() {
         "\"/tmp\"",
         "[\"127.0.0.1:0\", \"127.0.0.1:0\"]",
     ] {
-        assert!(
-            matches!(listen(good).unwrap().downstream.authentication, Authentication::TrustLocal),
-            "{good}"
-        );
+        assert_eq!(methods(&listen(good).unwrap()), [Method::Trust; 3], "{good}");
     }
     for bad in ["0.0.0.0:5433", "[::]:5433", "10.0.0.1:5433", "[::ffff:10.0.0.1]:1"] {
         let said = listen(&format!("[\"127.0.0.1:1\", \"{bad}\"]")).unwrap_err();
@@ -473,44 +484,6 @@ fn sockets_are_where_libpq_looks_for_them() {
     assert_eq!(config.downstream.listen[0], ListenAddress::Unix("/run/w/.s.PGSQL.6000".into()));
     let config = load(&format!("{LEAST}[downstream]\nlisten = \"/run/w\"\n")).unwrap();
     assert_eq!(config.downstream.listen, [ListenAddress::Unix("/run/w/.s.PGSQL.5433".into())]);
-}
-
-#[test]
-fn users_files_are_checked() {
-    let with_users = |mode, text: &str| {
-        let surroundings = surroundings().with_file("/etc/walrelay/u.toml", mode, text);
-        load_in(&format!("{LEAST}[downstream]\nlisten = \"0.0.0.0:1\"\nusers = \"u.toml\"\n"), surroundings)
-    };
-    let good = format!("# users\nstandby = \"{VERIFIER}\"\n\"other one\" = \"{VERIFIER}\"\n");
-    let config = with_users(0o640, &good).unwrap();
-    let Authentication::Scram(users) = &config.downstream.authentication else { panic!("not SCRAM") };
-    assert_eq!(users.iter().map(|(name, _)| name).collect::<Vec<_>>(), ["other one", "standby"]);
-    assert!(!format!("{config:?}").contains("SCRAM-SHA-256$"));
-
-    let said = |text: &str| with_users(0o600, text).unwrap_err();
-    let shape = "has no SCRAM-SHA-256 verifier (expected SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY, as \
-                 \"walrelay scram\" prints and pg_authid holds)";
-    let place = "users file \"/etc/walrelay/u.toml\"";
-    assert_eq!(said("\na = \"hush\"\n"), format!("{place}, line 2: user \"a\" {shape}"));
-    assert_eq!(said("a = 5\n"), format!("{place}, line 1: user \"a\" {shape}"));
-    assert_eq!(
-        said(&format!("a = \"{}\"", VERIFIER.replace("4096", "0"))),
-        format!("{place}, line 1: user \"a\" {shape}")
-    );
-    assert_eq!(
-        said("a = \"md50123456789abcdef0123456789abcdef\""),
-        format!("{place}, line 1: user \"a\" {shape}")
-    );
-    assert_eq!(
-        said(""),
-        format!("{place}: no user is defined (expected lines as in standby = \"SCRAM-SHA-256$...\")")
-    );
-    assert_eq!(
-        with_users(0o644, &good).unwrap_err(),
-        format!("{place} has world access; permissions should be u=rw,g=r (0640) or less")
-    );
-    let missing = load(&format!("{LEAST}[downstream]\nusers = \"/none\"\n")).unwrap_err();
-    assert_eq!(missing, "could not read users file \"/none\"");
 }
 
 #[test]

@@ -1,60 +1,80 @@
-//! `downstream.tls`: the files with which clients are served over TLS.
+//! TLS for clients: where certificates and keys are, and which versions are spoken.
+//!
+//! Owns the form of `downstream.tls`. Reads none of the files it names.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::config::error::Problem;
-use crate::conninfo::TlsVersion;
 
-/// Where the server's certificate is, and by whom clients' are vouched for.
+/// `tls`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tls {
-    /// The certificate, with those between it and its root.
+    /// Our certificate and those that lead from it to an authority, in PEM.
     pub cert: PathBuf,
-    /// Its key.
+    /// Its private key, in PEM.
     pub key: PathBuf,
-    /// Roots of clients' certificates; `None`: none is asked for.
+    /// Certificates of the authorities that sign clients' certificates; `None`: clients are not asked for one.
     pub client_ca: Option<PathBuf>,
-    /// Clients' certificates that were revoked.
+    /// What these authorities have revoked.
     pub client_crl: Option<PathBuf>,
-    /// The least version.
+    /// The oldest version that is spoken.
     pub min_version: TlsVersion,
 }
 
-/// `downstream.tls` as it is written.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct RawTls {
-    pub(crate) cert: String,
-    pub(crate) key: String,
-    pub(crate) client_ca: Option<String>,
-    pub(crate) client_crl: Option<String>,
-    pub(crate) min_version: Option<String>,
+/// A version of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TlsVersion {
+    /// `TLSv1.2`
+    V1_2,
+    /// `TLSv1.3`
+    V1_3,
 }
 
-/// Checks all but the files, which are read when they are needed.
-pub(crate) fn tls(raw: &RawTls, directory: &Path) -> Result<Tls, Problem> {
-    const MIN_VERSION: &str = "downstream.tls.min_version";
-    if raw.client_crl.is_some() && raw.client_ca.is_none() {
-        return Err(Problem::Missing {
-            key: "downstream.tls.client_ca",
-            example: "tls = { cert = \"server.crt\", key = \"server.key\", client_ca = \"ca.crt\", client_crl = \"ca.crl\" }",
-        });
+/// As it is written.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RawTls {
+    pub(crate) cert: Option<String>,
+    pub(crate) key: Option<String>,
+    pub(crate) client_ca: Option<String>,
+    pub(crate) client_crl: Option<String>,
+    pub(crate) min_version: String,
+}
+
+impl Default for RawTls {
+    fn default() -> Self {
+        Self { cert: None, key: None, client_ca: None, client_crl: None, min_version: "TLSv1.2".to_owned() }
     }
-    let path = |name: &String| directory.join(name);
-    let min_version = match raw.min_version.as_deref() {
-        None => TlsVersion::V1_2,
-        Some(text) => TlsVersion::parse(text)
-            .ok()
-            .filter(|version| *version >= TlsVersion::V1_2)
-            .ok_or_else(|| Problem::invalid(MIN_VERSION, text, "expected \"TLSv1.2\" or \"TLSv1.3\""))?,
-    };
-    Ok(Tls {
-        cert: path(&raw.cert),
-        key: path(&raw.key),
-        client_ca: raw.client_ca.as_ref().map(path),
-        client_crl: raw.client_crl.as_ref().map(path),
-        min_version,
-    })
+}
+
+impl RawTls {
+    /// Paths are relative to `directory`.
+    pub(crate) fn check(&self, directory: &Path) -> Result<Tls, Problem> {
+        let file = |name: &Option<String>| name.as_ref().map(|name| directory.join(name));
+        let required = |name, key| {
+            let example = "tls = { cert = \"server.crt\", key = \"server.key\" }";
+            file(name).ok_or(Problem::Missing { key, example })
+        };
+        if self.client_crl.is_some() && self.client_ca.is_none() {
+            let example = "tls = { ..., client_ca = \"ca.crt\", client_crl = \"ca.crl\" }";
+            return Err(Problem::Missing { key: "downstream.tls.client_ca", example });
+        }
+        let min_version = match self.min_version.as_str() {
+            "TLSv1.2" => TlsVersion::V1_2,
+            "TLSv1.3" => TlsVersion::V1_3,
+            other => {
+                let advice = "expected \"TLSv1.2\" or \"TLSv1.3\"";
+                return Err(Problem::invalid("downstream.tls.min_version", other, advice));
+            }
+        };
+        Ok(Tls {
+            cert: required(&self.cert, "downstream.tls.cert")?,
+            key: required(&self.key, "downstream.tls.key")?,
+            client_ca: file(&self.client_ca),
+            client_crl: file(&self.client_crl),
+            min_version,
+        })
+    }
 }

@@ -115,7 +115,9 @@ fn read_file(path: &Path) -> io::Result<FoundFile> {
     if metadata.len() > FILE_BYTES_MAX {
         return Err(io::Error::from(io::ErrorKind::FileTooLarge));
     }
-    let text = String::from_utf8_lossy(&std::fs::read(path)?).into_owned();
+    // It may hold secrets: no copy is made of one that is as it should be.
+    let text = String::from_utf8(std::fs::read(path)?);
+    let text = text.unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
     let mode = metadata.permissions().mode() & 0o7777;
     Ok(FoundFile::Plain { mode, owner: metadata.uid(), text })
 }

@@ -9,6 +9,7 @@ use std::{future::pending, time::Duration};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
+use crate::access::Permissions;
 use crate::downstream::{
     DownstreamContext,
     commands::{self, Answered, CommandError},
@@ -33,6 +34,8 @@ pub(super) struct Session<'a, S> {
     pub(super) context: &'a DownstreamContext,
     pub(super) connection: Connection<S>,
     pub(super) registration: Registration,
+    /// What the user may do.
+    pub(super) may: Permissions,
     pub(super) server: Server,
     pub(super) stop: &'a CancellationToken,
     pub(super) database: Option<String>,
@@ -68,6 +71,7 @@ impl<'a, S: Stream> Session<'a, S> {
     ) -> Self {
         let Established {
             registration,
+            may,
             server,
             version: _,
             database,
@@ -81,6 +85,7 @@ impl<'a, S: Stream> Session<'a, S> {
             context,
             connection,
             registration,
+            may,
             server,
             stop,
             database,

@@ -6,49 +6,35 @@
 
 use std::{sync::Arc, time::Duration};
 
+use crate::access::{Applicant, Grant, Permissions};
 use crate::downstream::{
-    Authentication, DownstreamContext,
-    connection::{Connection, ConnectionError, Stream, tag_of},
+    DownstreamContext,
+    attempt::Attempt,
+    authenticate::Authenticator,
+    commands::no_walsender,
+    connection::{Connection, ConnectionError, Stream},
     link::AcceptedLink,
     parameters::{clean_ascii, parse_timeout},
-    registry::{Client, Registration, TooManySessions},
+    registry::{Client, Registration, SessionLimits, TooManySessions},
     server::Server,
 };
 use crate::net::tls::{ServerTls, TlsError, TlsStart};
-use crate::net::{Peer, TlsFacts};
+use crate::net::{Peer, TlsFacts, interfaces};
 use crate::protocol::{
-    DecodeError, PASSWORD_BYTES_MAX, ServerError, SqlState,
+    DecodeError, ServerError, SqlState,
     backend::{self, Authentication as Request, encode_authentication},
-    frontend::{
-        self, CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol,
-    },
+    frontend::{CancelKey, FirstPacket, ProtocolVersion, ReplicationMode, Startup, UnsupportedProtocol},
     link::offer::OFFER_PARAMETER,
-    scram::{self, ChannelBinding, NONCE_BYTES, ServerScramError},
 };
 
-/// How the bytes of a connection are protected.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Encryption {
-    /// Not at all.
-    None,
-    /// By TLS, which tells this of the client.
-    Tls(TlsFacts),
-}
-
-impl Encryption {
-    /// What SCRAM can be bound to.
-    fn binding(&self) -> ChannelBinding {
-        match self {
-            Self::None => ChannelBinding::Unsupported,
-            Self::Tls(facts) => facts.binding.clone(),
-        }
-    }
-}
+pub(super) use crate::net::Encryption;
 
 /// A client that is known, and what it asked for.
 #[derive(Debug)]
 pub(super) struct Established {
     pub(super) registration: Registration,
+    /// What it may do.
+    pub(super) may: Permissions,
     pub(super) server: Server,
     pub(super) version: ProtocolVersion,
     /// The database of `replication=database`.
@@ -65,6 +51,14 @@ pub(super) enum HandshakeError {
     /// The client is told why.
     #[error("{}", .0.message)]
     Refused(ServerError),
+    /// The client has not proved who it is. It is told so, but not at once when that happens often.
+    #[error("{}", told.message)]
+    Denied {
+        /// As whom it wanted to come in.
+        user: String,
+        /// What it is told.
+        told: ServerError,
+    },
     /// A cancel request, which is never answered.
     #[error("cancel request")]
     Cancel,
@@ -90,6 +84,10 @@ pub(super) struct Handshake<'a, S> {
     pub(super) context: &'a DownstreamContext,
     pub(super) connection: &'a mut Connection<S>,
     pub(super) peer: &'a Peer,
+    /// The operating system's user at the other end of a Unix socket.
+    pub(super) peer_user_id: Option<u32>,
+    /// What the log will say.
+    pub(super) attempt: &'a mut Attempt,
 }
 
 impl<S: Stream> Handshake<'_, S> {
@@ -108,25 +106,48 @@ impl<S: Stream> Handshake<'_, S> {
             let text = "no PostgreSQL user name specified in startup packet";
             ServerError::fatal(SqlState::INVALID_AUTHORIZATION_SPECIFICATION, text)
         })?;
-        let identity = Identity { user, startup: &startup, mode, peer: self.peer, encryption: &encryption };
+        let access = self.context.access.load_full();
+        let database = startup.database().unwrap_or_default();
+        let applicant =
+            Applicant { origin: self.peer.origin(), wire: encryption.wire(), mode, database, user };
+        self.attempt.began(&applicant);
+        let rule = access.rule_for(&applicant, &interfaces);
         if mode == ReplicationMode::Off {
-            return Err(identity.no_entry().with_detail(NO_SQL_DETAIL).into());
+            rule?;
+            return Err(applicant.no_entry().with_detail(NO_SQL_DETAIL).into());
         }
         let server = Server::of(self.context).ok_or_else(|| {
             ServerError::fatal(SqlState::CANNOT_CONNECT_NOW, "the database system is starting up")
         })?;
-        self.authenticate(&identity).await?;
+        let rule = rule?;
+        self.attempt.matched(rule);
+        let authenticator = Authenticator {
+            access: &access,
+            rule,
+            user,
+            encryption: &encryption,
+            peer_user_id: self.peer_user_id,
+            connection: &mut *self.connection,
+            attempt: &mut *self.attempt,
+        };
+        authenticator.run().await?;
+        self.connection.outgoing.encode(|out| encode_authentication(&Request::Ok, out));
+        let Grant { may, connection_limit } = access.grant(user)?;
+        if !may.allow_replication() {
+            return Err(no_replication(user, &server).into());
+        }
         let client = Client {
             user: user.to_owned(),
             application_name: clean_ascii(&startup.application_name(), &server),
             peer: self.peer.clone(),
         };
-        let registration = self.register(client, negotiation.version, &server)?;
+        let registration = self.register(client, connection_limit, negotiation.version, &server)?;
         let settings = startup.settings();
         let own_timeout = settings.get("wal_sender_timeout").and_then(|text| parse_timeout(text));
         let client_encoding = settings.get("client_encoding");
         Ok(Established {
             registration,
+            may,
             client_encoding: client_encoding.map_or("UTF8".to_owned(), |text| clean_ascii(text, &server)),
             server,
             version: negotiation.version,
@@ -231,74 +252,27 @@ impl<S: Stream> Handshake<'_, S> {
         Err(ServerError::fatal(SqlState::PROTOCOL_VIOLATION, stuffed).with_detail(STUFFED_DETAIL).into())
     }
 
-    /// Without a users file only this machine's own clients are let in.
-    async fn authenticate(&mut self, identity: &Identity<'_>) -> Result<(), HandshakeError> {
-        match &self.context.authentication {
-            Authentication::Scram(users) => {
-                let credentials = users.credentials(identity.user);
-                self.authenticate_by_scram(credentials, identity).await?;
-            }
-            Authentication::TrustLocal if self.peer.is_local() => {}
-            Authentication::TrustLocal => return Err(identity.no_entry().into()),
-        }
-        self.connection.outgoing.encode(|out| encode_authentication(&Request::Ok, out));
-        Ok(())
-    }
-
-    async fn authenticate_by_scram(
-        &mut self,
-        credentials: scram::Credentials,
-        identity: &Identity<'_>,
-    ) -> Result<(), HandshakeError> {
-        let refuse = |error: ServerScramError| HandshakeError::Refused(error.to_server_error(identity.user));
-        let server = scram::Server::new(credentials, identity.encryption.binding());
-        let mechanisms = server.mechanisms().iter().map(|&mechanism| mechanism.to_owned()).collect();
-        self.ask(&Request::Sasl(mechanisms)).await?;
-        let (mechanism, first) = self.password().await?.sasl_initial().map_err(malformed)?;
-        let first = match first {
-            Some(first) => first,
-            None => {
-                self.ask(&Request::SaslContinue(bytes::Bytes::new())).await?;
-                self.password().await?.sasl().clone()
-            }
-        };
-        let (state, reply) = server.handle(&mechanism, &first, random::<NONCE_BYTES>()?).map_err(refuse)?;
-        self.ask(&Request::SaslContinue(reply.into())).await?;
-        let reply = state.handle(self.password().await?.sasl()).map_err(refuse)?;
-        self.connection.outgoing.encode(|out| encode_authentication(&Request::SaslFinal(reply.into()), out));
-        Ok(())
-    }
-
-    async fn ask(&mut self, request: &Request) -> Result<(), ConnectionError> {
-        self.connection.outgoing.encode(|out| encode_authentication(request, out));
-        Ok(self.connection.flush().await?)
-    }
-
-    async fn password(&mut self) -> Result<frontend::Password, HandshakeError> {
-        match self.connection.read_message(PASSWORD_BYTES_MAX).await? {
-            frontend::Message::Password(password) => Ok(password),
-            other => {
-                let text = format!("expected SASL response, got message type {}", tag_of(&other));
-                Err(ServerError::fatal(SqlState::PROTOCOL_VIOLATION, text).into())
-            }
-        }
-    }
-
     fn register(
         &self,
         client: Client,
+        connection_limit: Option<usize>,
         version: ProtocolVersion,
         server: &Server,
     ) -> Result<Registration, HandshakeError> {
         let key = random::<CANCEL_KEY_BYTES>()?;
         let key = key.get(..version.cancel_key_bytes()).unwrap_or(&key);
         let key = CancelKey::new(key.to_vec()).ok_or(HandshakeError::Random)?;
-        let sessions_max = self.context.settings.max_wal_senders;
-        self.context.registry.register(client, key, sessions_max).map_err(|TooManySessions| {
-            let setting = server.quoted_setting("max_wal_senders");
-            let text = format!(
-                "number of requested standby connections exceeds {setting} (currently {sessions_max})"
-            );
+        let in_all = self.context.settings.max_wal_senders;
+        let limits = SessionLimits { in_all, of_user: connection_limit };
+        let user = client.user.clone();
+        self.context.registry.register(client, key, limits).map_err(|too_many| {
+            let text = match too_many {
+                TooManySessions::InAll => {
+                    let setting = server.quoted_setting("max_wal_senders");
+                    format!("number of requested standby connections exceeds {setting} (currently {in_all})")
+                }
+                TooManySessions::OfUser => format!("too many connections for role \"{user}\""),
+            };
             ServerError::fatal(SqlState::TOO_MANY_CONNECTIONS, text).into()
         })
     }
@@ -312,51 +286,19 @@ fn chain(error: &TlsError) -> String {
     }
 }
 
-/// Who asks to come in, and how.
-struct Identity<'a> {
-    user: &'a str,
-    startup: &'a Startup,
-    mode: ReplicationMode,
-    peer: &'a Peer,
-    encryption: &'a Encryption,
-}
-
-impl Identity<'_> {
-    /// What PostgreSQL says when no line of `pg_hba.conf` fits.
-    fn no_entry(&self) -> ServerError {
-        let host = match self.peer {
-            Peer::Tcp(address) => address.ip().to_string(),
-            Peer::Unix => "[local]".to_owned(),
-        };
-        let Self { user, .. } = self;
-        let encryption = match self.encryption {
-            Encryption::None => "no encryption",
-            Encryption::Tls(_) => "SSL encryption",
-        };
-        let text = match self.mode {
-            ReplicationMode::Physical => format!(
-                "no pg_hba.conf entry for replication connection from host \"{host}\", user \"{user}\", {encryption}"
-            ),
-            ReplicationMode::Off | ReplicationMode::Database => {
-                let database = self.startup.database().unwrap_or_default();
-                format!(
-                    "no pg_hba.conf entry for host \"{host}\", user \"{user}\", database \"{database}\", {encryption}"
-                )
-            }
-        };
-        ServerError::fatal(SqlState::INVALID_AUTHORIZATION_SPECIFICATION, text)
-    }
-}
-
-fn malformed(error: DecodeError) -> HandshakeError {
-    ServerError::from(&error).into()
+/// For whom a session like this is of no use.
+fn no_replication(user: &str, server: &Server) -> ServerError {
+    let detail = format!(
+        "User \"{user}\" has none of the permissions \"stream\", \"base_backup\", and \"sql\" on this relay."
+    );
+    ServerError::fatal(SqlState::INSUFFICIENT_PRIVILEGE, no_walsender(server)).with_detail(detail)
 }
 
 fn unsupported(version: ProtocolVersion) -> HandshakeError {
     ServerError::from(UnsupportedProtocol(version)).into()
 }
 
-fn random<const BYTES: usize>() -> Result<[u8; BYTES], HandshakeError> {
+pub(super) fn random<const BYTES: usize>() -> Result<[u8; BYTES], HandshakeError> {
     let mut bytes = [0; BYTES];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| HandshakeError::Random)?;
     Ok(bytes)

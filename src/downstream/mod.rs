@@ -5,10 +5,13 @@
 //! `walsender` moves WAL from the store to its socket. Knows nothing of the upstream: it is given the store, positions to
 //! watch, whether the upstream is writable, and what it has removed too early.
 
+mod attempt;
+mod authenticate;
 mod blocking;
 mod command;
 mod commands;
 mod connection;
+mod failures;
 mod handshake;
 mod link;
 mod parameters;
@@ -18,7 +21,6 @@ mod server;
 mod settings;
 mod strangers;
 mod timelines;
-mod users;
 mod walsender;
 
 use std::{
@@ -26,6 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use tokio::{
     sync::{Semaphore, watch},
     task::{JoinError, JoinSet},
@@ -33,9 +36,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};
 
+use crate::access::Access;
 use crate::downstream::{
+    attempt::Attempt,
     command::Session,
     connection::{Connection, ConnectionError, Stream},
+    failures::Failures,
     handshake::{Handshake, HandshakeError},
     refusals::Refusals,
     server::Server,
@@ -57,7 +63,6 @@ pub use link::{LinkRates, Links, link_status};
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicies, SendPolicy};
-pub use users::{Authentication, InvalidUser, Users};
 
 /// What every connection shares.
 pub struct DownstreamContext {
@@ -69,8 +74,8 @@ pub struct DownstreamContext {
     pub registry: Arc<Registry>,
     /// What clients are held to.
     pub settings: DownstreamSettings,
-    /// How clients prove who they are.
-    pub authentication: Authentication,
+    /// Who may connect. May be replaced while clients are connected: it holds for those that come after.
+    pub access: ArcSwap<Access>,
     /// What TLS is spoken with; `None`: it is not.
     pub tls: Option<Arc<ServerTls>>,
     /// Whether the upstream that is streamed from now is writable.
@@ -176,7 +181,7 @@ impl ColdReads {
 pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, shutdown: CancellationToken) {
     let DownstreamSettings { unauthenticated_max, unauthenticated_per_address_max, .. } = context.settings;
     let strangers = Arc::new(Strangers::new(unauthenticated_max, unauthenticated_per_address_max));
-    let refusals = Arc::new(Refusals::default());
+    let (refusals, failures) = (Arc::new(Refusals::default()), Arc::new(Failures::default()));
     let registry = Arc::clone(&context.registry);
     context.store.slots().terminate_by(move |pid| registry.terminate(pid));
     let mut loops = JoinSet::new();
@@ -185,6 +190,7 @@ pub async fn serve(context: Arc<DownstreamContext>, listeners: Vec<Listener>, sh
             context: Arc::clone(&context),
             strangers: Arc::clone(&strangers),
             refusals: Arc::clone(&refusals),
+            failures: Arc::clone(&failures),
             shutdown: shutdown.clone(),
         };
         loops.spawn(acceptor.run(listener));
@@ -199,6 +205,7 @@ struct Acceptor {
     context: Arc<DownstreamContext>,
     strangers: Arc<Strangers>,
     refusals: Arc<Refusals>,
+    failures: Arc<Failures>,
     shutdown: CancellationToken,
 }
 
@@ -208,7 +215,11 @@ impl Acceptor {
         loop {
             tokio::select! {
                 accepted = listener.accept(&self.context.settings.tcp) => match accepted {
-                    Ok((socket, peer)) => self.admit(&mut connections, socket, peer),
+                    Ok((socket, peer)) => {
+                        // Who is at the other end of a Unix socket; where that is not known, nobody is.
+                        let user_id = socket.peer_user_id().ok().flatten();
+                        self.admit(&mut connections, socket, (peer, user_id));
+                    }
                     Err(error) => {
                         // Out of descriptors, most likely: some time may free one.
                         warn!(%error, "could not accept a connection");
@@ -230,7 +241,12 @@ impl Acceptor {
         }
     }
 
-    fn admit<S: Stream>(&self, connections: &mut JoinSet<()>, socket: S, peer: Peer) {
+    fn admit<S: Stream>(
+        &self,
+        connections: &mut JoinSet<()>,
+        socket: S,
+        (peer, peer_user_id): (Peer, Option<u32>),
+    ) {
         self.context.metrics.connections.increment(1);
         let Some(stranger) = self.strangers.admit(&peer) else {
             self.context.metrics.refused.increment(1);
@@ -245,7 +261,13 @@ impl Acceptor {
         };
         let span =
             info_span!("client", %peer, user = tracing::field::Empty, application = tracing::field::Empty);
-        let guest = Guest { peer, _stranger: stranger, refusals: Arc::clone(&self.refusals) };
+        let guest = Guest {
+            peer,
+            peer_user_id,
+            _stranger: stranger,
+            refusals: Arc::clone(&self.refusals),
+            failures: Arc::clone(&self.failures),
+        };
         let client = serve_client(Arc::clone(&self.context), socket, guest, self.shutdown.clone());
         connections.spawn(client.instrument(span));
     }
@@ -254,9 +276,12 @@ impl Acceptor {
 /// Somebody who was let in as far as the door.
 struct Guest {
     peer: Peer,
+    /// The operating system's user at the other end of a Unix socket.
+    peer_user_id: Option<u32>,
     /// Counted until it goes.
     _stranger: Stranger,
     refusals: Arc<Refusals>,
+    failures: Arc<Failures>,
 }
 
 impl Guest {
@@ -292,7 +317,14 @@ async fn serve_client<S: Stream>(
     stop: CancellationToken,
 ) {
     let mut connection = Connection::new(socket);
-    let handshake = Handshake { context: &context, connection: &mut connection, peer: &guest.peer };
+    let mut attempt = Attempt::default();
+    let handshake = Handshake {
+        context: &context,
+        connection: &mut connection,
+        peer: &guest.peer,
+        peer_user_id: guest.peer_user_id,
+        attempt: &mut attempt,
+    };
     let outcome = tokio::select! {
         outcome = tokio::time::timeout(context.settings.authentication_timeout, handshake.run()) => outcome,
         () = stop.cancelled() => return,
@@ -300,11 +332,15 @@ async fn serve_client<S: Stream>(
     let established = match outcome {
         Ok(Ok(established)) => established,
         // A stranger to the end, which may take a while.
-        Ok(Err(error)) => return end_handshake(&context, connection, &guest, error).await,
+        Ok(Err(error)) => {
+            let ending = Ending { context: &context, connection, guest: &guest, attempt: &attempt };
+            return ending.run(error, &stop).await;
+        }
         Err(_elapsed) => {
             context.metrics.refused.increment(1);
+            guest.failures.timed_out(&guest.peer, now());
             if let Some(left_out) = guest.may_log() {
-                info!(left_out, "client did not authenticate in time");
+                attempt.timed_out(left_out);
             }
             return;
         }
@@ -314,45 +350,60 @@ async fn serve_client<S: Stream>(
     let client = established.registration.client();
     span.record("user", tracing::field::debug(&client.user));
     span.record("application", tracing::field::display(&client.application_name));
-    info!(pid = established.registration.pid(), version = %established.version, "client connected");
+    attempt.accepted(established.registration.pid(), established.version);
     match Session::new(&context, connection, established, &stop).run().await {
         Ok(end) => info!(?end, "client disconnected"),
         Err(error) => info!(error = &error as &dyn std::error::Error, "connection to client failed"),
     }
 }
+/// A handshake that led to no session, and what is left to be said.
+struct Ending<'a, S> {
+    context: &'a DownstreamContext,
+    connection: Connection<S>,
+    guest: &'a Guest,
+    attempt: &'a Attempt,
+}
 
-async fn end_handshake<S: Stream>(
-    context: &DownstreamContext,
-    mut connection: Connection<S>,
-    guest: &Guest,
-    error: HandshakeError,
-) {
-    match &error {
-        HandshakeError::Cancel | HandshakeError::Connection(ConnectionError::Closed) => {
-            debug!(%error, "connection ended before a session");
-            return;
-        }
-        HandshakeError::Refused(told) => {
-            context.metrics.refused.increment(1);
-            if let Some(left_out) = guest.may_log() {
-                // The text may repeat what the client sent: shown escaped.
-                warn!(error = ?told.message, left_out, "client refused");
+impl<S: Stream> Ending<'_, S> {
+    async fn run(mut self, error: HandshakeError, stop: &CancellationToken) {
+        match &error {
+            HandshakeError::Cancel | HandshakeError::Connection(ConnectionError::Closed) => {
+                debug!(%error, "connection ended before a session");
+                return;
             }
-            connection.outgoing.encode(|out| encode_error_response(told, out));
-            // The client may be gone, and is not waited for.
-            let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.flush()).await;
-        }
-        HandshakeError::DirectTls
-        | HandshakeError::Tls(_)
-        | HandshakeError::Random
-        | HandshakeError::Connection(_) => {
-            context.metrics.refused.increment(1);
-            if let Some(left_out) = guest.may_log() {
-                info!(error = &error as &dyn std::error::Error, left_out, "handshake failed");
+            HandshakeError::Refused(told) => self.tell(told).await,
+            HandshakeError::Denied { user, told } => {
+                self.context.metrics.failed_logins.increment(1);
+                let delay = self.guest.failures.denied(&self.guest.peer, user, now());
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = stop.cancelled() => return,
+                }
+                self.tell(told).await;
+            }
+            HandshakeError::DirectTls
+            | HandshakeError::Tls(_)
+            | HandshakeError::Random
+            | HandshakeError::Connection(_) => {
+                self.context.metrics.refused.increment(1);
+                if let Some(left_out) = self.guest.may_log() {
+                    info!(error = &error as &dyn std::error::Error, left_out, "handshake failed");
+                }
             }
         }
+        let _ = tokio::time::timeout(REFUSAL_TIME_MAX, self.connection.shutdown()).await;
     }
-    let _ = tokio::time::timeout(REFUSAL_TIME_MAX, connection.shutdown()).await;
+
+    /// Says why, to the client and in the log.
+    async fn tell(&mut self, told: &ServerError) {
+        self.context.metrics.refused.increment(1);
+        if let Some(left_out) = self.guest.may_log() {
+            self.attempt.refused(told, left_out);
+        }
+        self.connection.outgoing.encode(|out| encode_error_response(told, out));
+        // The client may be gone, and is not waited for.
+        let _ = tokio::time::timeout(REFUSAL_TIME_MAX, self.connection.flush()).await;
+    }
 }
 
 /// Time in which standbys are back after a restart and have told what they hold back, with `wal_retrieve_retry_interval` and

@@ -99,9 +99,23 @@ impl Live {
     }
 }
 
+/// How many sessions there may be.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SessionLimits {
+    /// In all.
+    pub(super) in_all: usize,
+    /// Of the user who wants one more; `None`: any number.
+    pub(super) of_user: Option<usize>,
+}
+
 /// As many sessions as are allowed are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct TooManySessions;
+pub(super) enum TooManySessions {
+    /// In all.
+    InAll,
+    /// Of this user.
+    OfUser,
+}
 
 impl Standbys for Registry {
     fn show(&self, timeline: TimelineId, to: &mut dyn FnMut(&[Standby<'_>])) {
@@ -141,11 +155,15 @@ impl Registry {
         self: &Arc<Self>,
         client: Client,
         cancel_key: CancelKey,
-        sessions_max: usize,
+        limits: SessionLimits,
     ) -> Result<Registration, TooManySessions> {
         let mut sessions = self.sessions.lock();
-        if sessions.by_pid.len() >= sessions_max {
-            return Err(TooManySessions);
+        if sessions.by_pid.len() >= limits.in_all {
+            return Err(TooManySessions::InAll);
+        }
+        let is_his = |session: &&Arc<Session>| session.client.user == client.user;
+        if limits.of_user.is_some_and(|limit| sessions.by_pid.values().filter(is_his).count() >= limit) {
+            return Err(TooManySessions::OfUser);
         }
         let pid = sessions.free_pid();
         sessions.last_pid = pid;
@@ -334,6 +352,10 @@ mod tests {
         Client { user: "u".to_owned(), application_name: name.to_owned(), peer: Peer::Unix }
     }
 
+    fn limits(in_all: usize) -> SessionLimits {
+        SessionLimits { in_all, of_user: None }
+    }
+
     fn key(byte: u8) -> CancelKey {
         CancelKey::new(vec![byte; 4]).unwrap()
     }
@@ -342,30 +364,44 @@ mod tests {
     fn numbers_are_unique_among_the_living_and_never_zero() {
         let registry = Arc::new(Registry::default());
         registry.sessions.lock().last_pid = PID_MAX - 1;
-        let first = registry.register(client("a"), key(1), 9).unwrap();
-        let second = registry.register(client("a"), key(1), 9).unwrap();
+        let first = registry.register(client("a"), key(1), limits(9)).unwrap();
+        let second = registry.register(client("a"), key(1), limits(9)).unwrap();
         registry.sessions.lock().last_pid = PID_MAX;
-        let third = registry.register(client("a"), key(1), 9).unwrap();
+        let third = registry.register(client("a"), key(1), limits(9)).unwrap();
         assert_eq!([first.pid(), second.pid(), third.pid()], [PID_MAX, 1, 2]);
+    }
+
+    #[test]
+    fn a_users_own_limit_is_about_his_sessions_alone() {
+        let registry = Arc::new(Registry::default());
+        let limits = SessionLimits { in_all: 9, of_user: Some(1) };
+        let first = registry.register(client("a"), key(1), limits).unwrap();
+        assert_eq!(registry.register(client("b"), key(1), limits).unwrap_err(), TooManySessions::OfUser);
+        let other = Client { user: "other".to_owned(), ..client("b") };
+        assert!(registry.register(other, key(1), limits).is_ok());
+        drop(first);
+        assert!(registry.register(client("b"), key(1), limits).is_ok());
+        let none = SessionLimits { in_all: 9, of_user: Some(0) };
+        assert_eq!(registry.register(client("b"), key(1), none).unwrap_err(), TooManySessions::OfUser);
     }
 
     #[test]
     fn the_limit_holds_and_a_session_that_ends_makes_room() {
         let registry = Arc::new(Registry::default());
-        let first = registry.register(client("a"), key(1), 1).unwrap();
-        assert_eq!(registry.register(client("b"), key(1), 1).unwrap_err(), TooManySessions);
+        let first = registry.register(client("a"), key(1), limits(1)).unwrap();
+        assert_eq!(registry.register(client("b"), key(1), limits(1)).unwrap_err(), TooManySessions::InAll);
         drop(first);
         assert!(registry.is_empty());
-        assert!(registry.register(client("b"), key(1), 1).is_ok());
+        assert!(registry.register(client("b"), key(1), limits(1)).is_ok());
     }
 
     #[test]
     fn a_late_end_does_not_remove_the_successor() {
         let registry = Arc::new(Registry::default());
-        let old = registry.register(client("a"), key(1), 9).unwrap();
+        let old = registry.register(client("a"), key(1), limits(9)).unwrap();
         registry.sessions.lock().by_pid.clear();
         registry.sessions.lock().last_pid = 0;
-        let new = registry.register(client("a"), key(2), 9).unwrap();
+        let new = registry.register(client("a"), key(2), limits(9)).unwrap();
         assert_eq!(old.pid(), new.pid());
         drop(old);
         assert_eq!(registry.len(), 1);
@@ -374,7 +410,7 @@ mod tests {
     #[tokio::test]
     async fn only_the_right_key_cancels() {
         let registry = Arc::new(Registry::default());
-        let session = registry.register(client("a"), key(1), 9).unwrap();
+        let session = registry.register(client("a"), key(1), limits(9)).unwrap();
         let mut canceled = Box::pin(session.canceled());
         assert!(futures_poll(&mut canceled).is_pending());
         registry.cancel(&CancelRequest { process_id: session.pid(), key: key(2) });
@@ -406,7 +442,7 @@ mod tests {
         let registry = Arc::new(Registry::new(&users));
         let join = |name: &str, user: &str, state, timeline: u32, flush| {
             let client = Client { user: user.to_owned(), ..client(name) };
-            let session = registry.register(client, key(1), 9).unwrap();
+            let session = registry.register(client, key(1), limits(9)).unwrap();
             session.update(|live| {
                 (live.state, live.timeline) = (state, TimelineId::new(timeline));
                 live.progress.flush = Lsn::new(flush);

@@ -275,6 +275,8 @@ pub struct DownstreamMetrics {
     pub connections: Counter,
     /// Connections refused before a command, for any reason.
     pub refused: Counter,
+    /// Logins refused because the proof was wrong.
+    pub failed_logins: Counter,
     /// Sessions that stream now.
     pub streaming: Gauge,
     /// WAL bytes sent.
@@ -293,6 +295,10 @@ impl DownstreamMetrics {
         Self {
             connections: metrics.counter("walrelay_downstream_connections_total", "Connections accepted"),
             refused: metrics.counter("walrelay_downstream_refused_total", "Connections refused"),
+            failed_logins: metrics.counter(
+                "walrelay_downstream_failed_logins_total",
+                "Logins refused because the password or another proof was wrong",
+            ),
             streaming: metrics.gauge("walrelay_downstream_streaming", None, "Sessions that stream"),
             sent_bytes: metrics.counter("walrelay_downstream_sent_bytes_total", "WAL sent, in bytes"),
             cold_bytes: metrics
@@ -315,13 +321,22 @@ impl DownstreamMetrics {
 pub struct ProcessMetrics {
     /// Log lines that were dropped because nobody took them.
     pub log_lines_dropped: Gauge,
+    /// 1 while files that were read again contain errors.
+    pub reload_failed: Gauge,
 }
 
 impl ProcessMetrics {
     /// Registers the process's metrics.
     pub fn register(metrics: &Metrics) -> Self {
         let name = "walrelay_log_lines_dropped";
-        Self { log_lines_dropped: metrics.gauge(name, None, "Log lines dropped since the start") }
+        Self {
+            log_lines_dropped: metrics.gauge(name, None, "Log lines dropped since the start"),
+            reload_failed: metrics.gauge(
+                "walrelay_reload_failed",
+                None,
+                "1 while files that were read again contain errors, and what was read before holds",
+            ),
+        }
     }
 }
 

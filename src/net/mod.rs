@@ -3,11 +3,13 @@
 //! Owns the choice between TCP and Unix sockets, TLS over the former, socket options, and the receive buffers. Knows no message of the protocol and makes no decision about a peer.
 
 pub mod blocks;
+pub mod interfaces;
 mod rewound;
 pub mod socket;
 pub mod tls;
 mod tls_facts;
 
 pub use blocks::{BlockReader, DecodingBlocks};
+pub use interfaces::interfaces;
 pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite};
-pub use tls_facts::{ClientCertificate, TlsFacts};
+pub use tls_facts::{ClientCertificate, Encryption, TlsFacts};

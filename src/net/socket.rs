@@ -20,6 +20,7 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
+use crate::access::Origin;
 use crate::config::ListenAddress;
 use crate::net::TlsFacts;
 use crate::net::rewound::Rewound;
@@ -59,11 +60,11 @@ impl std::fmt::Display for Peer {
 }
 
 impl Peer {
-    /// Whether the peer is certainly on this machine.
-    pub fn is_local(&self) -> bool {
+    /// As a rule about who may connect sees it.
+    pub fn origin(&self) -> Origin {
         match self {
-            Self::Tcp(address) => address.ip().to_canonical().is_loopback(),
-            Self::Unix => true,
+            Self::Tcp(address) => Origin::Tcp(address.ip()),
+            Self::Unix => Origin::Local,
         }
     }
 }

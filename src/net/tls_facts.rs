@@ -1,23 +1,59 @@
-//! What TLS tells of a client.
+//! What is known of a client by the encryption of its connection.
 //!
-//! Plain values: they are known once the handshake is over, and nothing here looks at a socket.
+//! Plain values, so that who comes in is decided without a TLS library in sight.
 
+use crate::access::Wire;
 use crate::protocol::scram::ChannelBinding;
 
-/// What is known of an encrypted connection.
+/// How the bytes of a connection are protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Encryption {
+    /// Not at all.
+    None,
+    /// By TLS.
+    Tls(TlsFacts),
+}
+
+impl Encryption {
+    /// How the bytes travel.
+    pub fn wire(&self) -> Wire {
+        match self {
+            Self::None => Wire::Clear,
+            Self::Tls(_) => Wire::Tls,
+        }
+    }
+
+    /// What a SCRAM exchange can be bound to.
+    pub fn binding(&self) -> ChannelBinding {
+        match self {
+            Self::None => ChannelBinding::Unsupported,
+            Self::Tls(facts) => facts.binding.clone(),
+        }
+    }
+
+    /// The certificate that the client has shown.
+    pub fn client_certificate(&self) -> Option<&ClientCertificate> {
+        match self {
+            Self::None => None,
+            Self::Tls(facts) => facts.client_certificate.as_ref(),
+        }
+    }
+}
+
+/// What a TLS handshake has told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFacts {
-    /// The client's certificate, if it showed one that is vouched for.
+    /// The client's certificate; one that is here was verified.
     pub client_certificate: Option<ClientCertificate>,
-    /// What SCRAM can be bound to: the certificate that this client saw.
+    /// What a SCRAM exchange can be bound to.
     pub binding: ChannelBinding,
 }
 
-/// Whom a client's certificate names.
+/// The names in a certificate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificate {
-    /// The first common name of its subject.
+    /// The subject's common name (the first one, if there are several); absent where it has none.
     pub common_name: Option<String>,
-    /// The whole subject, as RFC 2253 writes it.
+    /// The subject's distinguished name as of RFC 2253, which is what PostgreSQL compares for `clientname=DN`.
     pub distinguished_name: String,
 }

@@ -8,6 +8,7 @@ mod observer;
 mod only_copy;
 mod operations;
 mod pages;
+mod reload;
 mod tls;
 
 use std::{
@@ -18,8 +19,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinHandle,
 };
@@ -27,9 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::admin::Admin;
 use crate::config::{self, Config};
-use crate::downstream::{
-    self, Authentication, ColdReads, DownstreamContext, DownstreamSettings, InvalidUser, Links, Registry,
-};
+use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry};
 use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
 use crate::net::{Listener, TcpOptions, tls::TlsError};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
@@ -40,6 +40,7 @@ use crate::relay::only_copy::OnlyCopyAlarm;
 use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
+use crate::relay::reload::{Reloader, access_part, reload_on};
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
@@ -68,9 +69,6 @@ pub enum RelayError {
         /// The directory.
         directory: String,
     },
-    /// A line of the users file cannot be read.
-    #[error(transparent)]
-    User(#[from] InvalidUser),
     /// What TLS needs cannot be used.
     #[error("could not set up TLS: {0}")]
     Tls(TlsError),
@@ -110,29 +108,18 @@ pub struct Relay {
     instances: watch::Sender<Instances>,
     link_traffic: Arc<LinkTraffic>,
     fencing: Fencing,
+    reloader: Arc<Reloader>,
+    /// From the beginning: whoever asks early is heard when everything is there.
+    hangups: Signal,
 }
 
 impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
-    pub async fn build(config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
+    pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
+        let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
-        let (observer, notices) = store_observer(metrics.store.clone());
-        let settings = store_settings(&config);
-        let directory = settings.data_dir.display().to_string();
-        let opening = tokio::task::spawn_blocking(move || {
-            store::open(settings, Arc::new(RealDisk), Arc::new(observer))
-        });
-        let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
-        let (store, writer) =
-            opened.map_err(|source| RelayError::OpenStore { directory: directory.clone(), source })?;
-        if config.relay.data_must_exist && store.identity().is_none() {
-            return Err(RelayError::NoData { directory });
-        }
-        for note in store.recovery_notes() {
-            tracing::warn!(note, "recovery of the store");
-        }
-
+        let (store, writer, notices) = open_store(&config, &metrics).await?;
         let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
@@ -146,7 +133,7 @@ impl Relay {
             positions: notices.positions.clone(),
             registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
-            authentication: Authentication::try_from(&config.downstream.authentication)?,
+            access: ArcSwap::from_pointee(std::mem::take(&mut config.downstream.access)),
             tls: config.downstream.tls.as_ref().map(|tls| tls::read(tls, &metrics.downstream)).transpose()?,
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
@@ -159,6 +146,9 @@ impl Relay {
         let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
+        let mut parts = vec![access_part(&downstream, &config)];
+        parts.extend(downstream.tls.as_ref().map(|tls| tls::part(tls, &metrics.downstream)));
+        let reloader = Reloader::new(parts, metrics.process.clone());
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -169,9 +159,11 @@ impl Relay {
             store_metrics: metrics.store.clone(),
             link_traffic: Arc::clone(&link_traffic),
             process: metrics.process.clone(),
+            reloader: Arc::clone(&reloader),
             log_lines_dropped,
         });
-        let admin = listen_for_admin(&config.admin, pages, RelayOperations { fence, links }).await?;
+        let operations = RelayOperations { fence, links, reloader: Arc::clone(&reloader) };
+        let admin = listen_for_admin(&config.admin, pages, operations).await?;
         Ok(Self {
             config,
             metrics,
@@ -185,6 +177,8 @@ impl Relay {
             instances,
             link_traffic,
             fencing,
+            reloader,
+            hangups,
         })
     }
 
@@ -223,6 +217,7 @@ impl Relay {
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
         }
+        tokio::spawn(reload_on(self.hangups, self.reloader, shutdown.clone()));
         let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
         let until = shutdown.clone();
         tokio::spawn(async move { until.run_until_cancelled(reminder).await });
@@ -249,6 +244,28 @@ impl Relay {
         admin_shutdown.cancel();
         stopped.map_err(|_| RelayError::StopTimedOut)
     }
+}
+
+/// Opens the store, and tells what its recovery found.
+async fn open_store(
+    config: &Config,
+    metrics: &AllMetrics,
+) -> Result<(Store, WalWriter, Notices), RelayError> {
+    let (observer, notices) = store_observer(metrics.store.clone());
+    let settings = store_settings(config);
+    let directory = settings.data_dir.display().to_string();
+    let opening =
+        tokio::task::spawn_blocking(move || store::open(settings, Arc::new(RealDisk), Arc::new(observer)));
+    let opened = opening.await.map_err(|_| RelayError::TaskEnded("recovery"))?;
+    let (store, writer) =
+        opened.map_err(|source| RelayError::OpenStore { directory: directory.clone(), source })?;
+    if config.relay.data_must_exist && store.identity().is_none() {
+        return Err(RelayError::NoData { directory });
+    }
+    for note in store.recovery_notes() {
+        tracing::warn!(note, "recovery of the store");
+    }
+    Ok((store, writer, notices))
 }
 
 async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, RelayError> {
@@ -385,8 +402,8 @@ fn spawn_upkeep(registry: Arc<Metrics>, shutdown: CancellationToken) {
 }
 
 struct StopSignals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl StopSignals {

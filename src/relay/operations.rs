@@ -7,12 +7,14 @@ use std::sync::Arc;
 use crate::admin::{FenceWish, OperationFuture, Operations, RatesWish};
 use crate::config::RateLimit;
 use crate::downstream::{LinkRates, Links};
+use crate::relay::reload::Reloader;
 use crate::upstream::FenceSwitch;
 
 /// The operations of a relay.
 pub(super) struct RelayOperations {
     pub(super) fence: FenceSwitch,
     pub(super) links: Arc<Links>,
+    pub(super) reloader: Arc<Reloader>,
 }
 
 impl Operations for RelayOperations {
@@ -37,6 +39,13 @@ impl Operations for RelayOperations {
             self.links.set_rates(rates);
             tracing::info!(?rates, "rates of compressed links changed");
             serde_json::to_value(self.links.status()).map_err(|error| error.to_string())
+        })
+    }
+
+    fn reload(&self) -> OperationFuture<'_> {
+        Box::pin(async move {
+            let status = self.reloader.reload().await?;
+            serde_json::to_value(status).map_err(|error| error.to_string())
         })
     }
 }

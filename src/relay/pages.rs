@@ -11,6 +11,7 @@ use crate::admin::Pages;
 use crate::downstream::{DownstreamContext, link_status};
 use crate::metrics::{LinkTraffic, Metrics, ProcessMetrics, SlotSample, StoreMetrics, slot_lines};
 use crate::relay::observer::condition_text;
+use crate::relay::reload::Reloader;
 use crate::status::{
     DamagedSegmentStatus, OnlyCopyStatus, Overview, ReplicationSlotStatus, StoreStatus, UpstreamStatus,
 };
@@ -27,6 +28,7 @@ pub(super) struct RelayPages {
     pub(super) store_metrics: StoreMetrics,
     pub(super) link_traffic: Arc<LinkTraffic>,
     pub(super) process: ProcessMetrics,
+    pub(super) reloader: Arc<Reloader>,
     pub(super) log_lines_dropped: LinesDropped,
 }
 
@@ -76,6 +78,7 @@ impl Pages for RelayPages {
             only_copy: *self.only_copy.borrow(),
             upstream_link: link_status(&self.link_traffic, Instant::now()),
             links: self.downstream.links.status(),
+            reload: self.reloader.status(),
             downstream: self.downstream.registry.statuses(),
             slots: self.downstream.replication_slots(),
             consumers: self.downstream.consumers(),

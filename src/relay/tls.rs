@@ -12,6 +12,7 @@ use crate::conninfo::ProcessSurroundings;
 use crate::metrics::DownstreamMetrics;
 use crate::net::tls::{Reloaded, ServerTls};
 use crate::relay::RelayError;
+use crate::relay::reload::Part;
 
 /// Reads the files for the first time.
 pub(super) fn read(
@@ -52,6 +53,21 @@ pub(super) async fn watch(tls: Arc<ServerTls>, metrics: DownstreamMetrics) {
             Err(_) => return,
         }
     }
+}
+
+/// The same files among those that are read again on request.
+pub(super) fn part(tls: &Arc<ServerTls>, metrics: &DownstreamMetrics) -> Part {
+    let (tls, metrics) = (Arc::clone(tls), metrics.clone());
+    Box::new(move || {
+        let renewed = tls.read_again(&ProcessSurroundings).map_err(|failure| failure.to_string())?;
+        let (tls, metrics) = (Arc::clone(&tls), metrics.clone());
+        Ok(Box::new(move || {
+            if let Some(renewed) = renewed {
+                tls.replace(renewed);
+                show_expiry(&tls, &metrics);
+            }
+        }))
+    })
 }
 
 fn show_expiry(tls: &ServerTls, metrics: &DownstreamMetrics) {

@@ -1,17 +1,14 @@
 //! The way in.
 
-use std::{collections::BTreeMap, num::NonZeroU32, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
-use walrelay::{
-    downstream::{Authentication, Users},
-    protocol::{
-        backend,
-        frontend::{FirstPacket, Message, Password, ProtocolVersion, Startup},
-        scram::{ChannelBinding, ChannelBindingPolicy, Client as ScramClient, Verifier},
-    },
+use walrelay::protocol::{
+    backend,
+    frontend::{FirstPacket, Message, ProtocolVersion, Startup},
 };
 
-use crate::support::{Client, Options, Relay, settings, startup};
+use crate::logins::{log_in, scram_secret, user, users};
+use crate::support::{Options, Relay, access, settings, startup};
 
 const REPORTED_13: [&str; 11] = [
     "application_name",
@@ -188,56 +185,22 @@ async fn garbage_is_dropped_and_others_are_served() {
     assert!(witness.query("IDENTIFY_SYSTEM").await.error.is_none());
 }
 
-async fn log_in_by_scram(
-    client: &mut Client,
-    user: &str,
-    password: &str,
-) -> Result<(), backend::ServerError> {
-    let startup = Startup::new([("user", user), ("replication", "true")]);
-    client.send_packet(&FirstPacket::Startup(startup)).await;
-    let Some(backend::Message::Authentication(backend::Authentication::Sasl(offered))) =
-        client.receive().await
-    else {
-        panic!("no SASL")
-    };
-    assert_eq!(offered, ["SCRAM-SHA-256"]);
-    let scram =
-        ScramClient::new(password.as_bytes(), ChannelBinding::Unsupported, ChannelBindingPolicy::Prefer);
-    let (first, state) = scram.start(&offered, [7; 18]).unwrap();
-    let initial = Password::of_sasl_initial(first.mechanism, first.message.as_bytes());
-    client.send(&Message::Password(initial)).await;
-    let Some(backend::Message::Authentication(backend::Authentication::SaslContinue(data))) =
-        client.receive().await
-    else {
-        panic!("no SASL continue")
-    };
-    let (state, reply) = state.handle(&data).unwrap();
-    client.send(&Message::Password(Password::of_sasl(reply.into_bytes()))).await;
-    match client.receive().await {
-        Some(backend::Message::Authentication(backend::Authentication::SaslFinal(data))) => {
-            state.handle(&data).unwrap();
-            client.welcome().await;
-            Ok(())
-        }
-        Some(backend::Message::ErrorResponse(error)) => Err(error),
-        other => panic!("{other:?}"),
-    }
-}
-
 fn scram_options() -> Options {
-    let verifier = Verifier::from_password(b"pencil", vec![3; 16], NonZeroU32::new(4096).unwrap());
-    let users = Users::new(BTreeMap::from([("replicator".to_owned(), verifier)]));
-    Options { authentication: Authentication::Scram(users), ..Options::default() }
+    let users = users([("replicator", user(Some(scram_secret("pencil"))))]);
+    Options {
+        access: access("host all,replication all all scram-sha-256", Some(users)),
+        ..Options::default()
+    }
 }
 
 #[tokio::test]
 async fn a_password_is_proved_and_a_wrong_one_looks_like_an_unknown_user() {
     let relay = Relay::start_with(scram_options()).await;
     let mut client = relay.stranger().await;
-    log_in_by_scram(&mut client, "replicator", "pencil").await.unwrap();
+    log_in(&mut client, "replicator", "pencil").await.unwrap();
     assert!(client.query("IDENTIFY_SYSTEM").await.error.is_none());
     for (user, password) in [("replicator", "pen"), ("nobody", "pencil")] {
-        let error = log_in_by_scram(&mut relay.stranger().await, user, password).await.unwrap_err();
+        let error = log_in(&mut relay.stranger().await, user, password).await.unwrap_err();
         assert_eq!(error.sqlstate.unwrap().as_str(), "28P01");
         assert_eq!(error.message, format!("password authentication failed for user \"{user}\""));
     }

@@ -10,13 +10,18 @@
     reason = "clippy exempts test functions, not their helpers"
 )]
 
+mod access;
 mod commands;
 #[path = "../support/disk.rs"]
 mod disk;
+mod guessing;
 mod handshake;
+mod hostile;
 mod limits;
 mod link;
+mod logins;
 mod panics;
+mod permissions;
 mod policies;
 mod slots;
 mod streaming;

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,19 +11,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpSocket, TcpStream, UnixStream},
     sync::watch,
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
 use walrelay::{
+    access::{Access, NoFiles, Rules, Users},
     config::{self, ListenAddress},
     downstream::{
-        Authentication, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry, SendPolicies,
-        SendPolicy, serve,
+        ColdReads, DownstreamContext, DownstreamSettings, Links, Registry, SendPolicies, SendPolicy, serve,
     },
     metrics::{AllMetrics, Metrics},
     net::{Listener, TcpOptions, tls::ServerTls},
@@ -59,8 +61,8 @@ pub(crate) struct Options {
     pub(crate) version: (&'static str, u32),
     pub(crate) settings: DownstreamSettings,
     pub(crate) links: config::Links,
-    pub(crate) authentication: Authentication,
     pub(crate) tls: Option<Arc<ServerTls>>,
+    pub(crate) access: Access,
     pub(crate) timeline: TimelineId,
     pub(crate) tail_bytes_max: u64,
     pub(crate) disk: Arc<dyn Disk>,
@@ -77,13 +79,19 @@ impl Default for Options {
                 link_rate_max: None,
                 links_rate_max: None,
             },
-            authentication: Authentication::TrustLocal,
             tls: None,
+            access: access("host all,replication all 127.0.0.0/8 trust", None),
             timeline: TimelineId::FIRST,
             tail_bytes_max: 64 << 20,
             disk: Arc::new(RealDisk),
         }
     }
+}
+
+/// Rules as in `pg_hba.conf`, and users.
+pub(crate) fn access(rules: &str, users: Option<Users>) -> Access {
+    let rules = Rules::parse(Path::new("hba"), rules, &NoFiles).unwrap();
+    Access { rules, users, ..Access::default() }
 }
 
 pub(crate) fn settings() -> DownstreamSettings {
@@ -104,6 +112,8 @@ pub(crate) fn settings() -> DownstreamSettings {
 /// A running relay's downstream side.
 pub(crate) struct Relay {
     pub(crate) address: SocketAddr,
+    pub(crate) socket: PathBuf,
+    pub(crate) context: Arc<DownstreamContext>,
     pub(crate) store: Store,
     pub(crate) registry: Arc<Registry>,
     pub(crate) links: Arc<Links>,
@@ -166,6 +176,8 @@ impl Relay {
 
         let listener = Listener::bind(&ListenAddress::Tcp(([127, 0, 0, 1], 0).into())).await.unwrap();
         let address = listener.tcp_address().unwrap();
+        let socket = directory.path().join("socket");
+        let local = Listener::bind(&ListenAddress::Unix(socket.clone())).await.unwrap();
         let registry = Arc::new(Registry::default());
         let metrics = AllMetrics::default();
         let links = Arc::new(Links::new(&options.links, metrics.link.clone()));
@@ -176,8 +188,8 @@ impl Relay {
             positions: receiver,
             registry: Arc::clone(&registry),
             settings: options.settings,
-            authentication: options.authentication,
             tls: options.tls,
+            access: ArcSwap::from_pointee(options.access),
             upstream_writable: Arc::clone(&writable),
             upstream_removed,
             instances: watch::Sender::default().subscribe(),
@@ -187,9 +199,12 @@ impl Relay {
             started: Instant::now(),
         };
         let shutdown = CancellationToken::new();
-        let served = tokio::spawn(serve(Arc::new(context), vec![listener], shutdown.clone()));
+        let context = Arc::new(context);
+        let served = tokio::spawn(serve(Arc::clone(&context), vec![listener, local], shutdown.clone()));
         Self {
             address,
+            socket,
+            context,
             store,
             registry,
             links,
@@ -275,7 +290,24 @@ impl Relay {
 
     /// A client that has not said anything.
     pub(crate) async fn stranger(&self) -> Client {
-        Client { socket: TcpStream::connect(self.address).await.unwrap(), incoming: BytesMut::new() }
+        Client::over(TcpStream::connect(self.address).await.unwrap())
+    }
+
+    /// The same from another of this machine's own addresses.
+    pub(crate) async fn stranger_from(&self, address: [u8; 4]) -> Client {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind((address, 0).into()).unwrap();
+        Client::over(socket.connect(self.address).await.unwrap())
+    }
+
+    /// The same through the Unix socket.
+    pub(crate) async fn local_stranger(&self) -> Client {
+        Client::over(UnixStream::connect(&self.socket).await.unwrap())
+    }
+
+    /// From now on others may connect; who is connected stays.
+    pub(crate) fn set_access(&self, access: Access) {
+        self.context.access.store(Arc::new(access));
     }
 
     /// A client for physical replication that is ready for commands.
@@ -337,13 +369,22 @@ impl Answer {
     }
 }
 
+/// What a client runs over.
+pub(crate) trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Socket for T {}
+
 /// A client that follows a script.
 pub(crate) struct Client {
-    pub(crate) socket: TcpStream,
+    pub(crate) socket: Box<dyn Socket>,
     incoming: BytesMut,
 }
 
 impl Client {
+    fn over(socket: impl Socket + 'static) -> Self {
+        Self { socket: Box::new(socket), incoming: BytesMut::new() }
+    }
+
     pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();
     }

@@ -11,6 +11,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod access;
 mod acknowledge;
 mod corruption;
 mod crash;
@@ -27,6 +28,7 @@ mod fence;
 mod harness;
 mod held;
 mod histories;
+mod hostile;
 mod killed_primary;
 mod killed_switch;
 mod link;
@@ -39,6 +41,7 @@ mod protocol_answers;
 mod receivewal;
 mod repaired_store;
 mod restarts;
+mod secrets;
 mod seen;
 mod segment_sizes;
 mod sessions;

@@ -107,10 +107,7 @@ impl Relay {
 
     /// A token that the admin listener wants, and that this harness shows it.
     pub(crate) fn with_token(mut self) -> Self {
-        use std::os::unix::fs::PermissionsExt;
-        let path = self.folder.path().join("token");
-        std::fs::write(&path, TOKEN).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let path = self.file("token", 0o600, TOKEN);
         self.set("admin.token_file", &format!("{path:?}"));
         self.token = Some(TOKEN);
         self
@@ -118,10 +115,20 @@ impl Relay {
 
     /// A file for this relay alone, in its folder. Returns its path.
     pub(crate) fn write_file(&self, name: &str, text: &str) -> PathBuf {
+        self.file(name, 0o600, text)
+    }
+
+    /// What the admin listener wants to see, if anything.
+    pub(crate) fn token(&self) -> Option<&'static str> {
+        self.token
+    }
+
+    /// Writes a file beside the configuration, with these permissions. Returns its path.
+    pub(crate) fn file(&self, name: &str, mode: u32, text: &str) -> PathBuf {
         use std::os::unix::fs::PermissionsExt;
         let path = self.folder.path().join(name);
         std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         path
     }
 

@@ -4,6 +4,7 @@
 const LAYERS: &[&[&str]] = &[
     &["wal"],
     &["protocol", "conninfo"],
+    &["access"],
     &["config", "metrics", "status"],
     &["session", "store"],
     &["net"],
@@ -14,7 +15,7 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// Modules in which time and bytes are arguments.
-const PURE: &[&str] = &["wal", "protocol", "session"];
+const PURE: &[&str] = &["wal", "protocol", "access", "session"];
 const IMPURE: &[&str] = &["tokio::", "std::fs", "std::net", "std::thread", "Instant::now", "SystemTime::now"];
 
 /// Where files may be touched: the store's disk, and the few that read what a person wrote.

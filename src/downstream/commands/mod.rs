@@ -4,6 +4,7 @@
 //! connection's queue; whoever called sends it, and says ReadyForQuery.
 
 mod identify;
+mod permissions;
 mod slots;
 mod stream;
 
@@ -19,6 +20,8 @@ use crate::protocol::{
     command::StreamKind,
 };
 use crate::store::StoreError;
+
+pub(super) use permissions::no_walsender;
 
 /// What became of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +79,7 @@ pub(super) async fn answer<S: Stream>(
     query: &[u8],
 ) -> Result<Answered, CommandError> {
     let command = Command::parse(query).map_err(ServerError::from)?;
+    permissions::check(session, &command)?;
     match command {
         Command::IdentifySystem => identify::identify_system(session)?,
         Command::Show(name) => identify::show(session, &name)?,

@@ -26,7 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::config;
-use crate::conninfo::{Surroundings, TlsVersion};
+use crate::conninfo::Surroundings;
 use crate::net::TlsFacts;
 use crate::net::tls::{
     ALPN, TlsError,
@@ -53,6 +53,10 @@ struct Loaded {
     /// All that was read, to see whether it has changed.
     content: Content,
 }
+
+/// What was read again.
+#[derive(Debug)]
+pub struct Renewed(Loaded);
 
 /// What stood in the files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,11 +89,26 @@ impl ServerTls {
 
     /// Reads the files again if they have changed. What cannot be used changes nothing.
     pub fn reload(&self, surroundings: &dyn Surroundings) -> Result<Reloaded, TlsError> {
-        if Content::of(&self.settings, surroundings) == self.current.load().content {
-            return Ok(Reloaded::Unchanged);
+        match self.read_again(surroundings)? {
+            None => Ok(Reloaded::Unchanged),
+            Some(renewed) => {
+                self.replace(renewed);
+                Ok(Reloaded::Changed)
+            }
         }
-        self.current.store(Arc::new(Loaded::read(&self.settings, surroundings)?));
-        Ok(Reloaded::Changed)
+    }
+
+    /// Reads the files again, and changes nothing; `None`: they are as before.
+    pub fn read_again(&self, surroundings: &dyn Surroundings) -> Result<Option<Renewed>, TlsError> {
+        if Content::of(&self.settings, surroundings) == self.current.load().content {
+            return Ok(None);
+        }
+        Ok(Some(Renewed(Loaded::read(&self.settings, surroundings)?)))
+    }
+
+    /// New connections begin with what was read.
+    pub fn replace(&self, renewed: Renewed) {
+        self.current.store(Arc::new(renewed.0));
     }
 
     /// Last second of the certificate's validity, since 1970.
@@ -130,8 +149,8 @@ impl Loaded {
         let leaf = chain.first().cloned().ok_or(TlsError::NoServerCertificate)?;
         let own = own_key(chain, key, &settings.key, &provider)?;
         let versions: &[_] = match settings.min_version {
-            TlsVersion::V1_3 => &[&TLS13],
-            _ => &[&TLS12, &TLS13],
+            config::TlsVersion::V1_3 => &[&TLS13],
+            config::TlsVersion::V1_2 => &[&TLS12, &TLS13],
         };
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider));
         let builder = builder.with_protocol_versions(versions).map_err(TlsError::Library)?;

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::config;
-use crate::conninfo::{Conninfo, FixedSurroundings, TlsVersion};
+use crate::conninfo::{Conninfo, FixedSurroundings};
 use crate::net::TlsFacts;
 use crate::protocol::scram::ChannelBinding;
 
@@ -90,7 +90,7 @@ impl Files {
             key: PathBuf::from("/t/server.key"),
             client_ca: client_ca.map(PathBuf::from),
             client_crl: self.0.files.contains_key(Path::new("/t/client.crl")).then(|| "/t/client.crl".into()),
-            min_version: TlsVersion::V1_2,
+            min_version: config::TlsVersion::V1_2,
         };
         ServerTls::read(&settings, &self.0)
     }

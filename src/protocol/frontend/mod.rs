@@ -16,8 +16,8 @@ use crate::protocol::{DecodeError, take_frame};
 pub use options::parse_options;
 pub(in crate::protocol) use startup::truncate_identifier;
 pub use startup::{
-    CancelKey, CancelRequest, FirstPacket, InvalidReplication, Negotiation, ProtocolVersion, ReplicationMode,
-    Startup, UnsupportedProtocol, parse_boolean,
+    CancelKey, CancelRequest, FirstPacket, InvalidReplication, Negotiation, PARAMETERS_MAX, ProtocolVersion,
+    ReplicationMode, Startup, UnsupportedProtocol, parse_boolean,
 };
 
 /// A message after the first packet.

@@ -195,6 +195,10 @@ impl Startup {
                 if name.is_empty() {
                     break;
                 }
+                if parameters.len() == PARAMETERS_MAX {
+                    let (message, limit) = ("list of startup parameters", PARAMETERS_MAX);
+                    return Err(DecodeError::TooLong { message, len: limit + 1, limit });
+                }
                 parameters.push((name, fields.text("parameter value")?));
             }
             fields.finish()?;
@@ -287,6 +291,9 @@ impl Startup {
         Ok(Negotiation { version, answer })
     }
 }
+
+/// Most parameters of a startup packet. Each costs far more memory than bytes, and a client that is not known may send it.
+pub const PARAMETERS_MAX: usize = 256;
 
 fn is_extension(name: &str) -> bool {
     name.starts_with("_pq_.")

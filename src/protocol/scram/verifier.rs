@@ -4,11 +4,13 @@
 
 use std::{fmt, num::NonZeroU32, str::FromStr};
 
+use zeroize::Zeroize;
+
 use crate::protocol::scram::{
     Key, SALT_BYTES_MAX, decode_base64, encode_base64, hash, hmac, salted_password,
 };
 
-/// `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`
+/// `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`. Overwritten when it goes.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Verifier {
     pub(super) salt: Vec<u8>,
@@ -22,6 +24,11 @@ impl Verifier {
         Self { salt, iterations, stored_key, server_key }
     }
 
+    /// How often the password was hashed.
+    pub fn iterations(&self) -> NonZeroU32 {
+        self.iterations
+    }
+
     /// The verifier of a password. The salt must be random; see [`SALT_BYTES`].
     ///
     /// [`SALT_BYTES`]: crate::protocol::scram::SALT_BYTES
@@ -33,6 +40,13 @@ impl Verifier {
             stored_key: hash(&hmac(&salted, b"Client Key")),
             server_key: hmac(&salted, b"Server Key"),
         }
+    }
+}
+
+impl Drop for Verifier {
+    fn drop(&mut self) {
+        self.stored_key.zeroize();
+        self.server_key.zeroize();
     }
 }
 
