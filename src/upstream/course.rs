@@ -10,9 +10,11 @@ use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
+use crate::upstream::losses::Losses;
 use crate::upstream::patroni::UnnamedLeader;
 use crate::upstream::slot_cost::SlotWatch;
 use crate::upstream::slot_memory::SlotMemory;
+use crate::upstream::unfollowed::Unfollowed;
 use crate::wal::{Lsn, TimelineId};
 
 /// What is remembered from session to session.
@@ -31,11 +33,15 @@ pub(super) struct Course {
     pub(super) beginning: Beginning,
     /// What was done about the slot, on each server.
     pub(super) slots: SlotMemory,
+    /// What was lost here, and is not back.
+    pub(super) losses: Losses,
+    /// Who answers and is not followed.
+    pub(super) unfollowed: Unfollowed,
     /// When it was looked at what the slot costs.
     pub(super) slot_watch: SlotWatch,
     /// The host of the last session that came as far as the slot.
     pub(super) host: Option<String>,
-    /// The store was begun by this process although the slot had been in use up to here.
+    /// The store was begun by this process although the slot was there: if it was used, up to here.
     pub(super) replaces: Option<Lsn>,
     /// The timeline that the upstream has ended on this connection, and our end then.
     pub(super) ended: Option<(TimelineId, Lsn)>,
@@ -43,8 +49,6 @@ pub(super) struct Course {
     pub(super) avoid: Option<String>,
     /// Who leads by Patroni, and is not configured.
     pub(super) unnamed_leader: UnnamedLeader,
-    /// Only a person can make it go on, as far as is known.
-    pub(super) awaits_a_person: bool,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -63,13 +67,14 @@ impl Course {
             refused: None,
             beginning: Beginning::AsPlanned,
             slots: SlotMemory::default(),
+            losses: Losses::default(),
+            unfollowed: Unfollowed::default(),
             slot_watch: SlotWatch::default(),
             host: None,
             replaces: None,
             ended: None,
             avoid: None,
             unnamed_leader: UnnamedLeader::default(),
-            awaits_a_person: false,
             refusals: 0,
             corrupt: None,
             last_logged: None,
@@ -80,6 +85,7 @@ impl Course {
     pub(super) fn note_streaming(&mut self) {
         self.refusals = 0;
         self.slot_watch.note_streaming();
+        self.unfollowed.note_streaming();
     }
 
     /// What to do about an error, knowing those before it.

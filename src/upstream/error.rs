@@ -205,6 +205,16 @@ pub enum UpstreamError {
     /// There is no slot, and none may be made.
     #[error("replication slot \"{0}\" does not exist on the upstream")]
     SlotAbsent(String),
+    /// What one name stands for are several servers, or something in between that has processes of its own.
+    #[error(
+        "the connection for SQL to {host} does not reach the server that streams, where process {process_id} sends WAL to this relay"
+    )]
+    OtherServer {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+        /// As the server of the stream has told it.
+        process_id: u32,
+    },
     /// The slot is there and keeps nothing any more.
     #[error("replication slot \"{slot}\" on the upstream has been invalidated")]
     SlotInvalidated {
@@ -289,6 +299,7 @@ impl UpstreamError {
             | Self::WrongPeer { .. }
             | Self::NoChannelBinding(_)
             | Self::OldProtocol { .. }
+            | Self::OtherServer { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
             Self::Unsupported(_)
             | Self::WrongSystem { .. }
@@ -321,6 +332,21 @@ impl UpstreamError {
                 | Self::BehindUs { .. }
                 | Self::Append(AppendError::Diverged { .. } | AppendError::Corrupt(_))
                 | Self::Store(StoreError::BadSwitch { .. })
+        )
+    }
+
+    /// Whether a server of our cluster has answered and is not followed: a slot of ours there would keep WAL for nobody. One of
+    /// another cluster, or that gets its WAL from here, has none of ours.
+    pub fn sets_the_server_aside(&self) -> bool {
+        matches!(
+            self,
+            Self::WrongSessionAttributes(_)
+                | Self::WrongPageSize { .. }
+                | Self::Refused(_)
+                | Self::Forked { .. }
+                | Self::ForkedBefore { .. }
+                | Self::History(_)
+                | Self::BehindUs { .. }
         )
     }
 
