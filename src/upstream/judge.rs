@@ -46,7 +46,7 @@ impl Upstream {
             course.beginning = Beginning::Anew;
             return course.backoff.next_delay(Advice::RetryLater, random());
         }
-        if is_removed {
+        if is_removed || matches!(error, UpstreamError::SlotGone(_)) {
             self.tell_removed(course);
         }
         if let Some(delay) = self.judge_slot(&error, course) {

@@ -303,6 +303,8 @@ impl Upstream {
         newest: NewestHistory,
         course: &mut Course,
     ) -> Result<Opened, UpstreamError> {
+        let upstream_end = connected.system.flushed;
+        course.upstream_end = Some(upstream_end);
         let history = newest.history.clone();
         histories::store_missing(&mut connected, &self.store, newest).await?;
         self.follow(&history, course)?;
@@ -331,8 +333,6 @@ impl Upstream {
         looking::hear_instances(&connected.dialog.introduction, &self.instances, &connected.host)?;
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
         let introduction = connected.dialog.introduction.clone();
-        let upstream_end = connected.system.flushed;
-        course.upstream_end = Some(upstream_end);
         let mover = slot_use::mover(&self.settings, &introduction);
         let retained = self.settings.slot.as_ref().map(|_| {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
