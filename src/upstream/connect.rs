@@ -115,7 +115,9 @@ pub(crate) async fn connect(
                 Ok(found) => return Ok(found),
                 Err(error) => {
                     tracing::debug!(%host, error = %error.chain(), "host did not serve");
-                    if let Some(set_aside) = order.set_aside.as_mut().filter(|_| error.sets_the_server_aside()) {
+                    if let Some(set_aside) =
+                        order.set_aside.as_mut().filter(|_| error.sets_the_server_aside())
+                    {
                         set_aside.push((host.to_string(), error.advice()));
                     }
                     errors.push((host.to_string(), error));

@@ -398,9 +398,8 @@ fn a_slot_that_costs_too_much_is_dropped_also_while_another_server_does_not_answ
     relay.terminate();
     heir.stop(Stop::Immediate);
     let both = format!("{},{}", primary.port, heir.port);
-    relay = relay.with_conninfo(&format!(
-        "host=127.0.0.1,127.0.0.1 port={both} user=postgres sslmode=disable"
-    ));
+    relay =
+        relay.with_conninfo(&format!("host=127.0.0.1,127.0.0.1 port={both} user=postgres sslmode=disable"));
     relay.set("upstream.slot_wal_keep_max", "\"6MB\"");
     write_wal(&primary, 2 * MB);
     relay.launch();
@@ -417,9 +416,8 @@ fn a_slot_that_costs_too_much_is_dropped_also_while_another_server_does_not_answ
 #[test]
 fn a_slot_is_kept_whatever_it_costs_at_a_server_that_was_only_away() {
     let Some(installation) = Installation::since(15) else { return };
-    let chain = cut_off(&installation, Settings::new(), |relay| {
-        relay.with("upstream.slot_wal_keep_max", "\"3MB\"")
-    });
+    let chain =
+        cut_off(&installation, Settings::new(), |relay| relay.with("upstream.slot_wal_keep_max", "\"3MB\""));
     let Chain { primary, proxy, relay } = chain;
     write_wal(&primary, 8 * MB);
     hold("it is away", Duration::from_secs(1), || primary.sql(SLOTS) == "1");
@@ -564,17 +562,16 @@ fn a_slot_that_is_made_while_its_server_is_promoted_is_of_use_all_the_same() {
             }
             heir.wait_replayed(primary.flushed());
             promoted_before_the_slot(&heir, &proxy);
-            relay = relay.with_conninfo(&format!(
-                "host=127.0.0.1 port={} user=postgres sslmode=disable",
-                proxy.port
-            ));
+            relay = relay
+                .with_conninfo(&format!("host=127.0.0.1 port={} user=postgres sslmode=disable", proxy.port));
             relay.start();
             wait_until("the relay to follow", || relay.status()["store"]["timeline"] == 2);
             write_wal(&heir, MB);
             let upto = heir.flushed();
             relay.wait_flushed(upto);
             heir.wait_reported_flush("relay", upto);
-            let kept_from = "select restart_lsn from pg_replication_slots where slot_name = 'relay' and active";
+            let kept_from =
+                "select restart_lsn from pg_replication_slots where slot_name = 'relay' and active";
             wait_until("the slot to follow", || lsn(&heir.sql(kept_from)) >= upto);
             assert_same_timeline(&relay.wal_dir(), &heir, 2, upto);
             assert!(!relay.needs_attention(), "{}", relay.status()["upstream"]);

@@ -269,8 +269,7 @@ fn accept(state: &Arc<State>, client: TcpStream) {
 
 /// Where this connection leads.
 fn target(state: &State, client: &TcpStream) -> u16 {
-    let (target, for_sql) =
-        (state.target.load(Ordering::SeqCst), state.sql_target.load(Ordering::SeqCst));
+    let (target, for_sql) = (state.target.load(Ordering::SeqCst), state.sql_target.load(Ordering::SeqCst));
     let mut first = [0; 1024];
     if for_sql == 0 {
         return target;
