@@ -1,11 +1,11 @@
 //! What is remembered from session to session.
 //!
 //! Owns what the last sessions teach the next one: where to start, what to do about the slot, and whether the same error
-//! keeps coming. Nothing of it outlives the process.
+//! keeps coming. Nothing of it outlives the process but what slots do not tell of what was acknowledged.
 
 use std::time::{Duration, Instant};
 
-use crate::store::BlockId;
+use crate::store::{BlockId, UpstreamMemory};
 use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
@@ -79,6 +79,18 @@ impl Course {
             corrupt: None,
             last_logged: None,
         }
+    }
+
+    /// Takes over what an earlier process knew of slots and losses, when WAL is durable here up to `durable`.
+    pub(super) fn recall(&mut self, memory: &UpstreamMemory, durable: Option<Lsn>) {
+        self.slots = SlotMemory::recall(&memory.made_ahead);
+        self.losses = Losses::recall(memory.lost_to, durable);
+    }
+
+    /// What a later process must know of that.
+    pub(super) fn to_remember(&self, held_end: Option<Lsn>) -> UpstreamMemory {
+        let lost_to = self.losses.lost().map(|lost| lost.to);
+        UpstreamMemory { made_ahead: self.slots.made_ahead(held_end), lost_to }
     }
 
     /// The upstream streams: what it refused before is settled.

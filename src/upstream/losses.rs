@@ -15,6 +15,17 @@ pub(super) struct Losses {
 }
 
 impl Losses {
+    /// An earlier process was told that WAL up to there was acknowledged, and is not held.
+    pub(super) fn recall(lost_to: Option<Lsn>, durable: Option<Lsn>) -> Self {
+        let lost = durable.zip(lost_to).filter(|(durable, to)| to > durable);
+        Self { lost: lost.map(|(from, to)| LostWal { from, to }), gone: None }
+    }
+
+    /// What is lost and may come back.
+    pub(super) fn lost(&self) -> Option<LostWal> {
+        self.lost
+    }
+
     /// A stream begins when WAL is durable here up to `durable`, and the slot tells this. Returns what is lost.
     pub(super) fn begin(&mut self, durable: Lsn, told: Option<Lsn>) -> Option<LostWal> {
         let is_gone = |to: Lsn| self.gone.is_some_and(|gone| gone.from < to && to <= gone.to);
@@ -56,6 +67,16 @@ mod tests {
         assert_eq!(losses.begin(lsn(600), Some(lsn(950))), range(600, 950));
         assert_eq!(losses.begin(lsn(950), None), None);
         assert_eq!(losses.begin(lsn(940), None), None, "it was back");
+    }
+
+    #[test]
+    fn a_later_process_tells_it_until_it_is_durable() {
+        assert_eq!(Losses::recall(Some(lsn(900)), Some(lsn(500))).lost(), range(500, 900));
+        for (lost_to, durable) in
+            [(None, Some(lsn(500))), (Some(lsn(900)), None), (Some(lsn(900)), Some(lsn(900)))]
+        {
+            assert_eq!(Losses::recall(lost_to, durable).lost(), None);
+        }
     }
 
     #[test]

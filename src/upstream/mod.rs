@@ -133,6 +133,9 @@ impl Upstream {
     /// Runs until shutdown. Errors end sessions, not this task.
     pub async fn run(mut self) {
         let mut course = Course::new(self.settings.retry_interval);
+        let durable = self.store.positions().map(|positions| positions.flushed);
+        course.recall(&self.store.upstream_memory(), durable);
+        self.tell_lost(course.losses.lost());
         fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
             if self.fencing.is_wanted() {
@@ -319,6 +322,7 @@ impl Upstream {
         // What was acknowledged before an empty store was begun is told as that.
         let told = planned.lost.filter(|to| Some(*to) > course.replaces);
         let lost = course.losses.begin(durable, told);
+        slot_use::remember(store, course, plan.held_end);
         let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
         let start = match refused {
             Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),
@@ -377,16 +381,25 @@ impl Upstream {
                  is told no more once the relay is started again"
             );
         }
-        self.metrics.lost.set(lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
+        self.tell_lost(lost);
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Streaming;
             status.host.clone_from(&course.host);
             status.timeline = Some(planned.resume.timeline);
             status.is_writable = is_writable;
             status.sessions += 1;
-            status.lost = lost;
             status.started_empty = course.replaces.is_some();
             // Also what was removed: a server lets a stream begin before it looks for the WAL.
+            status.needs_attention = status.is_hurt();
+            self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+        });
+    }
+
+    /// Publishes what is lost.
+    fn tell_lost(&self, lost: Option<LostWal>) {
+        self.metrics.lost.set(lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
+        self.status.send_modify(|status| {
+            status.lost = lost;
             status.needs_attention = status.is_hurt();
             self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
         });

@@ -15,9 +15,11 @@ use crate::conninfo::{Conninfo, ProcessSurroundings};
 use crate::metrics::UpstreamMetrics;
 use crate::protocol::SqlState;
 use crate::status::UpstreamStatus;
+use crate::store::{Store, UpstreamMemory};
 use crate::upstream::UpstreamError;
 use crate::upstream::dial::log_in;
 use crate::upstream::dialog::Dialog;
+use crate::upstream::error::chain;
 use crate::upstream::retained::Retained;
 use crate::upstream::slot_memory::{KeptFrom, MadeBeside};
 use crate::wal::Lsn;
@@ -35,6 +37,8 @@ pub(super) struct SlotAdvance {
     pub(super) create_slot: bool,
     /// Hears when it is made again.
     pub(super) made: MadeBeside,
+    /// The same, for a later process.
+    pub(super) store: Store,
     /// What is durable here; `None` until it was compared with the upstream.
     pub(super) durable: watch::Receiver<Option<Lsn>>,
     /// Hears where the slot is.
@@ -147,14 +151,14 @@ impl SlotAdvance {
     }
 
     /// Makes the slot. Returns where it keeps WAL from: the upstream's newest checkpoint, however far that is ahead of us. Whoever
-    /// comes after hears of it also when the answer is not waited for.
+    /// comes after hears of it also when the answer is not waited for, or the process ends.
     async fn make(&self, dialog: &mut Dialog) -> Result<Lsn, UpstreamError> {
         let text =
             format!("SELECT lsn FROM pg_catalog.pg_create_physical_replication_slot('{}', true)", self.slot);
-        self.made.note(KeptFrom::NotHeard);
+        self.note_made(Some(KeptFrom::NotHeard)).await;
         let rows = match dialog.query_text(&text).await {
             Err(error @ UpstreamError::Server(_)) => {
-                self.made.forget();
+                self.note_made(None).await;
                 return Err(error);
             }
             answer => answer?,
@@ -165,8 +169,28 @@ impl SlotAdvance {
             field: "lsn",
             value: lsn.to_owned(),
         })?;
-        self.made.note(KeptFrom::At(kept_from));
+        self.note_made(Some(KeptFrom::At(kept_from))).await;
         Ok(kept_from)
+    }
+
+    async fn note_made(&self, made: Option<KeptFrom>) {
+        self.made.note(made);
+        let (store, server) = (self.store.clone(), self.host.clone());
+        let change = move |memory: &mut UpstreamMemory| {
+            match made {
+                Some(KeptFrom::At(from)) => memory.made_ahead.insert(server, Some(from)),
+                Some(KeptFrom::NotHeard) => memory.made_ahead.insert(server, None),
+                Some(KeptFrom::NotTold) | None => memory.made_ahead.remove(&server),
+            };
+        };
+        // On a thread of its own: a disk may take as long as it likes.
+        let written = tokio::task::spawn_blocking(move || store.change_upstream_memory(change)).await;
+        let error = match written {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => chain(&error),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(error, "could not save what is known of the slots on the upstream");
     }
 
     /// Where the slot is then; `None`: there is none.

@@ -62,6 +62,7 @@ impl Upstream {
         while let Some(looked) = looks.join_next().await {
             match looked {
                 Ok((Ok(Some(retained_bytes)), host)) => {
+                    self.metrics.slot_retained.set(0.0);
                     tracing::error!(
                         slot = name,
                         host,

@@ -72,20 +72,15 @@ pub(super) enum Recognized {
 pub(super) struct MadeBeside(Arc<Mutex<Option<KeptFrom>>>);
 
 impl MadeBeside {
-    /// It is being made, or is there.
-    pub(super) fn note(&self, kept_from: KeptFrom) {
-        *self.0.lock() = Some(kept_from);
+    /// It is being made, or is there; `None`: it could not be made.
+    pub(super) fn note(&self, made: Option<KeptFrom>) {
+        *self.0.lock() = made;
     }
 
     /// The upstream has it there. Beyond what is durable here it is as it was made; up to there it is like any other.
     pub(super) fn note_reached(&self, reached: Lsn, durable: Lsn) {
         let mut made = self.0.lock();
         *made = made.take().filter(|_| reached > durable).map(|_| KeptFrom::At(reached));
-    }
-
-    /// None was made.
-    pub(super) fn forget(&self) {
-        *self.0.lock() = None;
     }
 
     /// What was made and has not been moved since.
@@ -99,7 +94,9 @@ impl Created {
     fn is(self, held_end: Option<Lsn>, found: Option<Lsn>) -> bool {
         match (self.kept_from, found) {
             // What is reported moves it, also back to our end.
-            (KeptFrom::At(from), Some(found)) => found == from || (found < from && self.is_ahead(held_end)),
+            (KeptFrom::At(from), Some(found)) => {
+                found == from || (found < from && self.is_ahead(held_end) && Some(found) <= held_end)
+            }
             (KeptFrom::NotHeard, Some(_)) => true,
             (KeptFrom::NotTold, Some(_)) => false,
             // Where the server does not tell, our own end must do.
@@ -114,6 +111,33 @@ impl Created {
 }
 
 impl SlotMemory {
+    /// What an earlier process made, with nothing acknowledged by it.
+    pub(super) fn recall(made_ahead: &BTreeMap<String, Option<Lsn>>) -> Self {
+        let remembered = |kept_from: Option<Lsn>| Remembered {
+            created: Some(Created {
+                held_end: None,
+                kept_from: kept_from.map_or(KeptFrom::NotHeard, KeptFrom::At),
+            }),
+            restart_lsn: kept_from,
+            ..Remembered::default()
+        };
+        let servers = made_ahead.iter().map(|(server, kept_from)| (server.clone(), remembered(*kept_from)));
+        Self { servers: servers.collect() }
+    }
+
+    /// What a later process must know: else it would take a slot that is ahead of us for one by which WAL was acknowledged.
+    pub(super) fn made_ahead(&self, held_end: Option<Lsn>) -> BTreeMap<String, Option<Lsn>> {
+        let made = self.servers.iter().filter_map(|(server, remembered)| {
+            let kept_from = match remembered.created?.kept_from {
+                KeptFrom::At(from) => Some(from).filter(|from| held_end < Some(*from)).map(Some),
+                KeptFrom::NotHeard => Some(None),
+                KeptFrom::NotTold => None,
+            };
+            Some((server.clone(), kept_from?))
+        });
+        made.collect()
+    }
+
     /// The slot was created at this server.
     pub(super) fn note_created(&mut self, server: &str, held_end: Option<Lsn>, restart_lsn: Option<Lsn>) {
         self.note_made(server, held_end, restart_lsn.map_or(KeptFrom::NotTold, KeptFrom::At));
@@ -300,6 +324,28 @@ mod tests {
     }
 
     #[test]
+    fn a_later_process_knows_what_was_made_ahead_and_nothing_else() {
+        let mut memory = SlotMemory::default();
+        memory.note_created("ahead", at(500), at(900));
+        memory.note_created("not ahead", at(500), at(400));
+        memory.note_created("not told", at(500), None);
+        memory.note_made("not heard", at(500), KeptFrom::NotHeard);
+        let known = [("ahead".to_owned(), at(900)), ("not heard".to_owned(), None)].into();
+        assert_eq!(memory.made_ahead(at(500)), known);
+        let mut later = SlotMemory::recall(&known);
+        assert_eq!(later.made_ahead(at(500)), known, "no server was asked yet");
+        assert_eq!(later.note_found("ahead", at(500), at(900)), Recognized::Ours);
+        assert!(later.was_created_at("ahead", at(500)));
+        assert_eq!(later.note_found("not heard", at(500), at(900)), Recognized::Ours);
+        assert_eq!(later.note_found("not ahead", at(500), at(900)), Recognized::Used);
+        assert!(later.made_ahead(at(900)).is_empty(), "we have come so far");
+        // What was reported by it since, and is not held, has been lost.
+        let mut later = SlotMemory::recall(&known);
+        assert_eq!(later.note_found("ahead", at(500), at(600)), Recognized::Used);
+        assert_eq!(later.note_found("ahead", at(500), at(901)), Recognized::Used);
+    }
+
+    #[test]
     fn a_slot_ahead_of_us_tells_of_a_loss_only_as_long_as_none_was_seen_that_was_not() {
         let mut memory = SlotMemory::default();
         assert_eq!(memory.note_found("a", at(500), at(900)), Recognized::Used);
@@ -317,14 +363,14 @@ mod tests {
         let made = MadeBeside::default();
         made.note_reached(lsn(900), lsn(500));
         assert_eq!(made.take(), None, "it was not made here");
-        made.note(KeptFrom::NotHeard);
+        made.note(Some(KeptFrom::NotHeard));
         made.note_reached(lsn(900), lsn(500));
         assert_eq!(made.clone().take(), Some(KeptFrom::At(lsn(900))));
-        made.note(KeptFrom::At(lsn(900)));
+        made.note(Some(KeptFrom::At(lsn(900))));
         made.note_reached(lsn(900), lsn(900));
         assert_eq!(made.take(), None);
-        made.note(KeptFrom::NotHeard);
-        made.forget();
+        made.note(Some(KeptFrom::NotHeard));
+        made.note(None);
         assert_eq!(made.take(), None);
     }
 }

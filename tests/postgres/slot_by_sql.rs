@@ -133,6 +133,8 @@ fn a_slot_that_is_invalidated_while_wal_is_streamed_is_made_again() {
         wait_until("the slot to be lost", || {
             write_wal(&primary, 3 * MB);
             primary.switch_wal();
+            // Nothing keeps WAL for the stream.
+            relay.wait_flushed(primary.flushed());
             primary.checkpoint();
             primary.sql(state) == "lost"
         });
@@ -145,56 +147,87 @@ fn a_slot_that_is_invalidated_while_wal_is_streamed_is_made_again() {
     }
 }
 
+/// A relay whose stream stands still while the primary goes on, and whose slot was dropped meanwhile and made again far ahead of
+/// it. With it the end of what it holds, and the process of the stream.
+fn made_again_far_ahead(installation: &Installation, settings: Settings) -> (Postgres, Relay, u64, Pid) {
+    let primary = settings.segment_size_mb(1).start(installation);
+    primary.sql("create role replicator replication login");
+    primary.sql("create role turned_away login");
+    let mut relay = waiting(Relay::new("relay", 1))
+        .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", primary.port));
+    relay.start();
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    // The slot cannot be moved, so that it is missed only when the primary is far ahead.
+    let rules = "host replication replicator 127.0.0.1/32 trust\n\
+        host all replicator 127.0.0.1/32 reject\nhost replication turned_away 127.0.0.1/32 reject";
+    primary.demand(rules, "turned_away");
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    primary.sql("select pg_drop_replication_slot('relay')");
+    let sender = primary.sql("select pid from pg_stat_replication where application_name = 'relay'");
+    let sender = Pid::from_raw(sender.parse().unwrap()).unwrap();
+    kill_process(sender, Signal::STOP).unwrap();
+    let held = relay.flushed();
+    for _ in 0..4 {
+        write_wal(&primary, 3 * MB);
+        primary.switch_wal();
+        primary.checkpoint();
+    }
+    primary.demand("host all replicator 127.0.0.1/32 trust", "turned_away");
+    relay.wait_logged("was gone while WAL was streamed: it was made again");
+    let made_at = slot_position(&primary);
+    assert!(made_at > held + 3 * MB, "{made_at:X} after {held:X}");
+    (primary, relay, held, sender)
+}
+
+/// A primary that keeps next to nothing.
+fn sparing() -> Settings {
+    Settings::new().line("wal_keep_size = 0").line("max_wal_size = 32MB").line("min_wal_size = 2MB")
+}
+
 #[test]
 fn a_slot_that_was_made_again_behind_a_gap_is_dropped_and_tells_of_no_loss() {
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
-        let primary = Settings::new()
-            .segment_size_mb(1)
-            .line("wal_keep_size = 0")
-            .line("max_wal_size = 32MB")
-            .line("min_wal_size = 2MB")
-            .start(&installation);
-        primary.sql("create role replicator replication login");
-        primary.sql("create role turned_away login");
-        let mut relay = waiting(Relay::new("relay", 1))
-            .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", primary.port));
-        relay.start();
-        write_wal(&primary, MB);
-        wait_moved(&primary, primary.flushed());
-        // The slot cannot be moved, then it is gone, and the stream stands still while the primary goes on.
-        let rules = "host replication replicator 127.0.0.1/32 trust\n\
-            host all replicator 127.0.0.1/32 reject\nhost replication turned_away 127.0.0.1/32 reject";
-        primary.demand(rules, "turned_away");
-        write_wal(&primary, MB);
-        relay.wait_flushed(primary.flushed());
-        primary.sql("select pg_drop_replication_slot('relay')");
-        let sender = primary.sql("select pid from pg_stat_replication where application_name = 'relay'");
-        let sender = Pid::from_raw(sender.parse().unwrap()).unwrap();
-        kill_process(sender, Signal::STOP).unwrap();
-        let held = relay.flushed();
-        wait_until("the primary to remove what follows", || {
-            write_wal(&primary, 3 * MB);
-            primary.switch_wal();
-            primary.checkpoint();
-            !wal_files(&primary.wal_dir(), MB, 1).contains_key(&(held / MB * MB))
-        });
-        primary.demand("host all replicator 127.0.0.1/32 trust", "turned_away");
-        relay.wait_logged("was gone while WAL was streamed: it was made again");
-        let made_at = slot_position(&primary);
-        assert!(made_at > held + 3 * MB, "{made_at:X} after {held:X}");
-        kill_process(sender, Signal::CONT).unwrap();
-        primary.wait_for_sql("select count(*) from pg_replication_slots", "0");
-        relay.wait_logged("it is not created again");
-        relay.wait_needs_attention();
-        let told = relay.status()["upstream"].clone();
-        assert_eq!(told["removed"]["from"], *lsn_text(held), "{told}");
-        assert!(told["lost"].is_null(), "{told}");
-        assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
-        hold("no slot is left behind", Duration::from_secs(1), || {
-            primary.sql("select count(*) from pg_replication_slots") == "0"
-        });
+        for restarts in [false, true] {
+            let (primary, mut relay, held, sender) = made_again_far_ahead(&installation, sparing());
+            assert!(!wal_files(&primary.wal_dir(), MB, 1).contains_key(&(held / MB * MB)), "it is there");
+            if restarts {
+                relay.kill();
+            }
+            kill_process(sender, Signal::CONT).unwrap();
+            if restarts {
+                relay.launch();
+            }
+            primary.wait_for_sql("select count(*) from pg_replication_slots", "0");
+            relay.wait_logged("it is not created again");
+            relay.wait_needs_attention();
+            let told = relay.status()["upstream"].clone();
+            assert_eq!(told["removed"]["from"], *lsn_text(held), "{told}");
+            assert!(told["lost"].is_null(), "{told}");
+            assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
+            hold("no slot is left behind", Duration::from_secs(1), || {
+                primary.sql("select count(*) from pg_replication_slots") == "0"
+            });
+        }
     }
+}
+
+#[test]
+fn a_slot_that_was_made_again_far_ahead_tells_of_no_loss_to_the_next_process() {
+    let Some(installation) = Installation::since(15) else { return };
+    let keeping = Settings::new().line("wal_keep_size = 64MB");
+    let (primary, mut relay, held, sender) = made_again_far_ahead(&installation, keeping);
+    relay.kill();
+    kill_process(sender, Signal::CONT).unwrap();
+    relay.launch();
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    assert!(upto > held + 3 * MB);
+    wait_moved(&primary, upto);
+    assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
+    assert!(!relay.needs_attention(), "{}", relay.status()["upstream"]);
 }
 
 #[test]

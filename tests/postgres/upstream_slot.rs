@@ -351,6 +351,7 @@ fn a_slot_that_costs_too_much_is_dropped_while_the_relay_is_fenced() {
     write_wal(&primary, 8 * MB);
     primary.wait_for_sql(SLOTS, "0");
     relay.wait_logged("the slot made the upstream keep too much: it was dropped");
+    assert_eq!(relay.metric("walrelay_upstream_slot_retained_bytes"), Some(0.0));
     relay.unfence();
     let upto = primary.flushed();
     relay.wait_flushed(upto);
@@ -469,31 +470,49 @@ fn set_back(chain: Chain, meanwhile: impl FnOnce(&Postgres)) -> (Chain, u64) {
 #[test]
 fn what_was_lost_stays_told_until_it_is_back_although_the_slot_is_made_anew() {
     let Some(installation) = Installation::since(15) else { return };
-    let faults = Faults::new();
-    let chain = cut_off(&installation, Settings::new(), |relay| relay.with_faults(&faults));
-    let (Chain { primary, proxy, relay }, upto) = set_back(chain, |_| ());
+    let (Chain { primary, proxy, mut relay }, upto) =
+        set_back(cut_off(&installation, Settings::new(), |relay| relay), |_| ());
     let streams = proxy.passed(|passed| passed.starts.len());
-    // What comes again cannot be made durable yet.
-    faults.set("sync_hangs", 0);
+    get_no_wal(&proxy);
     proxy.open();
     relay.wait_logged("WAL that was acknowledged has been lost here");
-    let lost = || relay.status()["upstream"]["lost"].clone();
-    let to = lsn(lost()["to"].as_str().unwrap());
+    let to = relay.position("/upstream/lost/to");
+    assert!(to > relay.flushed());
+    let is_told = |relay: &Relay| {
+        assert_eq!(relay.position("/upstream/lost/to"), to);
+        assert!(relay.needs_attention() && relay.metric("walrelay_upstream_lost_bytes") > Some(0.0));
+    };
     proxy.close();
     primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "f");
     primary.sql("select pg_drop_replication_slot('relay')");
+    let sessions = relay.status()["upstream"]["sessions"].as_u64();
     proxy.open();
-    primary.wait_for_sql("select active from pg_replication_slots where slot_name = 'relay'", "t");
-    wait_until("the next session", || relay.status()["upstream"]["sessions"].as_u64() >= Some(2));
-    assert_eq!(lsn(lost()["to"].as_str().unwrap()), to);
-    assert!(relay.needs_attention() && relay.metric("walrelay_upstream_lost_bytes") > Some(0.0));
+    wait_until("more sessions", || relay.status()["upstream"]["sessions"].as_u64() > sessions);
+    primary.wait_for_sql(SLOTS, "1");
     relay.wait_logged("is not back yet, whatever the upstream's slot says now");
+    is_told(&relay);
+    // Also to the next process, which has no upstream yet.
+    proxy.close();
+    relay.kill();
+    relay.launch();
+    relay.wait_serving();
+    is_told(&relay);
+    proxy.open();
+    wait_until("the next session", || relay.status()["upstream"]["sessions"].as_u64() >= Some(1));
+    is_told(&relay);
     let vouched = proxy.passed(|passed| passed.flush_max_of[streams..].to_vec());
     assert!(vouched.iter().all(|flush| *flush == 0), "vouched for what is not there: {vouched:X?}");
-    faults.clear("sync_hangs");
+    proxy.edit_nothing();
     relay.wait_flushed(upto);
-    wait_until("nothing to be lost any more", || lost().is_null() && !relay.needs_attention());
+    wait_until("nothing to be lost any more", || {
+        relay.status()["upstream"]["lost"].is_null() && !relay.needs_attention()
+    });
     assert_eq!(relay.metric("walrelay_upstream_lost_bytes"), Some(0.0));
+}
+
+/// Streams begin, and end before any WAL comes.
+fn get_no_wal(proxy: &Proxy) {
+    proxy.edit(|message| if wal_in(message).is_some() { Verdict::Cut } else { Verdict::Forward });
 }
 
 #[test]
@@ -511,7 +530,7 @@ fn what_was_lost_and_a_new_timeline_goes_on_without_is_told_to_be_gone() {
     });
     let held = relay.flushed();
     // It hears of the loss, and gets nothing of it.
-    proxy.edit(|message| if wal_in(message).is_some() { Verdict::Cut } else { Verdict::Forward });
+    get_no_wal(&proxy);
     proxy.open();
     relay.wait_logged("WAL that was acknowledged has been lost here");
     primary.stop(Stop::Immediate);
