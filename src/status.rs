@@ -121,9 +121,9 @@ pub enum WalReceiverState {
 /// WAL that was acknowledged, by what the upstream's slot says, and is not held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct LostWal {
-    /// End of what is held.
+    /// End of what was durable here when the stream began.
     pub from: Lsn,
-    /// What the slot says was acknowledged.
+    /// What a slot says, or has said, was acknowledged.
     pub to: Lsn,
 }
 
@@ -231,9 +231,12 @@ pub struct UpstreamStatus {
     pub fence: FenceStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
     pub lost: Option<LostWal>,
+    /// The newest of it that will not come back, since the process started: the timeline that is followed goes on without it.
+    pub lost_for_good: Option<LostWal>,
     /// WAL that the upstream has removed before it was received, until more than was held then is here.
     pub removed: Option<RemovedWal>,
-    /// The data directory was empty when the process started, though the upstream's slot had been in use.
+    /// The data directory was empty when the process started, though the upstream's slot kept WAL already: it had been in use, or
+    /// was made beforehand and never used, which servers do not tell apart. Until the next start.
     pub started_empty: bool,
     /// Since the process started, a server was followed that had less than this relay: see `store.dead_branches`.
     pub diverged: bool,
@@ -249,8 +252,8 @@ impl UpstreamStatus {
     /// Whether there is something that a person must know of, however well WAL flows now: something was lost or set aside, nobody
     /// waits for it, or the upstream's disk fills up.
     pub fn is_hurt(&self) -> bool {
-        let is_lost = self.lost.is_some() || self.removed.is_some() || self.started_empty;
-        is_lost || self.diverged || self.not_synchronous || self.slot_error.is_some()
+        let is_lost = self.lost.is_some() || self.lost_for_good.is_some() || self.removed.is_some();
+        is_lost || self.started_empty || self.diverged || self.not_synchronous || self.slot_error.is_some()
     }
 }
 

@@ -123,6 +123,14 @@ impl Consumers {
         }
     }
 
+    /// What is held begins at `oldest` and ends at `end`: from before it nothing can be kept, and who is ahead of it may need what
+    /// comes next.
+    pub(super) fn settle(&self, oldest: Lsn, end: Lsn) {
+        for consumer in self.0.list.lock().by_name.values_mut() {
+            consumer.flush = consumer.flush.max(oldest).min(end);
+        }
+    }
+
     /// Names, and from where on WAL is kept for each.
     pub(super) fn list(&self) -> Vec<(String, Lsn, bool)> {
         let list = self.0.list.lock();
@@ -287,6 +295,21 @@ mod tests {
         assert_eq!(consumers.oldest_needed(), Some(at(100)));
         drop(behind);
         assert_eq!(consumers.oldest_needed(), Some(at(200)));
+    }
+
+    #[test]
+    fn what_is_kept_is_within_what_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = consumers(dir.path());
+        for (name, flush) in [("behind", 99), ("ahead", 501)] {
+            first.session(name).advance(at(flush));
+        }
+        first.save_now().unwrap();
+        let second = consumers(dir.path());
+        second.settle(at(100), at(500));
+        let kept = second.list().into_iter().map(|(name, restart_lsn, _)| (name, restart_lsn));
+        let within = [("ahead".to_owned(), at(500)), ("behind".to_owned(), at(100))];
+        assert_eq!(kept.collect::<Vec<_>>(), within);
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::io;
 use crate::store::control::{Control, Identity, unique_name};
 use crate::store::error::StoreError;
 use crate::store::index::Index;
+use crate::store::open::settle_consumers;
 use crate::store::positions::Positions;
 use crate::store::rewrite::DETACHED_SUFFIX;
 use crate::store::writer::{Crossings, WalWriter};
@@ -57,6 +58,8 @@ impl WalWriter {
         self.scanner = Some(scanner);
         self.next_xid = NextXid::counting_from(start);
         self.shared.xids.note(None, timeline, start);
+        // They may be of an earlier life of this directory; each slot shows what has become of it.
+        settle_consumers(&self.shared);
         self.shared.publish(|_| ());
         self.shared.keeper.notify();
         Ok(())

@@ -19,6 +19,7 @@
 //!   walrelay.xids                the next transaction id at some place in it; a state file
 //!   walrelay.windows             WAL that was acknowledged while it was durable here alone; a state file
 //!   walrelay.only_copy           since when WAL is nowhere but here; a state file
+//!   walrelay.upstream            what slots on the upstream do not tell of what was acknowledged; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
 //!   wal/
@@ -108,6 +109,7 @@
 //! | slot invalidated | the old file or the new one | valid, and all its WAL is there; or invalid, and the WAL may go. WAL goes only after the file |
 //! | consumers saved | the old file or the new one | what the old one says may have gone: it is a wish, and none that was granted |
 //! | newest checkpoint saved | the old file or the new one | a slot begins at an older checkpoint, and keeps more than it must, until the next one comes |
+//! | what slots on the upstream do not tell saved | the old file or the new one | nothing: WAL is neither kept nor served by it |
 //! | spare given up to the disk budget | the spare, or not | a spare is a spare |
 //! | during recovery | as before, the reserve perhaps used up or holding anything | begins again, with a sync of `wal/`; what it reads is never what it writes to |
 //! | disk full | any of the above | the reserve is there to copy into, and the copied file's space comes back |
@@ -175,6 +177,7 @@ mod tail;
 mod threads;
 mod unfollowed;
 mod unproven;
+mod upstream_memory;
 mod walk;
 mod windows;
 mod writer;
@@ -195,6 +198,7 @@ pub use repair::{DamagedSegment, SegmentRepair};
 pub use slot_limits::{InvalidationReason, RetentionLimits, WalStatus};
 pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable, WhenInvalid};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};
+pub use upstream_memory::UpstreamMemory;
 pub use windows::AcknowledgedAlone;
 pub use writer::{ResumePlan, WalWriter};
 
@@ -202,6 +206,7 @@ use fence::FenceFile;
 use only_copy::OnlyCopyFile;
 use shared::Shared;
 use threads::Threads;
+use upstream_memory::UpstreamMemoryFile;
 use windows::WindowsFile;
 
 use crate::wal::{FullXid, Lineage, Lsn, TimelineId};
@@ -239,13 +244,14 @@ pub fn open(
     let fence = FenceFile::read(&*opened.shared.disk, &opened.shared.layout)?;
     let windows = WindowsFile::read(&opened.shared)?;
     let only_copy = OnlyCopyFile::read(&opened.shared)?;
+    let upstream_memory = UpstreamMemoryFile::read(&opened.shared)?;
     let threads = Threads::start(&opened.shared, opened.has_reserve)?;
     let handle = Arc::new(StoreHandle { threads, _lock: opened.lock });
     let writer = WalWriter::new(opened.shared.clone(), Some(handle.clone()), opened.scanner);
     // What recovery found counts as news.
     opened.shared.publish(|_| ());
     let notes = opened.notes.into();
-    Ok((Store { shared: opened.shared, handle, notes, fence, windows, only_copy }, writer))
+    Ok((Store { shared: opened.shared, handle, notes, fence, windows, only_copy, upstream_memory }, writer))
 }
 
 /// The threads and the lock; both end with the last of the store and its writer.
@@ -269,6 +275,7 @@ pub struct Store {
     fence: FenceFile,
     windows: WindowsFile,
     only_copy: OnlyCopyFile,
+    upstream_memory: UpstreamMemoryFile,
 }
 
 impl Store {

@@ -168,17 +168,29 @@ fn assemble(mut shared: Shared, recovered: Option<Recovered>, lock: Box<dyn Any 
     *shared.partials.lock() = recovered.partials;
     *shared.catalog.lock() = recovered.catalog;
     *shared.index.lock() = Some(recovered.index);
+    let mut notes = recovered.notes;
     for (name, detail) in &recovered.damaged {
         shared.health.observer.suspect(*name, detail);
     }
+    notes.extend(settle_consumers(&shared));
     shared.keeper.notify();
     Opened {
         shared: Arc::new(shared),
         scanner: Some(recovered.scanner),
         has_reserve: recovered.has_reserve,
         lock,
-        notes: recovered.notes,
+        notes,
     }
+}
+
+/// Consumers are where the files of this directory say, and where there is WAL: the two may be of different times, and a tail may
+/// have been lost. Returns what a person should know.
+pub(super) fn settle_consumers(shared: &Shared) -> Vec<String> {
+    let (Some(oldest), Ok(positions)) = (shared.oldest(), shared.positions()) else { return Vec::new() };
+    if let Some(consumers) = &shared.consumers {
+        consumers.settle(oldest, positions.verified);
+    }
+    shared.slots.settle(oldest, positions.verified)
 }
 
 pub(super) fn lock(disk: &dyn Disk, layout: &Layout) -> Result<Box<dyn Any + Send + Sync>, StoreError> {

@@ -16,7 +16,6 @@ use crate::protocol::{
     instances::PARAMETER,
 };
 use crate::session::timelines::{Refusal, Route, route};
-use crate::status::LostWal;
 use crate::store::{BlockId, Identity, ResumePlan, ServerFacts, Store, WalWriter};
 use crate::upstream::blocking::block_in_place;
 use crate::upstream::patroni::{self, UnnamedLeader};
@@ -24,7 +23,7 @@ use crate::upstream::retained::SlotMover;
 use crate::upstream::slot::{SlotOrigin, UpstreamSlot, slot_refused};
 use crate::upstream::slot_use::mover;
 use crate::upstream::{
-    OnDivergence, UpstreamError, UpstreamSettings,
+    Advice, OnDivergence, UpstreamError, UpstreamSettings,
     dial::log_in_for,
     dialog::{Dialog, StartCopyError},
     error::BehindUpstream,
@@ -80,6 +79,8 @@ pub(crate) struct Order<'a> {
     pub(crate) unnamed_leader: Option<&'a mut UnnamedLeader>,
     /// Asked of each.
     pub(crate) link: Option<LinkWish>,
+    /// Where servers are noted that answer and must not be followed, or not now, with what is to be done about it.
+    pub(crate) set_aside: Option<&'a mut Vec<(String, Advice)>>,
 }
 
 /// Tries the hosts in order until one has the session attributes that are asked for, and WAL that may be followed.
@@ -116,6 +117,11 @@ pub(crate) async fn connect(
                 Ok(found) => return Ok(found),
                 Err(error) => {
                     tracing::debug!(%host, error = %error.chain(), "host did not serve");
+                    if let Some(set_aside) =
+                        order.set_aside.as_mut().filter(|_| error.sets_the_server_aside())
+                    {
+                        set_aside.push((host.to_string(), error.advice()));
+                    }
                     errors.push((host.to_string(), error));
                 }
             }
@@ -318,9 +324,9 @@ pub(crate) enum Beginning {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StreamPlan {
     pub(crate) resume: ResumePlan,
-    /// What the upstream's slot says was acknowledged, and is not held.
-    pub(crate) lost: Option<LostWal>,
-    /// The store was begun just now although the upstream's slot has been in use up to here.
+    /// What the upstream's slot says was acknowledged, up to there, and is not held.
+    pub(crate) lost: Option<Lsn>,
+    /// The store was begun just now although the upstream's slot was there: if it was used, up to here.
     pub(crate) replaces: Option<Lsn>,
 }
 
@@ -344,7 +350,6 @@ pub(crate) fn plan_stream(
     // What a slot says of a branch that was set aside is not lost: it is set aside.
     let is_dead = |to: Lsn| store.dead_branches().iter().any(|dead| dead.fork < to && to <= dead.end);
     let lost = used_until.filter(|&to| had_wal && to > plan.held_end && !is_dead(to));
-    let lost = lost.map(|to| LostWal { from: plan.held_end, to });
     Ok(StreamPlan { resume: plan, lost, replaces: used_until.filter(|_| begins) })
 }
 

@@ -1,18 +1,20 @@
 //! What is remembered from session to session.
 //!
 //! Owns what the last sessions teach the next one: where to start, what to do about the slot, and whether the same error
-//! keeps coming. Nothing of it outlives the process.
+//! keeps coming. Nothing of it outlives the process but what slots do not tell of what was acknowledged.
 
 use std::time::{Duration, Instant};
 
-use crate::store::BlockId;
+use crate::store::{BlockId, UpstreamMemory};
 use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
+use crate::upstream::losses::Losses;
 use crate::upstream::patroni::UnnamedLeader;
 use crate::upstream::slot_cost::SlotWatch;
 use crate::upstream::slot_memory::SlotMemory;
+use crate::upstream::unfollowed::Unfollowed;
 use crate::wal::{Lsn, TimelineId};
 
 /// What is remembered from session to session.
@@ -31,11 +33,15 @@ pub(super) struct Course {
     pub(super) beginning: Beginning,
     /// What was done about the slot, on each server.
     pub(super) slots: SlotMemory,
+    /// What was lost here, and is not back.
+    pub(super) losses: Losses,
+    /// Who answers and is not followed.
+    pub(super) unfollowed: Unfollowed,
     /// When it was looked at what the slot costs.
     pub(super) slot_watch: SlotWatch,
     /// The host of the last session that came as far as the slot.
     pub(super) host: Option<String>,
-    /// The store was begun by this process although the slot had been in use up to here.
+    /// The store was begun by this process although the slot was there: if it was used, up to here.
     pub(super) replaces: Option<Lsn>,
     /// The timeline that the upstream has ended on this connection, and our end then.
     pub(super) ended: Option<(TimelineId, Lsn)>,
@@ -47,8 +53,6 @@ pub(super) struct Course {
     pub(super) on_link: bool,
     /// The last link brought something wrong, and nothing has been streamed since.
     pub(super) link_distrusted: bool,
-    /// Only a person can make it go on, as far as is known.
-    pub(super) awaits_a_person: bool,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -67,6 +71,8 @@ impl Course {
             refused: None,
             beginning: Beginning::AsPlanned,
             slots: SlotMemory::default(),
+            losses: Losses::default(),
+            unfollowed: Unfollowed::default(),
             slot_watch: SlotWatch::default(),
             host: None,
             replaces: None,
@@ -75,11 +81,22 @@ impl Course {
             unnamed_leader: UnnamedLeader::default(),
             on_link: false,
             link_distrusted: false,
-            awaits_a_person: false,
             refusals: 0,
             corrupt: None,
             last_logged: None,
         }
+    }
+
+    /// Takes over what an earlier process knew of slots and losses, when WAL is durable here up to `durable`.
+    pub(super) fn recall(&mut self, memory: &UpstreamMemory, durable: Option<Lsn>) {
+        self.slots = SlotMemory::recall(&memory.made_ahead);
+        self.losses = Losses::recall(memory.lost_to, durable);
+    }
+
+    /// What a later process must know of that.
+    pub(super) fn to_remember(&self, held_end: Option<Lsn>) -> UpstreamMemory {
+        let lost_to = self.losses.lost().map(|lost| lost.to);
+        UpstreamMemory { made_ahead: self.slots.made_ahead(held_end), lost_to }
     }
 
     /// The upstream streams: what it refused before is settled.
@@ -87,6 +104,7 @@ impl Course {
         self.refusals = 0;
         (self.on_link, self.link_distrusted) = (on_link, false);
         self.slot_watch.note_streaming();
+        self.unfollowed.note_streaming();
     }
 
     /// What to do about an error, knowing those before it.

@@ -230,6 +230,16 @@ pub enum UpstreamError {
     /// There is no slot, and none may be made.
     #[error("replication slot \"{0}\" does not exist on the upstream")]
     SlotAbsent(String),
+    /// What one name stands for are several servers, or something in between that has processes of its own.
+    #[error(
+        "the connection for SQL to {host} does not reach the server that streams, where process {process_id} sends WAL to this relay"
+    )]
+    OtherServer {
+        /// Host and port, or socket, as libpq names them.
+        host: String,
+        /// As the server of the stream has told it.
+        process_id: u32,
+    },
     /// The slot is there and keeps nothing any more.
     #[error("replication slot \"{slot}\" on the upstream has been invalidated")]
     SlotInvalidated {
@@ -333,6 +343,7 @@ impl UpstreamError {
             | Self::NoCertificate(_)
             | Self::OldProtocol { .. }
             | Self::LinkDeclined { .. }
+            | Self::OtherServer { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
             Self::Tls { source, .. } if source.is_lasting() => Advice::RetryLater,
             Self::Tls { .. } => Advice::Retry,
@@ -382,6 +393,21 @@ impl UpstreamError {
             Self::AllHosts(errors) => errors.iter().any(|(_, error)| error.is_of_the_link(false)),
             _ => false,
         }
+    }
+
+    /// Whether a server of our cluster has answered and is not followed: a slot of ours there would keep WAL for nobody. One of
+    /// another cluster, or that gets its WAL from here, has none of ours.
+    pub fn sets_the_server_aside(&self) -> bool {
+        matches!(
+            self,
+            Self::WrongSessionAttributes(_)
+                | Self::WrongPageSize { .. }
+                | Self::Refused(_)
+                | Self::Forked { .. }
+                | Self::ForkedBefore { .. }
+                | Self::History(_)
+                | Self::BehindUs { .. }
+        )
     }
 
     /// Whether somebody must act, whatever else is tried meanwhile: one of several servers is enough.

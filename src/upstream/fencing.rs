@@ -179,7 +179,7 @@ impl Upstream {
                 "this relay is fenced: it serves what it holds, and receives and acknowledges nothing"
             );
         }
-        let mut slot_watch = SlotWatch::default();
+        let (mut slot_watch, servers) = (SlotWatch::default(), self.all_servers());
         loop {
             let wanted = *self.fencing.wanted.borrow_and_update();
             let shutdown = self.shutdown.clone();
@@ -203,7 +203,7 @@ impl Upstream {
                 // Whoever could ask is gone; so is the fence's end.
                 changed = asked.changed() => if changed.is_err() { self.shutdown.cancelled().await },
                 () = tokio::time::sleep(RETRY_INTERVAL), if outcome.is_err() => {}
-                () = self.keep_watching_slot(&mut slot_watch), if outcome.is_ok() => {}
+                () = self.keep_watching_slot(&mut slot_watch, &servers), if outcome.is_ok() => {}
             }
         }
     }

@@ -6,6 +6,7 @@
 use crate::upstream::blocking::block_in_place;
 
 use crate::session::timelines::{Fork, Route, route};
+use crate::status::LostWal;
 use crate::store::DeadBranch;
 use crate::upstream::connect::Beginning;
 use crate::upstream::course::Course;
@@ -49,7 +50,12 @@ impl Upstream {
                     tracing::info!(timeline = %plan.timeline, held_end = %plan.held_end, switch_lsn = %fork.at, next = %fork.next, "the upstream has left the timeline: receiving the rest of it");
                     return Ok(());
                 }
-                Route::Follow(fork) | Route::Diverged(fork) => self.go_over(fork)?,
+                Route::Follow(fork) | Route::Diverged(fork) => {
+                    self.go_over(fork)?;
+                    if let Some(gone) = course.losses.cut(fork.at) {
+                        self.tell_gone(gone, fork);
+                    }
+                }
             }
         }
         Ok(())
@@ -63,6 +69,19 @@ impl Upstream {
             self.tell_dead(&dead);
         }
         Ok(())
+    }
+
+    /// Nobody who may be followed has it, and it is not held here.
+    fn tell_gone(&self, gone: LostWal, fork: Fork) {
+        tracing::error!(
+            timeline = %fork.next, switch_lsn = %fork.at, from = %gone.from, to = %gone.to,
+            "the new timeline goes on without WAL that this relay had acknowledged and has lost: it will not come back"
+        );
+        self.status.send_modify(|status| {
+            status.lost_for_good = Some(gone);
+            status.needs_attention = true;
+            self.metrics.needs_attention.set(1.0);
+        });
     }
 
     fn tell_dead(&self, dead: &DeadBranch) {

@@ -2,7 +2,7 @@
 //!
 //! Owns the judgement: what is remembered, what is told, and how long to wait. Asks no server anything.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::status::WalReceiverState;
 use crate::store::AppendError;
@@ -14,7 +14,6 @@ use crate::upstream::{Advice, Upstream, UpstreamError, random};
 impl Upstream {
     /// Logs how a session ended, and says how long to wait before the next.
     pub(super) fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
-        course.awaits_a_person = false;
         let error = match outcome {
             Ok(StreamEnd::StopRequested) => return Duration::ZERO,
             Ok(end) => {
@@ -52,7 +51,7 @@ impl Upstream {
             course.beginning = Beginning::Anew;
             return course.backoff.next_delay(Advice::RetryLater, random());
         }
-        if is_removed {
+        if is_removed || matches!(error, UpstreamError::SlotGone(_)) {
             self.tell_removed(course);
         }
         if let Some(delay) = self.judge_slot(&error, course) {
@@ -63,7 +62,7 @@ impl Upstream {
             advice = Advice::TellAHuman;
             text.push_str("; it is the same each time it is sent");
         }
-        course.awaits_a_person = advice == Advice::TellAHuman;
+        course.unfollowed.note_ended(Instant::now(), advice);
         let needs_a_person = advice == Advice::TellAHuman || error.needs_a_person();
         if course.is_news(advice, &text) {
             if needs_a_person {
@@ -84,11 +83,11 @@ impl Upstream {
 
     /// How long to wait, if all that is wrong is the slot at that server, which is to be dropped there.
     fn judge_slot(&self, error: &UpstreamError, course: &mut Course) -> Option<Duration> {
-        let server = course.host.as_deref()?;
-        let is_new = course.slots.was_created_at(server, course.held_end);
+        let (server, held_end) = (course.host.as_deref()?, self.held_end());
+        let is_new = course.slots.was_created_at(server, held_end);
         match error {
             UpstreamError::WalRemoved { .. } if is_new => {
-                course.slots.note_in_vain(server, course.held_end);
+                course.slots.note_in_vain(server, held_end);
                 Some(Duration::ZERO)
             }
             UpstreamError::SlotInvalidated { .. } if self.settings.create_slot && !is_new => {

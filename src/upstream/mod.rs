@@ -21,6 +21,7 @@ mod judge;
 mod link;
 mod local_windows;
 mod looking;
+mod losses;
 mod patroni;
 mod repair;
 mod repair_schedule;
@@ -34,6 +35,7 @@ mod slot_use;
 mod synchronous;
 #[cfg(test)]
 mod tests;
+mod unfollowed;
 mod walreceiver;
 
 use std::{
@@ -65,6 +67,7 @@ use crate::upstream::histories::NewestHistory;
 use crate::upstream::link::LinkTerms;
 use crate::upstream::retained::{Retained, SlotMover};
 use crate::upstream::slot::SlotOrigin;
+use crate::upstream::slot_use::SlotBeside;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
 
@@ -152,6 +155,9 @@ impl Upstream {
 
     async fn follow_until_stopped(&mut self) {
         let mut course = Course::new(self.settings.retry_interval);
+        let durable = self.store.positions().map(|positions| positions.flushed);
+        course.recall(&self.store.upstream_memory(), durable);
+        self.tell_lost(course.losses.lost());
         fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
             if self.fencing.is_wanted() {
@@ -180,13 +186,21 @@ impl Upstream {
         }
         let delay = self.judge(outcome, course);
         tokio::select! {
-            () = leave.cancelled() => return,
-            () = self.drop_slot_made_in_vain(course) => {}
-        }
-        tokio::select! {
             () = leave.cancelled() => {}
-            () = tokio::time::sleep(delay) => {}
-            () = self.keep_watching_slot(&mut course.slot_watch), if course.awaits_a_person => {}
+            () = self.rest(course, delay) => {}
+        }
+    }
+
+    /// The pause between attempts: what slots of ours do at servers that are not followed is looked after meanwhile.
+    async fn rest(&self, course: &mut Course, delay: Duration) {
+        let pause = tokio::time::sleep(delay);
+        self.drop_slot_made_in_vain(course).await;
+        let servers = course.unfollowed.servers(Instant::now());
+        // To its end, however short the pause is, or it might never come to that.
+        self.watch_slot(&mut course.slot_watch, &servers).await;
+        tokio::select! {
+            () = pause => {}
+            () = self.keep_watching_slot(&mut course.slot_watch, &servers) => {}
         }
     }
 
@@ -196,6 +210,7 @@ impl Upstream {
             return;
         }
         let (mut positions, mut condition) = (self.positions.clone(), self.condition.clone());
+        let servers = self.all_servers();
         let room = async {
             while !self.writer.has_room() {
                 tokio::select! {
@@ -208,7 +223,7 @@ impl Upstream {
         tokio::select! {
             () = leave.cancelled() => {}
             () = room => {}
-            () = self.keep_watching_slot(&mut course.slot_watch) => {}
+            () = self.keep_watching_slot(&mut course.slot_watch, &servers) => {}
         }
     }
 
@@ -249,7 +264,8 @@ impl Upstream {
         self.metrics.streaming.set(1.0);
         self.metrics.sessions.increment(1);
         course.note_streaming(opened.link.is_some());
-        let (durable, advance) = self.slot_advance(&opened);
+        let SlotBeside { durable, made, run: advance } = self.slot_beside(&opened);
+        let server = opened.host.clone();
         let _repairs = self.repair_beside(&opened);
         let looking = self.look_beside(&opened);
         let context = StreamContext {
@@ -267,26 +283,45 @@ impl Upstream {
             leave: leave.clone(),
         };
         let stream = WalReceiver::new(context, opened).run();
-        Ok(tokio::select! {
-            streamed = stream => streamed,
+        let streamed = tokio::select! {
+            streamed = stream => Ok(streamed),
             // Only to be dropped with the stream.
-            () = advance => Streamed::stop_requested(course.block),
-            error = looking => return Err(error),
-        })
+            () = advance => Ok(Streamed::stop_requested(course.block)),
+            error = looking => Err(error),
+        };
+        if let Some(kept_from) = made.take() {
+            course.slots.note_made(&server, self.held_end(), kept_from);
+        }
+        streamed
+    }
+
+    /// End of what is held; `None` before a first start.
+    fn held_end(&self) -> Option<Lsn> {
+        self.writer.plan().map(|plan| plan.held_end)
     }
 
     async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
         let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
-        let order = Order {
-            random: random(),
-            avoid: course.avoid.take(),
-            link: settings.link.wish(course),
-            unnamed_leader: Some(&mut course.unnamed_leader),
+        let mut set_aside = Vec::new();
+        let link = settings.link.wish(course);
+        let (outcome, asked) = match (resumed, course.host.clone()) {
+            (Some(dialog), Some(host)) => {
+                (connect::ask_again(dialog, &host, settings, store, writer).await, Some(host))
+            }
+            _ => {
+                let order = Order {
+                    random: random(),
+                    avoid: course.avoid.take(),
+                    link,
+                    unnamed_leader: Some(&mut course.unnamed_leader),
+                    set_aside: Some(&mut set_aside),
+                };
+                (connect::connect(settings, store, writer, order).await, None)
+            }
         };
-        let (connected, newest) = match (resumed, course.host.clone()) {
-            (Some(dialog), Some(host)) => connect::ask_again(dialog, &host, settings, store, writer).await?,
-            _ => connect::connect(settings, store, writer, order).await?,
-        };
+        let reached = outcome.as_ref().ok().map(|(connected, _)| connected.host.clone());
+        course.unfollowed.note_asked(Instant::now(), &set_aside, reached.or(asked));
+        let (connected, newest) = outcome?;
         let opening = timeout(connect::OPENING_TIME_MAX, self.open_stream(connected, newest, course)).await;
         opening.map_err(|_| UpstreamError::OpeningTimeout)?
     }
@@ -297,6 +332,8 @@ impl Upstream {
         newest: NewestHistory,
         course: &mut Course,
     ) -> Result<Opened, UpstreamError> {
+        let upstream_end = connected.system.flushed;
+        course.upstream_end = Some(upstream_end);
         let history = newest.history.clone();
         histories::store_missing(&mut connected, &self.store, newest).await?;
         self.follow(&history, course)?;
@@ -307,6 +344,11 @@ impl Upstream {
         course.replaces = course.replaces.or(planned.replaces);
         course.beginning = Beginning::AsPlanned;
         let plan = planned.resume;
+        let durable = self.store.positions().map_or(plan.held_end, |positions| positions.flushed);
+        // What was acknowledged before an empty store was begun is told as that.
+        let told = planned.lost.filter(|to| Some(*to) > course.replaces);
+        let lost = course.losses.begin(durable, told);
+        slot_use::remember(store, course, plan.held_end);
         let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
         let start = match refused {
             Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),
@@ -323,8 +365,6 @@ impl Upstream {
         let introduction = connected.dialog.introduction.clone();
         let terms = |link| LinkTerms::new(link, connected.system.system_id, plan.timeline, &self.store);
         let link = introduction.link.map(terms).transpose()?;
-        let upstream_end = connected.system.flushed;
-        course.upstream_end = Some(upstream_end);
         let mover = slot_use::mover(&self.settings, &introduction);
         let retained = self.settings.slot.as_ref().map(|_| {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
@@ -338,38 +378,58 @@ impl Upstream {
         course.block = BlockId(course.block.0 + 1);
         self.writer.begin(streaming.start)?;
         tracing::info!(%host, start = %streaming.start, timeline = %plan.timeline, held_end = %plan.held_end, "started streaming WAL from upstream");
-        self.tell_streaming(&planned, course, host.clone(), is_writable);
+        self.tell_streaming(&planned, lost, course, is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        let lost = planned.lost;
         Ok(Opened { streaming, host, introduction, settings, lost, retained, link, is_slot_holding_back })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
-    fn tell_streaming(&self, planned: &StreamPlan, course: &Course, host: String, is_writable: bool) {
-        if let Some(LostWal { from, to }) = planned.lost {
-            tracing::error!(
+    fn tell_streaming(
+        &self,
+        planned: &StreamPlan,
+        lost: Option<LostWal>,
+        course: &Course,
+        is_writable: bool,
+    ) {
+        match lost {
+            Some(LostWal { from, to }) if planned.lost == Some(to) => tracing::error!(
                 slot_restart_lsn = %to, held_end = %from,
                 "the upstream's slot is ahead of this relay: WAL that was acknowledged has been lost here"
-            );
+            ),
+            Some(LostWal { from, to }) => tracing::error!(
+                acknowledged = %to, held_end = %from,
+                "WAL that was acknowledged and has been lost here is not back yet, whatever the upstream's slot says now"
+            ),
+            None => {}
         }
         if let Some(slot_restart_lsn) = planned.replaces {
             tracing::warn!(
                 %slot_restart_lsn,
-                "the data directory is empty, but the upstream's slot has been in use: if this relay has run before, \
-                 its directory was lost or is not mounted"
+                "the data directory is empty, but the slot on the upstream keeps WAL already: if this relay has run before, its \
+                 directory was lost or is not mounted; if the slot was only made for it beforehand, nothing is wrong, and this \
+                 is told no more once the relay is started again"
             );
         }
-        self.metrics.lost.set(planned.lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
+        self.tell_lost(lost);
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Streaming;
-            status.host = Some(host);
+            status.host.clone_from(&course.host);
             status.timeline = Some(planned.resume.timeline);
             status.is_writable = is_writable;
             status.sessions += 1;
-            status.lost = planned.lost;
             status.started_empty = course.replaces.is_some();
             // Also what was removed: a server lets a stream begin before it looks for the WAL.
+            status.needs_attention = status.is_hurt();
+            self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
+        });
+    }
+
+    /// Publishes what is lost.
+    fn tell_lost(&self, lost: Option<LostWal>) {
+        self.metrics.lost.set(lost.map_or(0.0, |lost| bytes_value(lost.to.bytes_since(lost.from))));
+        self.status.send_modify(|status| {
+            status.lost = lost;
             status.needs_attention = status.is_hurt();
             self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
         });

@@ -72,9 +72,9 @@ impl Retained {
 
     fn publish(&self) {
         let (slot, end) = (self.slot.load(Relaxed), self.upstream_end.load(Relaxed));
-        if slot != 0 {
-            self.metrics.slot_retained.set(bytes_value(end.saturating_sub(slot)));
-        }
+        // What was told of another server, or of a slot that is gone, says nothing of this one.
+        let retained = if slot == 0 { 0 } else { end.saturating_sub(slot) };
+        self.metrics.slot_retained.set(bytes_value(retained));
     }
 }
 
@@ -113,5 +113,7 @@ mod tests {
         assert_eq!(shown(), 4000.0, "what is reported does not move it");
         retained.note_moved(lsn(2000));
         assert_eq!(shown(), 3000.0);
+        let _retained = Retained::new(None, lsn(5000), SlotMover::Sql, all.upstream.clone());
+        assert_eq!(shown(), 0.0, "this server does not tell");
     }
 }

@@ -37,8 +37,10 @@ impl UpstreamSlot {
 pub(crate) enum SlotOrigin {
     /// It was there.
     Found,
-    /// It was created just now.
+    /// It was created just now, or by an earlier session that got no further.
     Created,
+    /// It was there, but is not the one by which WAL was acknowledged: it tells of nothing that was.
+    MadeAnew,
     /// None is used, or none that is known of.
     Unknown,
 }
@@ -76,15 +78,17 @@ pub(crate) async fn ensure_slot(
         persistence: Persistence::Permanent,
         kind: CreateSlotKind::Physical { reserve_wal: true },
     });
-    match connected.dialog.query(&create).await {
-        Ok(_) => tracing::info!(slot, "created replication slot on the upstream"),
-        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => {
-            return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn: None });
+    let origin = match connected.dialog.query(&create).await {
+        Ok(_) => {
+            tracing::info!(slot, "created replication slot on the upstream");
+            SlotOrigin::Created
         }
+        // Where the server told that there is none, somebody was quicker.
+        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => SlotOrigin::Found,
         Err(error) => return Err(error),
-    }
+    };
     let restart_lsn = if tells { read_slot(&mut connected.dialog, slot).await?.flatten() } else { None };
-    Ok(UpstreamSlot { origin: SlotOrigin::Created, restart_lsn })
+    Ok(UpstreamSlot { origin, restart_lsn })
 }
 
 /// Where the slot keeps WAL from; `None` where there is none, it keeps nothing, or the server does not tell.
@@ -123,6 +127,8 @@ pub(crate) async fn take_feedback_back(
     let mut said = BytesMut::new();
     Feedback::default().message(PgTimestamp::from_system_time(SystemTime::now())).encode(&mut said);
     match connected.dialog.say_in_copy(&stream, &said).await {
+        // Who may not create it cannot ask servers before 15 whether it is there.
+        Err(UpstreamError::Server(error)) if error.is(SqlState::UNDEFINED_OBJECT) => Ok(()),
         Err(UpstreamError::Server(error)) => Err(slot_refused(error, connected.facts.version_num, slot)),
         outcome => outcome,
     }

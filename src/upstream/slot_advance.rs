@@ -2,8 +2,9 @@
 //!
 //! What is acknowledged by standbys far away says when commits may return; what the primary must keep for us is another
 //! matter, and ends where WAL is durable here. So with such a policy the stream uses no slot, and the slot is moved by SQL.
-//! Owns that second connection, which ends each time: a primary's smart shutdown waits for sessions. Must never move the slot
-//! beyond what was compared with the upstream and is durable here, nor claim that it moved when the upstream did not say so.
+//! Owns that second connection, which ends each time: a primary's smart shutdown waits for sessions. Must never touch a slot at
+//! another server than that of the stream, move it beyond what was compared with the upstream and is durable here, nor claim
+//! that it moved when the upstream did not say so.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,10 +15,13 @@ use crate::conninfo::{Conninfo, ProcessSurroundings};
 use crate::metrics::UpstreamMetrics;
 use crate::protocol::SqlState;
 use crate::status::UpstreamStatus;
+use crate::store::{Store, UpstreamMemory};
 use crate::upstream::UpstreamError;
 use crate::upstream::dial::log_in;
 use crate::upstream::dialog::Dialog;
+use crate::upstream::error::chain;
 use crate::upstream::retained::Retained;
+use crate::upstream::slot_memory::{KeptFrom, MadeBeside};
 use crate::wal::Lsn;
 
 /// Moves the slot as long as it is polled.
@@ -26,9 +30,15 @@ pub(super) struct SlotAdvance {
     pub(super) conninfo: Conninfo,
     /// The host of the stream.
     pub(super) host: String,
+    /// The server's process for the stream.
+    pub(super) process_id: Option<u32>,
     pub(super) slot: String,
     /// Whether it is made again when it is gone.
     pub(super) create_slot: bool,
+    /// Hears when it is made again.
+    pub(super) made: MadeBeside,
+    /// The same, for a later process.
+    pub(super) store: Store,
     /// What is durable here; `None` until it was compared with the upstream.
     pub(super) durable: watch::Receiver<Option<Lsn>>,
     /// Hears where the slot is.
@@ -87,9 +97,30 @@ impl SlotAdvance {
         conninfo.reread_passwords(&ProcessSurroundings);
         let host = conninfo.hosts.iter().find(|host| host.to_string() == self.host);
         let mut dialog = log_in(&conninfo, host.ok_or(UpstreamError::NoHost)?).await?;
-        let moved = self.advance_or_make(&mut dialog, durable).await;
+        let moved = match self.check_server(&mut dialog).await {
+            Ok(()) => self.advance_or_make(&mut dialog, durable).await,
+            Err(error) => Err(error),
+        };
         dialog.terminate().await;
+        if let Ok(reached) = moved {
+            self.made.note_reached(reached, durable);
+        }
         moved
+    }
+
+    /// That it is the server of the stream: behind one name there may be several. Everybody may see which processes send WAL, and
+    /// of his own sessions also the name; a number alone may be given to some process on each of them.
+    async fn check_server(&self, dialog: &mut Dialog) -> Result<(), UpstreamError> {
+        let process_id = self.process_id.unwrap_or_default();
+        let text = format!(
+            "SELECT 1 FROM pg_catalog.pg_stat_activity own JOIN pg_catalog.pg_stat_activity stream \
+             USING (usesysid, application_name) JOIN pg_catalog.pg_stat_get_wal_senders() sender \
+             ON sender.pid = stream.pid WHERE own.pid = pg_catalog.pg_backend_pid() AND stream.pid = {process_id}"
+        );
+        if dialog.query_text(&text).await?.is_empty() {
+            return Err(UpstreamError::OtherServer { host: self.host.clone(), process_id });
+        }
+        Ok(())
     }
 
     async fn advance_or_make(&self, dialog: &mut Dialog, durable: Lsn) -> Result<Lsn, UpstreamError> {
@@ -109,13 +140,57 @@ impl SlotAdvance {
             }
             Err(error) => return Err(error),
         }
-        let create = format!("SELECT pg_catalog.pg_create_physical_replication_slot('{}', true)", self.slot);
-        dialog.query_text(&create).await?;
+        let kept_from = self.make(dialog).await?;
         tracing::warn!(
             slot = self.slot,
+            %kept_from,
+            %durable,
             "the replication slot on the upstream was gone while WAL was streamed: it was made again"
         );
         self.ask_to_advance(dialog, durable).await?.ok_or_else(absent)
+    }
+
+    /// Makes the slot. Returns where it keeps WAL from: the upstream's newest checkpoint, however far that is ahead of us. Whoever
+    /// comes after hears of it also when the answer is not waited for, or the process ends.
+    async fn make(&self, dialog: &mut Dialog) -> Result<Lsn, UpstreamError> {
+        let text =
+            format!("SELECT lsn FROM pg_catalog.pg_create_physical_replication_slot('{}', true)", self.slot);
+        self.note_made(Some(KeptFrom::NotHeard)).await;
+        let rows = match dialog.query_text(&text).await {
+            Err(error @ UpstreamError::Server(_)) => {
+                self.note_made(None).await;
+                return Err(error);
+            }
+            answer => answer?,
+        };
+        let lsn = rows.first().and_then(|row| row.text(0)).unwrap_or_default();
+        let kept_from = lsn.parse().map_err(|_| UpstreamError::InvalidAnswer {
+            command: "pg_create_physical_replication_slot",
+            field: "lsn",
+            value: lsn.to_owned(),
+        })?;
+        self.note_made(Some(KeptFrom::At(kept_from))).await;
+        Ok(kept_from)
+    }
+
+    async fn note_made(&self, made: Option<KeptFrom>) {
+        self.made.note(made);
+        let (store, server) = (self.store.clone(), self.host.clone());
+        let change = move |memory: &mut UpstreamMemory| {
+            match made {
+                Some(KeptFrom::At(from)) => memory.made_ahead.insert(server, Some(from)),
+                Some(KeptFrom::NotHeard) => memory.made_ahead.insert(server, None),
+                Some(KeptFrom::NotTold) | None => memory.made_ahead.remove(&server),
+            };
+        };
+        // On a thread of its own: a disk may take as long as it likes.
+        let written = tokio::task::spawn_blocking(move || store.change_upstream_memory(change)).await;
+        let error = match written {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => chain(&error),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(error, "could not save what is known of the slots on the upstream");
     }
 
     /// Where the slot is then; `None`: there is none.

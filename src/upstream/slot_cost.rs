@@ -7,9 +7,11 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::upstream::{Upstream, UpstreamError, connect, slot};
+use crate::store::Store;
+use crate::upstream::{Upstream, UpstreamError, UpstreamSettings, connect, slot};
 
 /// When the slot was looked at.
 #[derive(Debug, Default)]
@@ -30,29 +32,37 @@ impl SlotWatch {
 }
 
 impl Upstream {
-    /// Watches as long as it is polled, and no WAL is taken meanwhile. Never comes back.
-    pub(super) async fn keep_watching_slot(&self, watch: &mut SlotWatch) {
+    /// Watches as long as it is polled, and no WAL is taken from these servers meanwhile. Never comes back.
+    pub(super) async fn keep_watching_slot(&self, watch: &mut SlotWatch, servers: &[String]) {
         loop {
-            self.watch_slot(watch).await;
+            self.watch_slot(watch, servers).await;
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
     }
 
-    /// To be called now and then while no WAL is taken. Asks each server at most every [`LOOK_INTERVAL`].
-    pub(super) async fn watch_slot(&self, watch: &mut SlotWatch) {
+    /// To be called now and then while no WAL is taken from these servers. Asks them at most every [`LOOK_INTERVAL`], all at once:
+    /// one that does not answer must not hold up the look at the others.
+    pub(super) async fn watch_slot(&self, watch: &mut SlotWatch, servers: &[String]) {
         let (Some(keep_max), Some(name)) = (self.settings.slot_wal_keep_max, &self.settings.slot) else {
             return;
         };
-        if !watch.is_due() {
+        if servers.is_empty() || !watch.is_due() {
             return;
         }
         watch.looked_at = Some(Instant::now());
-        // On each of them a slot of ours may keep WAL.
-        for host in &self.settings.conninfo.hosts {
-            let host = host.to_string();
-            let looked = timeout(connect::OPENING_TIME_MAX, self.drop_costly_slot(&host, keep_max)).await;
-            match looked.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
-                Ok(Some(retained_bytes)) => {
+        let mut looks = JoinSet::new();
+        for server in servers {
+            let (settings, store, server) = (self.settings.clone(), self.store.clone(), server.clone());
+            looks.spawn(async move {
+                let look = drop_costly_slot(&settings, &store, &server, keep_max);
+                let looked = timeout(LOOK_TIME_MAX, look).await;
+                (looked.unwrap_or(Err(UpstreamError::OpeningTimeout)), server)
+            });
+        }
+        while let Some(looked) = looks.join_next().await {
+            match looked {
+                Ok((Ok(Some(retained_bytes)), host)) => {
+                    self.metrics.slot_retained.set(0.0);
                     tracing::error!(
                         slot = name,
                         host,
@@ -61,29 +71,43 @@ impl Upstream {
                         "WAL is not taken here, and the slot made the upstream keep too much: it was dropped"
                     );
                 }
-                Ok(None) => {}
-                Err(error) if !watch.told => {
+                Ok((Ok(None), _)) => {}
+                Ok((Err(error), host)) if !watch.told => {
                     watch.told = true;
                     tracing::warn!(host, error = %error.chain(), "could not see what the slot makes the upstream keep");
                 }
-                Err(_) => {}
+                Ok((Err(_), _)) => {}
+                Err(error) => tracing::error!(%error, "the look at the upstream's slot failed"),
             }
         }
     }
 
-    /// How much it kept, if it was dropped.
-    async fn drop_costly_slot(&self, host: &str, keep_max: u64) -> Result<Option<u64>, UpstreamError> {
-        let mut connected = connect::connect_to(&self.settings, &self.store, host).await?;
-        let kept_from = slot::look_at_slot(&mut connected, &self.settings).await?;
-        let retained = kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from));
-        let costly = retained.filter(|retained| *retained > keep_max);
-        if costly.is_some() {
-            slot::drop_slot(&mut connected, &self.settings).await?;
-        }
-        connected.dialog.terminate().await;
-        Ok(costly)
+    /// On each of them a slot of ours may keep WAL.
+    pub(super) fn all_servers(&self) -> Vec<String> {
+        self.settings.conninfo.hosts.iter().map(ToString::to_string).collect()
     }
+}
+
+/// How much it kept, if it was dropped.
+async fn drop_costly_slot(
+    settings: &UpstreamSettings,
+    store: &Store,
+    server: &str,
+    keep_max: u64,
+) -> Result<Option<u64>, UpstreamError> {
+    let mut connected = connect::connect_to(settings, store, server).await?;
+    let kept_from = slot::look_at_slot(&mut connected, settings).await?;
+    let retained = kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from));
+    let costly = retained.filter(|retained| *retained > keep_max);
+    if costly.is_some() {
+        slot::drop_slot(&mut connected, settings).await?;
+    }
+    connected.dialog.terminate().await;
+    Ok(costly)
 }
 
 /// The slot is looked at so often: the first time at once.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Longest time for the look at one server. The next attempt to follow one waits for it.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(10);

@@ -9,12 +9,16 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::protocol::instances::PARAMETER;
+use crate::store::Store;
+use crate::upstream::blocking::block_in_place;
 use crate::upstream::connect::{self, Connected};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::Introduction;
+use crate::upstream::error::chain;
 use crate::upstream::retained::SlotMover;
 use crate::upstream::slot::{self, SlotOrigin, UpstreamSlot, WhenAbsent};
 use crate::upstream::slot_advance::{SlotAdvance, show_slot_error};
+use crate::upstream::slot_memory::{MadeBeside, Recognized};
 use crate::upstream::{Opened, Upstream, UpstreamError, UpstreamSettings};
 use crate::wal::Lsn;
 
@@ -37,7 +41,7 @@ impl Upstream {
             slot::drop_useless_slot(connected, settings, useless).await?;
             course.slots.forget_useless(&server);
         }
-        let held_end = self.writer.plan().map(|plan| plan.held_end);
+        let held_end = self.held_end();
         let is_in_vain = course.slots.is_in_vain(&server, held_end);
         course.host = Some(server.clone());
         let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
@@ -49,10 +53,8 @@ impl Upstream {
         }
         match slot.origin {
             SlotOrigin::Created => course.slots.note_created(&server, held_end, slot.restart_lsn),
-            SlotOrigin::Found if course.slots.note_found(&server, held_end, slot.restart_lsn) => {
-                slot.origin = SlotOrigin::Created;
-            }
-            SlotOrigin::Found => {}
+            SlotOrigin::Found => slot.origin = recognize(course, &server, held_end, slot.restart_lsn),
+            SlotOrigin::MadeAnew => {}
             SlotOrigin::Unknown => course.slots.note_none(&server),
         }
         Ok(slot)
@@ -68,7 +70,7 @@ impl Upstream {
     ) -> Result<(), UpstreamError> {
         let mover = mover(&self.settings, &connected.dialog.introduction);
         let server = connected.host.clone();
-        let may_be_held = mover == SlotMover::Sql && slot.origin == SlotOrigin::Found;
+        let may_be_held = mover == SlotMover::Sql && slot.origin != SlotOrigin::Created;
         if may_be_held && !course.slots.is_free_of_feedback(&server) {
             slot::take_feedback_back(connected, &self.settings).await?;
             course.slots.note_free_of_feedback(&server);
@@ -95,18 +97,19 @@ impl Upstream {
         }
     }
 
-    /// What moves the slot while the stream does not, and where it hears how far.
-    pub(super) fn slot_advance(
-        &self,
-        opened: &Opened,
-    ) -> (watch::Sender<Option<Lsn>>, impl Future<Output = ()> + use<>) {
+    /// What moves the slot while the stream does not.
+    pub(super) fn slot_beside(&self, opened: &Opened) -> SlotBeside<impl Future<Output = ()> + use<>> {
         let (sender, durable) = watch::channel(None);
+        let made = MadeBeside::default();
         let retained = opened.retained.clone().filter(|retained| retained.mover() == SlotMover::Sql);
         let advance = self.settings.slot.clone().zip(retained).map(|(slot, retained)| SlotAdvance {
             conninfo: self.settings.sql_conninfo.clone(),
             host: opened.host.clone(),
+            process_id: opened.introduction.process_id,
             slot,
             create_slot: self.settings.create_slot,
+            made: made.clone(),
+            store: self.store.clone(),
             durable,
             retained,
             status: self.status.clone(),
@@ -116,13 +119,54 @@ impl Upstream {
             // Of a server that was left.
             show_slot_error(None, &self.status, &self.metrics);
         }
-        let future = async move {
+        let run = async move {
             match advance {
                 Some(advance) => advance.run().await,
                 None => std::future::pending().await,
             }
         };
-        (sender, future)
+        SlotBeside { durable: sender, made, run }
+    }
+}
+
+/// What moves the slot beside a stream.
+pub(super) struct SlotBeside<F> {
+    /// Where it hears what is durable here.
+    pub(super) durable: watch::Sender<Option<Lsn>>,
+    /// What it made, for when the stream has ended.
+    pub(super) made: MadeBeside,
+    /// Moves it as long as it is polled.
+    pub(super) run: F,
+}
+
+/// For a later process. A disk that does not take it is told elsewhere, and does not keep WAL from being taken.
+pub(super) fn remember(store: &Store, course: &Course, held_end: Lsn) {
+    let memory = course.to_remember(Some(held_end));
+    if let Err(error) = block_in_place(|| store.change_upstream_memory(|known| *known = memory)) {
+        tracing::warn!(error = %chain(&error), "could not save what is known of the slots on the upstream");
+    }
+}
+
+fn recognize(
+    course: &mut Course,
+    server: &str,
+    held_end: Option<Lsn>,
+    restart_lsn: Option<Lsn>,
+) -> SlotOrigin {
+    match course.slots.note_found(server, held_end, restart_lsn) {
+        Recognized::Ours => SlotOrigin::Created,
+        Recognized::Used => SlotOrigin::Found,
+        Recognized::MadeAnew => {
+            let [restart_lsn, held_end] = [restart_lsn, held_end].map(|at| at.map(|at| at.to_string()));
+            tracing::warn!(
+                server,
+                restart_lsn,
+                held_end,
+                "the replication slot on the upstream is ahead of this relay, which has lost nothing: somebody else has made \
+                 it anew, or moved it"
+            );
+            SlotOrigin::MadeAnew
+        }
     }
 }
 

@@ -280,7 +280,8 @@ fn an_empty_folder_where_wal_was_is_told_and_filled_from_where_the_slot_is() {
     relay.terminate();
     std::fs::remove_dir_all(relay.data_dir()).unwrap();
     relay.start();
-    relay.wait_logged("its directory was lost or is not mounted");
+    relay
+        .wait_logged("its directory was lost or is not mounted; if the slot was only made for it beforehand");
     relay.wait_needs_attention();
     assert_eq!(relay.status()["upstream"]["started_empty"], true);
     // All that the primary still keeps for it, and nothing that it does not have is claimed.

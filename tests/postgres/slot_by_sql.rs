@@ -2,12 +2,16 @@
 
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::compare::wal_files;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
+use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::support::{MB, lsn};
+use crate::support::{MB, lsn, lsn_text};
 
 /// A primary, and a relay whose policy nobody fulfils: so the slot is not where WAL was acknowledged.
 fn chain_on(installation: &Installation, prepare: impl FnOnce(Relay) -> Relay) -> (Postgres, Relay) {
@@ -129,6 +133,8 @@ fn a_slot_that_is_invalidated_while_wal_is_streamed_is_made_again() {
         wait_until("the slot to be lost", || {
             write_wal(&primary, 3 * MB);
             primary.switch_wal();
+            // Nothing keeps WAL for the stream.
+            relay.wait_flushed(primary.flushed());
             primary.checkpoint();
             primary.sql(state) == "lost"
         });
@@ -138,6 +144,122 @@ fn a_slot_that_is_invalidated_while_wal_is_streamed_is_made_again() {
         wait_moved(&primary, primary.flushed());
         assert_eq!(relay.status()["upstream"]["sessions"], sessions, "the stream was disturbed");
         wait_until("nobody to be needed", || !relay.needs_attention());
+    }
+}
+
+/// A relay whose stream stands still while the primary goes on, and whose slot was dropped meanwhile and made again far ahead of
+/// it. With it the end of what it holds, and the process of the stream.
+fn made_again_far_ahead(installation: &Installation, settings: Settings) -> (Postgres, Relay, u64, Pid) {
+    let primary = settings.segment_size_mb(1).start(installation);
+    primary.sql("create role replicator replication login");
+    primary.sql("create role turned_away login");
+    let mut relay = waiting(Relay::new("relay", 1))
+        .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", primary.port));
+    relay.start();
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    // The slot cannot be moved, so that it is missed only when the primary is far ahead.
+    let rules = "host replication replicator 127.0.0.1/32 trust\n\
+        host all replicator 127.0.0.1/32 reject\nhost replication turned_away 127.0.0.1/32 reject";
+    primary.demand(rules, "turned_away");
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    primary.sql("select pg_drop_replication_slot('relay')");
+    let sender = primary.sql("select pid from pg_stat_replication where application_name = 'relay'");
+    let sender = Pid::from_raw(sender.parse().unwrap()).unwrap();
+    kill_process(sender, Signal::STOP).unwrap();
+    let held = relay.flushed();
+    for _ in 0..4 {
+        write_wal(&primary, 3 * MB);
+        primary.switch_wal();
+        primary.checkpoint();
+    }
+    primary.demand("host all replicator 127.0.0.1/32 trust", "turned_away");
+    relay.wait_logged("was gone while WAL was streamed: it was made again");
+    let made_at = slot_position(&primary);
+    assert!(made_at > held + 3 * MB, "{made_at:X} after {held:X}");
+    (primary, relay, held, sender)
+}
+
+/// A primary that keeps next to nothing.
+fn sparing() -> Settings {
+    Settings::new().line("wal_keep_size = 0").line("max_wal_size = 32MB").line("min_wal_size = 2MB")
+}
+
+#[test]
+fn a_slot_that_was_made_again_behind_a_gap_is_dropped_and_tells_of_no_loss() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        for restarts in [false, true] {
+            let (primary, mut relay, held, sender) = made_again_far_ahead(&installation, sparing());
+            assert!(!wal_files(&primary.wal_dir(), MB, 1).contains_key(&(held / MB * MB)), "it is there");
+            if restarts {
+                relay.kill();
+            }
+            kill_process(sender, Signal::CONT).unwrap();
+            if restarts {
+                relay.launch();
+            }
+            primary.wait_for_sql("select count(*) from pg_replication_slots", "0");
+            relay.wait_logged("it is not created again");
+            relay.wait_needs_attention();
+            let told = relay.status()["upstream"].clone();
+            assert_eq!(told["removed"]["from"], *lsn_text(held), "{told}");
+            assert!(told["lost"].is_null(), "{told}");
+            assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
+            hold("no slot is left behind", Duration::from_secs(1), || {
+                primary.sql("select count(*) from pg_replication_slots") == "0"
+            });
+        }
+    }
+}
+
+#[test]
+fn a_slot_that_was_made_again_far_ahead_tells_of_no_loss_to_the_next_process() {
+    let Some(installation) = Installation::since(15) else { return };
+    let keeping = Settings::new().line("wal_keep_size = 64MB");
+    let (primary, mut relay, held, sender) = made_again_far_ahead(&installation, keeping);
+    relay.kill();
+    kill_process(sender, Signal::CONT).unwrap();
+    relay.launch();
+    let upto = primary.flushed();
+    relay.wait_flushed(upto);
+    assert!(upto > held + 3 * MB);
+    wait_moved(&primary, upto);
+    assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
+    assert!(!relay.needs_attention(), "{}", relay.status()["upstream"]);
+}
+
+#[test]
+fn a_slot_at_another_server_behind_the_same_name_is_never_touched() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let primary = Settings::new().segment_size_mb(1).start(&installation);
+        let other = primary.standby("other", primary.port, "");
+        primary.sql("create role replicator replication login");
+        let proxy = Proxy::to(primary.port);
+        let mut relay = waiting(Relay::new("relay", 1))
+            .with_conninfo(&format!("host=127.0.0.1 port={} user=replicator sslmode=disable", proxy.port));
+        relay.start();
+        write_wal(&primary, MB);
+        wait_moved(&primary, primary.flushed());
+        other.wait_replayed(primary.flushed());
+        other.sql("select pg_create_physical_replication_slot('relay', true)");
+        let [stays_at, stays_there] = [&primary, &other].map(slot_position);
+        proxy.lead_sql_to(other.port);
+        write_wal(&primary, MB);
+        let upto = primary.flushed();
+        other.wait_replayed(upto);
+        relay.wait_logged("does not reach the server that streams");
+        relay.wait_needs_attention();
+        let told = relay.status()["upstream"]["slot_error"].as_str().unwrap_or_default().to_owned();
+        assert!(told.contains("does not reach the server that streams"), "{told}");
+        assert_eq!([&primary, &other].map(slot_position), [stays_at, stays_there]);
+        other.sql("select pg_drop_replication_slot('relay')");
+        proxy.lead_sql_to(primary.port);
+        wait_moved(&primary, upto);
+        wait_until("nobody to be needed", || !relay.needs_attention());
+        assert_eq!(other.sql("select count(*) from pg_replication_slots"), "0");
     }
 }
 
@@ -190,26 +312,30 @@ fn what_was_lost_and_is_here_again_is_told_no_more_although_no_standby_has_it() 
 fn a_slot_of_a_policy_that_was_local_holds_back_no_transaction_any_more() {
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
-        let primary = Settings::new().segment_size_mb(1).start(&installation);
-        let mut relay = Relay::new("relay", primary.port);
-        relay.start();
-        let feedback = "hot_standby_feedback = on\nwal_receiver_status_interval = 1s";
-        let _standby = primary.standby("standby", relay.port, feedback);
-        let xmin = "select coalesce(xmin::text, 'none') from pg_replication_slots where slot_name = 'relay'";
-        wait_until("the slot to hold back what the standby reads", || primary.sql(xmin) != "none");
-        let held = primary.sql(xmin);
-        relay.terminate();
-        assert_eq!(primary.sql(xmin), held, "a slot keeps it");
-        let mut relay = waiting(relay);
-        relay.start();
-        primary.wait_for_sql(xmin, "none");
-        // What standbys read now is held back by the stream.
-        primary.wait_for_sql(
-            "select count(backend_xmin) from pg_stat_replication where application_name = 'relay'",
-            "1",
-        );
-        write_wal(&primary, MB);
-        wait_moved(&primary, primary.flushed());
+        // Who may not make the slot cannot ask servers before 15 whether there is one.
+        for create_slot in ["true", "false"] {
+            let primary = Settings::new().segment_size_mb(1).start(&installation);
+            let mut relay = Relay::new("relay", primary.port);
+            relay.start();
+            let feedback = "hot_standby_feedback = on\nwal_receiver_status_interval = 1s";
+            let _standby = primary.standby("standby", relay.port, feedback);
+            let xmin =
+                "select coalesce(xmin::text, 'none') from pg_replication_slots where slot_name = 'relay'";
+            wait_until("the slot to hold back what the standby reads", || primary.sql(xmin) != "none");
+            let held = primary.sql(xmin);
+            relay.terminate();
+            assert_eq!(primary.sql(xmin), held, "a slot keeps it");
+            let mut relay = waiting(relay).with("upstream.create_slot", create_slot);
+            relay.start();
+            primary.wait_for_sql(xmin, "none");
+            // What standbys read now is held back by the stream.
+            primary.wait_for_sql(
+                "select count(backend_xmin) from pg_stat_replication where application_name = 'relay'",
+                "1",
+            );
+            write_wal(&primary, MB);
+            wait_moved(&primary, primary.flushed());
+        }
     }
 }
 

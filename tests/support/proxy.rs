@@ -26,6 +26,9 @@ pub(crate) enum Verdict {
 /// Sees every message from the server, may change it in place, and decides. Called from the connection's thread.
 pub(crate) type Edit = Box<dyn FnMut(&mut Vec<u8>) -> Verdict + Send>;
 
+/// Sees every command from the client before the server does, and may take its time. Called from the connection's thread.
+pub(crate) type BeforeCommand = Box<dyn FnMut(&str) + Send>;
+
 /// Positions that the client told in one standby status update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reported {
@@ -58,12 +61,15 @@ pub(crate) struct Passed {
 #[derive(Default)]
 struct State {
     target: AtomicU16,
+    /// Where connections for SQL lead; 0: where all do.
+    sql_target: AtomicU16,
     closed: AtomicBool,
     stalled: AtomicBool,
     delay_ms: AtomicU64,
     connections: AtomicU64,
     ended: AtomicBool,
     edit: Mutex<Option<Edit>>,
+    before_command: Mutex<Option<BeforeCommand>>,
     passed: Mutex<Passed>,
     streams: Mutex<Vec<TcpStream>>,
 }
@@ -113,6 +119,16 @@ impl Proxy {
     pub(crate) fn lead_to(&self, target_port: u16) {
         self.state.target.store(target_port, Ordering::SeqCst);
         self.cut();
+    }
+
+    /// Connections for SQL lead to another server from now on, as behind an address that several servers share.
+    pub(crate) fn lead_sql_to(&self, target_port: u16) {
+        self.state.sql_target.store(target_port, Ordering::SeqCst);
+    }
+
+    /// From now on `look` hears every command before the server does.
+    pub(crate) fn before_command(&self, look: impl FnMut(&str) + Send + 'static) {
+        *self.state.before_command.lock().unwrap() = Some(Box::new(look));
     }
 
     /// Holds everything back, in both directions, without ending a connection.
@@ -234,7 +250,7 @@ fn wal_message(start: u64, rest_of_header: &[u8], wal: &[u8]) -> Vec<u8> {
 
 fn accept(state: &Arc<State>, client: TcpStream) {
     let is_closed = state.closed.load(Ordering::SeqCst);
-    let server = TcpStream::connect(("127.0.0.1", state.target.load(Ordering::SeqCst)));
+    let server = TcpStream::connect(("127.0.0.1", target(state, &client)));
     let Some(server) = server.ok().filter(|_| !is_closed) else {
         state.connections.fetch_add(1, Ordering::Relaxed);
         return;
@@ -259,6 +275,21 @@ fn accept(state: &Arc<State>, client: TcpStream) {
         drop(client.shutdown(Shutdown::Both));
     });
 }
+
+/// Where this connection leads.
+fn target(state: &State, client: &TcpStream) -> u16 {
+    let (target, for_sql) = (state.target.load(Ordering::SeqCst), state.sql_target.load(Ordering::SeqCst));
+    let mut first = [0; 1024];
+    if for_sql == 0 {
+        return target;
+    }
+    let read = client.peek(&mut first).unwrap_or(0);
+    let is_replication = first[..read].windows(REPLICATION.len()).any(|part| part == REPLICATION);
+    if is_replication { target } else { for_sql }
+}
+
+/// In the startup packet of connections for replication.
+const REPLICATION: &[u8] = b"replication\0true\0";
 
 /// Server to client, message by message.
 fn pass_down(
@@ -335,6 +366,11 @@ fn pass_up(
         let mut body = vec![0; length.saturating_sub(4)];
         client.read_exact(&mut body)?;
         session.note(&mut state.passed.lock().unwrap(), head[0], &body);
+        if head[0] == b'Q'
+            && let Some(look) = state.before_command.lock().unwrap().as_mut()
+        {
+            look(&String::from_utf8_lossy(&body));
+        }
         wait_turn(state);
         server.write_all(&[&head[..], &body].concat())?;
     }

@@ -9,6 +9,7 @@ use super::world::{World, settings};
 use crate::store::error::{Condition, ReadError, StoreError};
 use crate::store::flush::Step;
 use crate::store::open::open;
+use crate::store::slot_limits::InvalidationReason;
 use crate::store::{Access, BlockId, Read, SlotKind, WalReader};
 use crate::wal::builder::WalBuilder;
 use crate::wal::{Lsn, LsnRange, SegmentName, SegmentNo, SystemId, TimelineId, WalFormat};
@@ -191,9 +192,8 @@ fn a_damaged_newest_segment_is_set_aside_with_all_that_follows_and_fetched_again
     assert!(world.disk.content(&path.with_added_extension("detached")).is_some(), "nothing is removed");
 }
 
-#[test]
-fn a_segment_that_somebody_took_away_leaves_one_piece_without_a_hole() {
-    // With a record that begins and ends in the newest complete segment: the proof begins there.
+/// A world with a record that begins and ends in the newest complete segment: a proof can begin there.
+fn anchored() -> World {
     let is_anchored = |world: &mut World| {
         let size = world.truth.wal.context().segment_size;
         let newest = SegmentNo(current(world) - 1);
@@ -202,8 +202,12 @@ fn a_segment_that_somebody_took_away_leaves_one_piece_without_a_hole() {
         };
         newest.0 >= 3 && world.truth.wal.records().iter().any(is_within)
     };
-    let mut world =
-        (0..).map(settled).find_map(|mut world| is_anchored(&mut world).then_some(world)).unwrap();
+    (0..).map(settled).find_map(|mut world| is_anchored(&mut world).then_some(world)).unwrap()
+}
+
+#[test]
+fn a_segment_that_somebody_took_away_leaves_one_piece_without_a_hole() {
+    let mut world = anchored();
     let (before, number) = (flushed(&mut world), current(&mut world));
     let size = world.truth.wal.context().segment_size;
     world.disk.remove(&complete(&world, number - 2));
@@ -216,6 +220,46 @@ fn a_segment_that_somebody_took_away_leaves_one_piece_without_a_hole() {
     assert!(!world.live().notes.is_empty());
     world.grow(1_000_000);
     world.settle().unwrap();
+}
+
+#[test]
+fn a_slot_whose_wal_somebody_took_away_is_lost() {
+    let mut world = anchored();
+    let number = current(&mut world);
+    world.disk.remove(&complete(&world, number - 2));
+    world.disk.remove(Path::new("/data/walrelay.segments"));
+    let told = world.crash(Crash::Kill).unwrap_err();
+    assert!(told.contains("replication slot \"all\" needs WAL from"), "{told}");
+    let shared = world.live().shared.clone();
+    let slot = shared.slots.get("all").unwrap();
+    assert_eq!((slot.restart_lsn, slot.invalidation), (None, Some(InvalidationReason::WalRemoved)));
+    world.grow(1_000_000);
+    world.settle().unwrap();
+    assert_eq!(shared.slots.oldest_needed(), None);
+    world.crash(Crash::PowerCut).unwrap();
+    assert_eq!(world.live().shared.slots.get("all").unwrap().invalidation, slot.invalidation);
+}
+
+#[test]
+fn a_slot_ahead_of_what_is_left_keeps_what_comes_next() {
+    let mut world = settled_within_a_segment();
+    let before = flushed(&mut world);
+    let path = {
+        let number = current(&mut world);
+        partial(&world, number)
+    };
+    world.live().shared.slots.create("ahead", SlotKind::Permanent, Some(before)).unwrap();
+    world.disk.tamper(&path, |content| content[50_000..50_512].fill(0x5A));
+    world.excuse_loss();
+    world.crash(Crash::PowerCut).unwrap();
+    let left = flushed(&mut world);
+    let place = |world: &mut World| world.live().shared.slots.get("ahead").unwrap().restart_lsn;
+    assert!(left < before);
+    assert_eq!(place(&mut world), Some(left));
+    world.settle().unwrap();
+    assert_eq!((flushed(&mut world), place(&mut world)), (before, Some(left)));
+    world.crash(Crash::PowerCut).unwrap();
+    assert_eq!(place(&mut world), Some(left), "it is saved");
 }
 
 #[test]

@@ -535,6 +535,9 @@ impl World {
         if claimed.is_some_and(|claimed| positions.flushed < claimed) {
             return Err(format!("{claimed:?} was acknowledged, {positions:?} is left"));
         }
+        if let Some(note) = live.notes.iter().find(|note| note.contains("the slot is lost")) {
+            return Err(note.clone());
+        }
         // What is reported from now on counts.
         self.seen.positions_changed(positions);
         for (name, known) in &mut self.slots {

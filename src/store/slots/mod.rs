@@ -9,6 +9,7 @@
 mod guard;
 mod invalidate;
 mod saved;
+mod settle;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};

@@ -113,6 +113,32 @@ fn retention_goes_by_what_a_crash_would_leave() {
     assert_eq!(table(dir.path()).get("a").unwrap().restart_lsn, Some(at(0x18_0000)));
 }
 
+#[test]
+fn slots_are_settled_within_what_is_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let slots = table(dir.path());
+    let held_back = Feedback { xmin: Some(FullXid(700)), catalog_xmin: None };
+    for (name, restart_lsn) in [("behind", 99), ("at", 100), ("ahead", 501)] {
+        slots.create(name, SlotKind::Permanent, Some(at(restart_lsn))).unwrap();
+        slots.acquire(name, 1, WhenInvalid::Use).unwrap().note_feedback(held_back, None);
+    }
+    slots.save_now().unwrap();
+
+    let slots = table(dir.path());
+    let notes = slots.settle(at(100), at(500));
+    let told = "replication slot \"behind\" needs WAL from 0/63 on, and what is held begins at 0/64: the slot is lost";
+    assert_eq!(notes, [told]);
+    let seen = |name| slots.get(name).map(|slot| (slot.restart_lsn, slot.invalidation)).unwrap();
+    assert_eq!(seen("behind"), (None, Some(InvalidationReason::WalRemoved)));
+    assert_eq!(seen("at"), (Some(at(100)), None));
+    assert_eq!(seen("ahead"), (Some(at(500)), None), "it may need what comes next");
+    assert_eq!(slots.get("behind").unwrap().feedback, Feedback::default());
+    assert_eq!(slots.oldest_needed(), Some(at(99)), "the file says that it needs WAL");
+    slots.save_now().unwrap();
+    assert_eq!(slots.oldest_needed(), Some(at(100)));
+    assert!(table(dir.path()).settle(at(100), at(500)).is_empty(), "it was told");
+}
+
 fn given(
     name: &'static str,
     reason: InvalidationReason,
