@@ -129,6 +129,20 @@ pub(crate) struct Relay {
     _directory: tempfile::TempDir,
 }
 
+fn store_settings(directory: &Path, tail_bytes_max: u64) -> StoreSettings {
+    StoreSettings {
+        data_dir: directory.to_path_buf(),
+        wal_keep_size: 1 << 30,
+        tail_bytes_max,
+        unwritten_bytes_max: 16 << 20,
+        spare_segments: 1,
+        reserve_segments: 1,
+        max_replication_slots: 4,
+        scrub_interval: None,
+        limits: RetentionLimits::default(),
+    }
+}
+
 impl Relay {
     pub(crate) async fn start() -> Self {
         Self::start_with(Options::default()).await
@@ -147,17 +161,7 @@ impl Relay {
         let directory = tempfile::tempdir().unwrap();
         let (sender, receiver) = watch::channel(None);
         let sender = Arc::new(sender);
-        let settings = StoreSettings {
-            data_dir: directory.path().to_path_buf(),
-            wal_keep_size: 1 << 30,
-            tail_bytes_max: options.tail_bytes_max,
-            unwritten_bytes_max: 16 << 20,
-            spare_segments: 1,
-            reserve_segments: 1,
-            max_replication_slots: 4,
-            scrub_interval: None,
-            limits: RetentionLimits::default(),
-        };
+        let settings = store_settings(directory.path(), options.tail_bytes_max);
         let observer = Arc::new(Watcher(watch::Sender::clone(&sender)));
         let (store, mut writer) = store::open(settings, options.disk, observer).unwrap();
         let small = WalBuilder::small();

@@ -8,8 +8,8 @@ use std::time::Instant;
 use crate::downstream::blocking::run_blocking;
 use crate::downstream::connection::Stream;
 use crate::downstream::link::bulk::{BulkKey, EncodedWal};
-use crate::downstream::link::sending::Next;
-use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now, timestamp};
+use crate::downstream::link::sending::{Next, SentWal};
+use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now};
 use crate::metrics::Carried;
 use crate::protocol::link::FrameKind;
 use crate::session::link::{Waiting, bulk_end};
@@ -49,13 +49,14 @@ impl<S: Stream> WalSender<'_, S> {
         if let Some(link) = &mut self.link {
             let bytes = usize::try_from(wal_bytes).unwrap_or(usize::MAX);
             let encoding = crate::protocol::link::Encoding::Plain;
-            link.note_sent(Carried::Plain, encoding, wal_bytes, bytes, now());
+            let sent = SentWal { carried: Carried::Plain, encoding, wal_bytes, payload_bytes: bytes };
+            link.note_sent(sent, now());
         }
     }
 
     fn put_frame(&mut self, kind: FrameKind, range: LsnRange, frame: &EncodedWal, now: Instant) {
         let (Some(link), Some(wanted)) = (&mut self.link, self.sender.sendable()) else { return };
-        let head = link.put_frame(kind, range, frame, wanted.end(), timestamp());
+        let head = link.put_frame(kind, range, frame, wanted.end());
         let EncodedWal { encoding, payload, .. } = frame;
         if payload.len() <= COPIED_BYTES_MAX {
             self.connection.outgoing.encode(|out| {
@@ -69,7 +70,8 @@ impl<S: Stream> WalSender<'_, S> {
             FrameKind::Standalone => Carried::Bulk,
             FrameKind::Stream { .. } => Carried::Stream,
         };
-        link.note_sent(carried, *encoding, range.bytes(), payload.len(), now);
+        let (wal_bytes, payload_bytes) = (range.bytes(), payload.len());
+        link.note_sent(SentWal { carried, encoding: *encoding, wal_bytes, payload_bytes }, now);
         self.context.metrics.sent_bytes.increment(range.bytes());
         self.sender.handle_sent(range.end());
     }

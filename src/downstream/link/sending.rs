@@ -12,6 +12,7 @@ use crate::config::SendPolicy;
 use crate::downstream::link::bulk::{BulkKey, EncodedWal};
 use crate::downstream::link::tail::Following;
 use crate::downstream::link::{AcceptedLink, Links, TailKey};
+use crate::downstream::walsender::timestamp;
 use crate::metrics::{Carried, LinkTraffic};
 use crate::protocol::link::frame::FRAME_BYTES;
 use crate::protocol::link::{Encoding, FrameHeader, FrameKind, Hello, Seed};
@@ -20,7 +21,7 @@ use crate::session::link::{
     Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
 };
 use crate::session::sender::TimelineState;
-use crate::wal::{HistoryHash, Lsn, LsnRange, PgTimestamp, SystemId, TimelineId};
+use crate::wal::{HistoryHash, Lsn, LsnRange, SystemId, TimelineId};
 
 /// The sending side of one stream over a link.
 pub(in crate::downstream) struct LinkSender {
@@ -60,6 +61,17 @@ pub(super) enum Next {
     Plain,
     /// Nothing now.
     Wait,
+}
+
+/// A message of WAL, in whichever form.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SentWal {
+    pub(super) carried: Carried,
+    pub(super) encoding: Encoding,
+    /// WAL in it.
+    pub(super) wal_bytes: u64,
+    /// What it is on the wire, without the message's head.
+    pub(super) payload_bytes: usize,
 }
 
 impl LinkSender {
@@ -151,9 +163,8 @@ impl LinkSender {
         range: LsnRange,
         frame: &EncodedWal,
         wal_end: Lsn,
-        sent_at: PgTimestamp,
     ) -> [u8; FRAME_BYTES] {
-        let (timeline, wal_end) = (self.hello.timeline, Some(wal_end));
+        let (timeline, wal_end, sent_at) = (self.hello.timeline, Some(wal_end), timestamp());
         let header = FrameHeader { kind, encoding: frame.encoding, timeline, range, wal_end, sent_at };
         if kind == FrameKind::Standalone {
             self.shrinkage.note(range.bytes(), frame.payload.len() as u64);
@@ -162,14 +173,8 @@ impl LinkSender {
     }
 
     /// A message was given to the connection.
-    pub(super) fn note_sent(
-        &mut self,
-        carried: Carried,
-        encoding: Encoding,
-        wal_bytes: u64,
-        payload_bytes: usize,
-        now: Instant,
-    ) {
+    pub(super) fn note_sent(&mut self, sent: SentWal, now: Instant) {
+        let SentWal { carried, encoding, wal_bytes, payload_bytes } = sent;
         let head = if carried == Carried::Plain { WAL_DATA_FRAME_BYTES } else { FRAME_BYTES };
         let wire_bytes = (head + payload_bytes) as u64;
         self.links.metrics.sent.note(carried, wal_bytes, wire_bytes);

@@ -346,7 +346,7 @@ impl World {
             }
         }
         // By what is at hand: one more random choice would change every life that is known by its seed.
-        let access = if self.blocks % 2 == 0 { Access::Mapped } else { Access::Copied };
+        let access = if self.blocks.is_multiple_of(2) { Access::Mapped } else { Access::Copied };
         self.live = Some(Live {
             wal_writer,
             writer: Writer::new(shared.clone()),
