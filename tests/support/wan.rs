@@ -239,12 +239,12 @@ fn lay(from: &File, to: &File, cable: &Arc<Cable>, carried: &Arc<AtomicU64>, see
             }
             let rate = taking.rate_bits.load(Relaxed);
             is_free_at = is_free_at.max(now);
-            if rate > 0 {
+            if let Some(nanoseconds) = (length as u64 * 8 * 1_000_000_000).checked_div(rate) {
                 // What waits for the wire longer than a router would keep it is lost.
                 if is_free_at.duration_since(now) > Duration::from_millis(250) {
                     continue;
                 }
-                is_free_at += Duration::from_nanos(length as u64 * 8 * 1_000_000_000 / rate);
+                is_free_at += Duration::from_nanos(nanoseconds);
             }
             if taking.to_flip.load(Relaxed) > 0 && flip(&mut bytes) {
                 taking.to_flip.fetch_sub(1, Relaxed);
