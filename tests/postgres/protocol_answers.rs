@@ -422,6 +422,9 @@ fn wrong_messages_inside_a_stream_are_answered_as_by_the_primary() {
 fn a_status_beyond_what_was_sent_moves_nothing_there() {
     let Some(installation) = Installation::any() else { return };
     let (primary, relay) = pair(&installation);
+    // However little there is at first.
+    write_wal(&primary, MB / 8);
+    relay.wait_flushed(primary.flushed());
     let mut client = RawClient::replication(relay.port).unwrap();
     client.rows("CREATE_REPLICATION_SLOT liar PHYSICAL RESERVE_WAL").unwrap();
     client.start_replication(Some("liar"), relay.oldest(), 1).unwrap();
@@ -455,6 +458,9 @@ fn a_wrong_password_gets_postgresqls_words_and_a_right_one_wal() {
     std::fs::write(users.path(), format!("replicator = {verifier:?}\n{own}")).unwrap();
     relay.set("downstream.users", &format!("{:?}", users.path().to_str().unwrap()));
     relay.start();
+    // However little there is at first.
+    write_wal(&primary, MB / 8);
+    relay.wait_flushed(primary.flushed());
     for (user, password, accepted) in [
         ("replicator", "right", true),
         ("replicator", "wrong", false),

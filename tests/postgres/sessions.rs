@@ -16,6 +16,9 @@ fn a_slot_passes_from_session_to_session_a_hundred_times() {
     let Some(installation) = Installation::any() else { return };
     let primary = Settings::new().segment_size_mb(1).start(&installation);
     let relay = Relay::streaming_from("relay", primary.port);
+    // However little there is at first.
+    write_wal(&primary, MB / 8);
+    relay.wait_flushed(primary.flushed());
     let mut client = RawClient::replication(relay.port).unwrap();
     client.rows("CREATE_REPLICATION_SLOT relayed PHYSICAL RESERVE_WAL").unwrap();
     let from = relay.oldest();
