@@ -30,6 +30,7 @@ mod killed_primary;
 mod killed_switch;
 mod live_switch;
 mod logins;
+mod lost_wal;
 mod operations;
 mod patroni;
 mod powercut;
