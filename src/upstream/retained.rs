@@ -1,7 +1,7 @@
 //! What our slot makes the upstream keep.
 //!
-//! Owns the one figure by which an operator sees that the relay fills the primary's disk. As far as the upstream has told:
-//! while there is no stream it grows unseen.
+//! Owns the one figure by which an operator sees that the relay fills the primary's disk. As far as the upstream has told: while
+//! there is no stream it grows unseen, but for the looks of `slot_cost`.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

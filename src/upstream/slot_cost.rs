@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use crate::metrics::bytes_value;
 use crate::store::Store;
 use crate::upstream::{Upstream, UpstreamError, UpstreamSettings, connect, slot};
 
@@ -59,10 +60,11 @@ impl Upstream {
                 (looked.unwrap_or(Err(UpstreamError::OpeningTimeout)), server)
             });
         }
+        let mut most = None;
         while let Some(looked) = looks.join_next().await {
             match looked {
-                Ok((Ok(Some(retained_bytes)), host)) => {
-                    self.metrics.slot_retained.set(0.0);
+                Ok((Ok(Some(Kept::TooMuch(retained_bytes))), host)) => {
+                    most = most.max(Some(0));
                     tracing::error!(
                         slot = name,
                         host,
@@ -71,6 +73,7 @@ impl Upstream {
                         "WAL is not taken here, and the slot made the upstream keep too much: it was dropped"
                     );
                 }
+                Ok((Ok(Some(Kept::Allowed(retained_bytes))), _)) => most = most.max(Some(retained_bytes)),
                 Ok((Ok(None), _)) => {}
                 Ok((Err(error), host)) if !watch.told => {
                     watch.told = true;
@@ -80,6 +83,9 @@ impl Upstream {
                 Err(error) => tracing::error!(%error, "the look at the upstream's slot failed"),
             }
         }
+        if let Some(most) = most {
+            self.metrics.slot_retained.set(bytes_value(most));
+        }
     }
 
     /// On each of them a slot of ours may keep WAL.
@@ -88,22 +94,31 @@ impl Upstream {
     }
 }
 
-/// How much it kept, if it was dropped.
+/// What a slot made a server keep, in bytes.
+enum Kept {
+    Allowed(u64),
+    /// It was dropped.
+    TooMuch(u64),
+}
+
+/// What the slot keeps at this server; `None`: nothing, or the server does not tell.
 async fn drop_costly_slot(
     settings: &UpstreamSettings,
     store: &Store,
     server: &str,
     keep_max: u64,
-) -> Result<Option<u64>, UpstreamError> {
+) -> Result<Option<Kept>, UpstreamError> {
     let mut connected = connect::connect_to(settings, store, server).await?;
     let kept_from = slot::look_at_slot(&mut connected, settings).await?;
-    let retained = kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from));
-    let costly = retained.filter(|retained| *retained > keep_max);
-    if costly.is_some() {
-        slot::drop_slot(&mut connected, settings).await?;
-    }
+    let kept = match kept_from.map(|kept_from| connected.system.flushed.bytes_since(kept_from)) {
+        Some(retained) if retained > keep_max => {
+            slot::drop_slot(&mut connected, settings).await?;
+            Some(Kept::TooMuch(retained))
+        }
+        kept => kept.map(Kept::Allowed),
+    };
     connected.dialog.terminate().await;
-    Ok(costly)
+    Ok(kept)
 }
 
 /// The slot is looked at so often: the first time at once.
