@@ -68,10 +68,12 @@ struct Encoded {
 
 fn message(kind: FrameKind, range: LsnRange, encoded: &Encoded) -> Bytes {
     let (timeline, sent_at) = (TimelineId::FIRST, PgTimestamp(5));
+    // As a link does: what goes on with a stream is short.
+    let before = (kind != FrameKind::Standalone).then_some(sent_at);
     let wal_end = Some(range.end());
     let header = FrameHeader { kind, encoding: encoded.encoding, timeline, range, wal_end, sent_at };
-    let head = header.encode(&seed(), &encoded.checksum, encoded.payload.len());
-    [&head[FRAME_HEADER_BYTES..], &encoded.payload].concat().into()
+    let head = header.encode(&seed(), encoded.checksum, encoded.payload.len(), before);
+    [&head.as_ref()[FRAME_HEADER_BYTES..], &encoded.payload].concat().into()
 }
 
 fn receive(inbound: &mut Inbound, body: Bytes) -> Result<Vec<u8>, LinkError> {

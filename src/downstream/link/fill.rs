@@ -11,7 +11,8 @@ use crate::downstream::link::bulk::{BulkKey, EncodedWal};
 use crate::downstream::link::sending::Next;
 use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now, timestamp};
 use crate::metrics::Carried;
-use crate::protocol::link::FrameKind;
+use crate::protocol::link::{Encoding, FrameKind};
+use crate::protocol::replication::WAL_DATA_FRAME_BYTES;
 use crate::session::link::{Waiting, bulk_end};
 use crate::session::sender::TimelineState;
 use crate::store::{Read, ReadError};
@@ -47,9 +48,8 @@ impl<S: Stream> WalSender<'_, S> {
     /// A plain message was moved to the connection.
     pub(in crate::downstream) fn note_plain(&mut self, wal_bytes: u64) {
         if let Some(link) = &mut self.link {
-            let bytes = usize::try_from(wal_bytes).unwrap_or(usize::MAX);
-            let encoding = crate::protocol::link::Encoding::Plain;
-            link.note_sent(Carried::Plain, encoding, wal_bytes, bytes, now());
+            let wire_bytes = wal_bytes + WAL_DATA_FRAME_BYTES as u64;
+            link.note_sent(Carried::Plain, Encoding::Plain, wal_bytes, wire_bytes, now());
         }
     }
 
@@ -59,17 +59,18 @@ impl<S: Stream> WalSender<'_, S> {
         let EncodedWal { encoding, payload, .. } = frame;
         if payload.len() <= COPIED_BYTES_MAX {
             self.connection.outgoing.encode(|out| {
-                out.extend_from_slice(&head);
+                out.extend_from_slice(head.as_ref());
                 out.extend_from_slice(payload);
             });
         } else {
-            self.connection.outgoing.push_wal(&head, vec![payload.clone()]);
+            self.connection.outgoing.push_wal(head.as_ref(), vec![payload.clone()]);
         }
         let carried = match kind {
             FrameKind::Standalone => Carried::Bulk,
             FrameKind::Stream { .. } => Carried::Stream,
         };
-        link.note_sent(carried, *encoding, range.bytes(), payload.len(), now);
+        let wire_bytes = (head.as_ref().len() + payload.len()) as u64;
+        link.note_sent(carried, *encoding, range.bytes(), wire_bytes, now);
         self.context.metrics.sent_bytes.increment(range.bytes());
         self.sender.handle_sent(range.end());
     }

@@ -13,9 +13,7 @@ use crate::downstream::link::bulk::{BulkKey, EncodedWal};
 use crate::downstream::link::tail::Following;
 use crate::downstream::link::{AcceptedLink, Links, TailKey};
 use crate::metrics::{Carried, LinkTraffic};
-use crate::protocol::link::frame::FRAME_BYTES;
-use crate::protocol::link::{Encoding, FrameHeader, FrameKind, Hello, Seed};
-use crate::protocol::replication::WAL_DATA_FRAME_BYTES;
+use crate::protocol::link::{Encoding, FrameHead, FrameHeader, FrameKind, Hello, Seed};
 use crate::session::link::{
     Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
 };
@@ -34,6 +32,8 @@ pub(in crate::downstream) struct LinkSender {
     own_rate: Bucket,
     shrinkage: Shrinkage,
     following: Option<Following>,
+    /// When the frame that was put last says it was sent.
+    last_frame_at: Option<PgTimestamp>,
     meter: LoadMeter,
     traffic: Arc<LinkTraffic>,
 }
@@ -81,6 +81,7 @@ impl LinkSender {
             own_rate: Bucket::new(links.rates().link_rate_max, now),
             shrinkage: Shrinkage::default(),
             following: None,
+            last_frame_at: None,
             meter: LoadMeter::new(now),
             traffic,
             links: Arc::clone(links),
@@ -152,13 +153,15 @@ impl LinkSender {
         frame: &EncodedWal,
         wal_end: Lsn,
         sent_at: PgTimestamp,
-    ) -> [u8; FRAME_BYTES] {
+    ) -> FrameHead {
         let (timeline, wal_end) = (self.hello.timeline, Some(wal_end));
         let header = FrameHeader { kind, encoding: frame.encoding, timeline, range, wal_end, sent_at };
         if kind == FrameKind::Standalone {
             self.shrinkage.note(range.bytes(), frame.payload.len() as u64);
         }
-        header.encode(&self.seed, &frame.checksum, frame.payload.len())
+        let before = self.last_frame_at.filter(|_| kind != FrameKind::Standalone);
+        self.last_frame_at = Some(sent_at);
+        header.encode(&self.seed, frame.checksum, frame.payload.len(), before)
     }
 
     /// A message was given to the connection.
@@ -167,11 +170,9 @@ impl LinkSender {
         carried: Carried,
         encoding: Encoding,
         wal_bytes: u64,
-        payload_bytes: usize,
+        wire_bytes: u64,
         now: Instant,
     ) {
-        let head = if carried == Carried::Plain { WAL_DATA_FRAME_BYTES } else { FRAME_BYTES };
-        let wire_bytes = (head + payload_bytes) as u64;
         self.links.metrics.sent.note(carried, wal_bytes, wire_bytes);
         self.traffic.note(encoding, wal_bytes, wire_bytes, now);
         self.links.spend(&mut self.own_rate, wire_bytes, now);
