@@ -113,13 +113,13 @@ impl<S: Stream> WalSender<'_, S> {
     /// Sends a standalone frame that is there, else lets it be made; and those that come next, meanwhile.
     fn send_bulk(&mut self, run: &mut Run, key: BulkKey, limit: Lsn, now: Instant) -> Moved {
         let Some(link) = &mut self.link else { return Moved::Nothing };
-        let (links, store) = (link.links.clone(), self.context.store.clone());
+        let (links, reader) = (link.links.clone(), link.reader(&self.context.store));
         let ready = links.bulk.ready(&key, now);
         if run.ahead.is_none() {
-            let (links, store, keys) = (links.clone(), store.clone(), keys_after(key, limit));
+            let (links, reader, keys) = (links.clone(), reader.clone(), keys_after(key, limit));
             run.ahead = Some(Box::pin(async move {
                 for key in keys {
-                    links.bulk.made(key, store.clone(), now).await?;
+                    links.bulk.made(key, reader.clone(), now).await?;
                 }
                 Ok(Done::Loaded)
             }));
@@ -132,7 +132,7 @@ impl<S: Stream> WalSender<'_, S> {
             None => {
                 run.is_compressing = true;
                 run.background = Some(Box::pin(async move {
-                    match links.bulk.made(key, store, now).await {
+                    match links.bulk.made(key, reader, now).await {
                         // Where the timeline was left is known in a moment.
                         Ok(()) | Err(StreamError::Read(ReadError::TimelineLeft(_))) => Ok(Done::Loaded),
                         Err(error) => Err(error),

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
+use parking_lot::Mutex;
 
 use crate::config::SendPolicy;
-use crate::downstream::link::bulk::{BulkKey, EncodedWal};
+use crate::downstream::link::bulk::{BulkKey, BulkReader, EncodedWal};
 use crate::downstream::link::tail::Following;
 use crate::downstream::link::{AcceptedLink, Links, TailKey};
 use crate::metrics::{Carried, LinkTraffic};
@@ -18,6 +19,7 @@ use crate::session::link::{
     Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
 };
 use crate::session::sender::TimelineState;
+use crate::store::Store;
 use crate::wal::{HistoryHash, Lsn, LsnRange, PgTimestamp, SystemId, TimelineId};
 
 /// The sending side of one stream over a link.
@@ -32,6 +34,8 @@ pub(in crate::downstream) struct LinkSender {
     own_rate: Bucket,
     shrinkage: Shrinkage,
     following: Option<Following>,
+    /// While it catches up.
+    reader: Option<BulkReader>,
     /// When the frame that was put last says it was sent.
     last_frame_at: Option<PgTimestamp>,
     meter: LoadMeter,
@@ -81,6 +85,7 @@ impl LinkSender {
             own_rate: Bucket::new(links.rates().link_rate_max, now),
             shrinkage: Shrinkage::default(),
             following: None,
+            reader: None,
             last_frame_at: None,
             meter: LoadMeter::new(now),
             traffic,
@@ -108,6 +113,7 @@ impl LinkSender {
     pub(super) fn next(&mut self, wanted: LsnRange, timeline: TimelineState, now: Instant) -> Next {
         let Rung::Compressed(compression) = self.ladder.rung() else { return Next::Plain };
         let (sent, limit) = (wanted.start(), wanted.end());
+        let reader = self.reader.take();
         let until = match timeline {
             TimelineState::Historic { .. } => {
                 self.following = None;
@@ -128,7 +134,10 @@ impl LinkSender {
             }
         };
         match self.bulk_key(sent, until) {
-            Some(key) if self.shrinkage.is_worth_while() => Next::Bulk(key),
+            Some(key) if self.shrinkage.is_worth_while() => {
+                self.reader = reader;
+                Next::Bulk(key)
+            }
             Some(_) => Next::Plain,
             None => Next::Wait,
         }
@@ -139,6 +148,12 @@ impl LinkSender {
         let Rung::Compressed(compression) = self.ladder.rung() else { return None };
         let range = LsnRange::new(start, bulk_end(start, until)?)?;
         Some(BulkKey { timeline: self.hello.timeline, range, compression })
+    }
+
+    /// What its standalone frames are read by, until it sends something else.
+    pub(super) fn reader(&mut self, store: &Store) -> BulkReader {
+        let timeline = self.hello.timeline;
+        Arc::clone(self.reader.get_or_insert_with(|| Arc::new(Mutex::new(store.reader(timeline)))))
     }
 
     pub(super) fn following(&mut self) -> Option<&mut Following> {
