@@ -32,7 +32,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use walrelay::protocol::link::Compression;
-use walrelay::wal::{SegmentNo, SegmentSize};
+use walrelay::wal::{Lsn, SegmentNo, SegmentSize};
 
 use lab::Lab;
 use measure::{Cost, Way};
@@ -109,26 +109,39 @@ fn produced(is_quick: bool) -> Result<(Vec<Sample>, Option<Lab>)> {
     let folder = env::var_os("WALRELAY_BENCH_DIR").map_or_else(env::temp_dir, PathBuf::from);
     let relay = env::var_os("WALRELAY_BENCH_RELAY")
         .map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_walrelay")), PathBuf::from);
-    let lab = Lab::create(&folder, if is_quick { WAL_BYTES / 2 } else { WAL_BYTES }, &relay)?;
-    let size = SegmentSize::DEFAULT;
-    let (first, last) =
-        (SegmentNo::holding(lab.range.start(), size), SegmentNo::ending_at(lab.range.end(), size));
-    let segments = SAMPLE_BYTES as u64 / size.bytes();
-    let read = |name: &str, from: u64| {
-        let mut wal = Vec::new();
-        for number in from..from + segments {
-            let file = format!("00000001{:08X}{:08X}", number >> 8, number & 0xFF);
-            wal.extend(fs::read(lab.primary.data_folder().join("pg_wal").join(&file)).context(file)?);
-        }
-        Ok::<_, anyhow::Error>(Sample { name: name.to_owned(), wal })
-    };
-    // The last one is a part of a segment, and the one before it index builds.
+    let mut lab = Lab::create(&folder, if is_quick { WAL_BYTES / 2 } else { WAL_BYTES }, &relay)?;
+    let begin = lab.range.start();
+    lab.session.rows("CHECKPOINT")?;
+    let seconds = if is_quick { "4" } else { "20" };
+    let tpcb = ["--client", "4", "--time", seconds, "--no-vacuum"];
+    let after_checkpoint = lab.position()?;
+    lab.run_pgbench(&tpcb)?;
+    let later = lab.position()?;
+    lab.run_pgbench(&tpcb)?;
+    lab.session.rows("SELECT pg_switch_wal()")?;
+    let end = lab.flushed_position()?;
     let samples = vec![
-        read("tables", first.0 + 1)?,
-        read("indexes", last.0.saturating_sub(segments + 1))?,
-        read("tpcb", (first.0 + last.0) / 2)?,
+        read(&lab, "tables", begin, after_checkpoint)?,
+        read(&lab, "tpcb, full pages", after_checkpoint, later)?,
+        read(&lab, "tpcb, later", later, end)?,
     ];
     Ok((samples, Some(lab)))
+}
+
+/// WAL of the primary from `start` on, as much as a sample has.
+fn read(lab: &Lab, name: &str, start: Lsn, end: Lsn) -> Result<Sample> {
+    let size = SegmentSize::DEFAULT;
+    let wanted = usize::try_from(end.bytes_since(start))?.min(SAMPLE_BYTES);
+    let (mut wal, mut number) = (Vec::new(), SegmentNo::holding(start, size));
+    let mut skipped = usize::try_from(size.offset_of(start))?;
+    while wal.len() < wanted {
+        let file = format!("00000001{:08X}{:08X}", number.0 >> 8, number.0 & 0xFF);
+        let segment = fs::read(lab.primary.data_folder().join("pg_wal").join(&file)).context(file)?;
+        wal.extend_from_slice(segment.get(skipped..).unwrap_or_default());
+        (number, skipped) = (number.next(), 0);
+    }
+    wal.truncate(wanted);
+    Ok(Sample { name: name.to_owned(), wal })
 }
 
 fn codecs() -> Vec<Compression> {

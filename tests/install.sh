@@ -47,7 +47,8 @@ apt_mirror() {
 
 install_tools() {
   local packages=() tool
-  for tool in patchelf:patchelf gcc:gcc strace:strace mkfs.ext4:e2fsprogs losetup:mount setpriv:util-linux; do
+  for tool in patchelf:patchelf gcc:gcc strace:strace mkfs.ext4:e2fsprogs losetup:mount setpriv:util-linux \
+    openssl:openssl ip:iproute2; do
     command -v "${tool%%:*}" >/dev/null || [ -x "/usr/sbin/${tool%%:*}" ] || packages+=("${tool##*:}")
   done
   [ -e /usr/include/stdio.h ] || packages+=(libc6-dev)

@@ -69,10 +69,12 @@ struct Encoded {
 
 fn message(kind: FrameKind, range: LsnRange, encoded: &Encoded) -> Bytes {
     let (timeline, sent_at) = (TimelineId::FIRST, PgTimestamp(5));
+    // As a link does: what goes on with a stream is short.
+    let before = (kind != FrameKind::Standalone).then_some(sent_at);
     let wal_end = Some(range.end());
     let header = FrameHeader { kind, encoding: encoded.encoding, timeline, range, wal_end, sent_at };
-    let head = header.encode(&seed(), &encoded.checksum, encoded.payload.len());
-    [&head[FRAME_HEADER_BYTES..], &encoded.payload].concat().into()
+    let head = header.encode(&seed(), encoded.checksum, encoded.payload.len(), before);
+    [&head.as_ref()[FRAME_HEADER_BYTES..], &encoded.payload].concat().into()
 }
 
 fn receive(inbound: &mut Inbound, body: Bytes) -> Result<Vec<u8>, LinkError> {
@@ -294,10 +296,20 @@ fn the_corpus_means_what_its_names_say() {
         }
         Ok(frames)
     };
-    for (name, frames) in [("standalone_frames", 3), ("a_stream_of_frames", 4), ("greeted_by_itself", 1)] {
+    for (name, frames) in [
+        ("standalone_frames", 3),
+        ("a_stream_of_frames", 4),
+        ("a_stream_of_short_frames", 3),
+        ("greeted_by_itself", 1),
+    ] {
         assert_eq!(outcome(name), Ok(frames), "{name}");
     }
     for (name, said) in [
+        ("short_frame_at_first", "goes on with a stream that did not come before"),
+        ("short_frame_behind_one_that_stands_alone", "goes on with a stream that did not come before"),
+        ("short_frame_of_another_place", "frame of WAL at 0/9 has a wrong checksum"),
+        ("short_frame_repeated", "frame of WAL at 0/11 has a wrong checksum"),
+        ("short_frame_cut", "ends before its field"),
         ("no_hello", "before the link's hello"),
         ("second_hello", "came twice"),
         ("hello_of_another_cluster", "system identifier 2"),

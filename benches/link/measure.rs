@@ -2,16 +2,13 @@
 //!
 //! Owns the clock: time on the wall and on the CPU. What comes back must be what went in.
 
-use std::{
-    fs,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use rustix::time::{ClockId, clock_gettime};
 use walrelay::{
     protocol::link::{
-        BulkEncoder, Compression, Decoder, Encoding, FrameHeader, FrameKind, Seed, StreamEncoder,
-        WalChecksum, frame::FRAME_BYTES,
+        BulkEncoder, Compression, Decoder, Encoding, FrameHeader, FrameKind, Seed, StreamEncoder, WalChecksum,
     },
     session::link::{Place, Ring, Step, ring::Follower},
     wal::{Lsn, LsnRange, PgTimestamp, SystemId, TimelineId},
@@ -74,23 +71,25 @@ struct Frame {
     kind: FrameKind,
     range: LsnRange,
     encoding: Encoding,
+    /// Bytes before its payload on the wire.
+    head: usize,
     payload: Vec<u8>,
 }
 
 /// Sends WAL in pieces of `flush` bytes to so many links, and reads what the first of them got.
 pub(crate) fn run(wal: &[u8], codec: Compression, way: Way, flush: usize, links: usize) -> Result<Cost> {
     let (mut cost, mut frames) = (Cost { wal: wal.len(), ..Cost::default() }, Vec::new());
-    let began = Clock::now()?;
+    let began = Clock::now();
     match way {
         Way::Alone => alone(wal, codec, flush, &mut frames)?,
         Way::Own => own(wal, codec, flush, &mut frames)?,
         Way::Shared => shared(wal, codec, flush, links, &mut frames)?,
     }
-    cost.out = began.spent()?;
-    cost.wire = frames.iter().map(|frame| FRAME_BYTES + frame.payload.len()).sum();
+    cost.out = began.spent();
+    cost.wire = frames.iter().map(|frame| frame.head + frame.payload.len()).sum();
     let mut decoder = Decoder::new();
     let mut space = vec![0; 1 << 20];
-    let began = Clock::now()?;
+    let began = Clock::now();
     let (mut at, mut same) = (0, true);
     for frame in &frames {
         let len = usize::try_from(frame.range.bytes())?;
@@ -105,30 +104,32 @@ pub(crate) fn run(wal: &[u8], codec: Compression, way: Way, flush: usize, links:
         same &= wal.get(at..at + len) == Some(space);
         at += len;
     }
-    cost.into = began.spent()?;
+    cost.into = began.spent();
     ensure!(same && at == wal.len(), "other WAL comes out than went in");
     Ok(cost)
 }
 
 fn alone(wal: &[u8], codec: Compression, flush: usize, frames: &mut Vec<Frame>) -> Result<()> {
-    let (mut encoder, mut out) = (BulkEncoder::new(codec)?, Vec::new());
+    let (mut encoder, mut out, seed) = (BulkEncoder::new(codec)?, Vec::new(), seed());
     for (number, piece) in wal.chunks(flush).enumerate() {
         let encoding = encoder.encode(piece, &mut out)?;
         let range = place(number * flush, piece.len())?;
-        put_together(FrameKind::Standalone, range, encoding, &WalChecksum::of([piece]), out.len());
-        frames.push(Frame { kind: FrameKind::Standalone, range, encoding, payload: out.clone() });
+        let kind = FrameKind::Standalone;
+        let head = put_together(kind, range, (encoding, WalChecksum::of([piece])), out.len(), &seed);
+        frames.push(Frame { kind, range, encoding, head, payload: out.clone() });
     }
     Ok(())
 }
 
 fn own(wal: &[u8], codec: Compression, flush: usize, frames: &mut Vec<Frame>) -> Result<()> {
     let (mut encoder, mut out, mut sequence) = (StreamEncoder::new(codec)?, Vec::new(), 0);
+    let seed = seed();
     for (number, piece) in wal.chunks(flush).enumerate() {
         let encoding = encoder.encode([piece], &mut out)?;
         let (kind, range) = (FrameKind::Stream { epoch: 1, sequence }, place(number * flush, piece.len())?);
         sequence += 1;
-        put_together(kind, range, encoding, &WalChecksum::of([piece]), out.len());
-        frames.push(Frame { kind, range, encoding, payload: out.clone() });
+        let head = put_together(kind, range, (encoding, WalChecksum::of([piece])), out.len(), &seed);
+        frames.push(Frame { kind, range, encoding, head, payload: out.clone() });
     }
     Ok(())
 }
@@ -139,7 +140,7 @@ fn shared(wal: &[u8], codec: Compression, flush: usize, links: usize, frames: &m
     let start = place(0, 1)?.start();
     let (mut ring, mut encoder) = (Ring::<Made>::new(start), StreamEncoder::new(codec)?);
     let mut at: Vec<(Option<Place>, Lsn)> = vec![(None, start); links];
-    let (mut out, mut epochs, now) = (Vec::new(), 0, Instant::now());
+    let (mut out, mut epochs, now, seed) = (Vec::new(), 0, Instant::now(), seed());
     for (number, piece) in wal.chunks(flush).enumerate() {
         let limit = place(number * flush, piece.len())?.end();
         for (link, (follows, sent)) in at.iter_mut().enumerate() {
@@ -163,9 +164,9 @@ fn shared(wal: &[u8], codec: Compression, flush: usize, links: usize, frames: &m
                     }
                     Step::Frame { epoch, sequence, range, frame: (encoding, checksum, payload), place } => {
                         let kind = FrameKind::Stream { epoch, sequence };
-                        put_together(kind, range, encoding, &checksum, payload.len());
+                        let head = put_together(kind, range, (encoding, checksum), payload.len(), &seed);
                         if link == 0 {
-                            frames.push(Frame { kind, range, encoding, payload: payload.to_vec() });
+                            frames.push(Frame { kind, range, encoding, head, payload: payload.to_vec() });
                         }
                         (*follows, *sent) = (Some(place), range.end());
                     }
@@ -177,18 +178,23 @@ fn shared(wal: &[u8], codec: Compression, flush: usize, links: usize, frames: &m
     Ok(())
 }
 
-/// What each link does for each frame.
+fn seed() -> Seed {
+    Seed::new(SystemId(1), None)
+}
+
+/// What each link does for each frame; how many bytes go before the payload.
 fn put_together(
     kind: FrameKind,
     range: LsnRange,
-    encoding: Encoding,
-    checksum: &WalChecksum,
+    frame: (Encoding, WalChecksum),
     payload: usize,
-) {
+    seed: &Seed,
+) -> usize {
+    let (encoding, checksum) = frame;
     let (timeline, wal_end, sent_at) = (TimelineId::FIRST, Some(range.end()), PgTimestamp(0));
     let header = FrameHeader { kind, encoding, timeline, range, wal_end, sent_at };
-    let seed = Seed::new(SystemId(1), None);
-    std::hint::black_box(header.encode(&seed, checksum, payload));
+    let before = (kind != FrameKind::Standalone).then_some(sent_at);
+    std::hint::black_box(header.encode(seed, checksum, payload, before)).as_ref().len()
 }
 
 /// WAL at an offset from some segment's start.
@@ -205,17 +211,16 @@ struct Clock {
 }
 
 impl Clock {
-    fn now() -> Result<Self> {
-        Ok(Self { cpu: Self::cpu()?, began: Instant::now() })
+    fn now() -> Self {
+        Self { cpu: Self::cpu(), began: Instant::now() }
     }
 
-    fn spent(&self) -> Result<Spent> {
-        Ok(Spent { time: self.began.elapsed(), cpu: Self::cpu()?.saturating_sub(self.cpu) })
+    fn spent(&self) -> Spent {
+        Spent { time: self.began.elapsed(), cpu: Self::cpu().saturating_sub(self.cpu) }
     }
 
-    fn cpu() -> Result<Duration> {
-        let text = fs::read_to_string("/proc/thread-self/schedstat")?;
-        let nanoseconds = text.split_whitespace().next().context("no CPU time")?.parse()?;
-        Ok(Duration::from_nanos(nanoseconds))
+    fn cpu() -> Duration {
+        let time = clock_gettime(ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec.cast_unsigned(), u32::try_from(time.tv_nsec).unwrap_or(0))
     }
 }

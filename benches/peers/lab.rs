@@ -223,7 +223,7 @@ impl Lab {
         Ok(())
     }
 
-    fn run_pgbench(&mut self, arguments: &[&str]) -> Result<()> {
+    pub(crate) fn run_pgbench(&mut self, arguments: &[&str]) -> Result<()> {
         // How fast it commits is not what is measured.
         self.session.rows("ALTER SYSTEM SET synchronous_commit = off")?;
         self.session.rows("SELECT pg_reload_conf()")?;

@@ -132,7 +132,7 @@ const SPOILERS: [Spoiler; 8] = [
         Some(Verdict::Forward)
     }),
     ("a frame of another place", |message, _| {
-        let start = u64::from_be_bytes(message[21..29].try_into().unwrap()) + 8;
+        let start = frame_in(message)?.start? + 8;
         message[21..29].copy_from_slice(&start.to_be_bytes());
         Some(Verdict::Forward)
     }),
@@ -140,16 +140,17 @@ const SPOILERS: [Spoiler; 8] = [
         let zeros = vec![0; 64 << 20];
         let mut bomb = vec![0; 1 << 20];
         let len = zstd_safe::compress(&mut bomb[..], &zeros, 1).unwrap();
-        message.truncate(53);
+        let frame = frame_in(message)?;
+        message.truncate(frame.payload);
         message.extend(&bomb[..len]);
-        let len = u32::try_from(message.len() - 1).unwrap();
-        message[1..5].copy_from_slice(&len.to_be_bytes());
-        (u32::from_be_bytes(message[45..49].try_into().unwrap()) as usize + 256 > len as usize)
-            .then_some(Verdict::Forward)
+        let length = u32::try_from(message.len() - 1).unwrap();
+        message[1..5].copy_from_slice(&length.to_be_bytes());
+        // A longer one is refused before it is looked at.
+        (frame.wal_bytes > len as u64).then_some(Verdict::Forward)
     }),
     ("garbage in place of a frame", |message, chance| {
-        let len = message.len();
-        message[53.min(len)..].fill_with(|| chance.between(0, 256) as u8);
+        let payload = frame_in(message)?.payload;
+        message[payload..].fill_with(|| chance.between(0, 256) as u8);
         Some(Verdict::Forward)
     }),
     ("another message of that kind", |message, _| {

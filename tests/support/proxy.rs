@@ -225,13 +225,30 @@ pub(crate) fn wal_in(message: &[u8]) -> Option<(u64, &[u8])> {
     is_wal.then(|| (u64::from_be_bytes(message[6..14].try_into().unwrap()), &message[30..]))
 }
 
-/// Start and length of the WAL, if this message of the server is a frame of a compressed link.
-pub(crate) fn frame_in(message: &[u8]) -> Option<(u64, u64)> {
-    let is_frame = message.first() == Some(&b'd') && message.get(5..7) == Some(b"zf") && message.len() >= 53;
-    is_frame.then(|| {
-        let (start, length) = (message[21..29].try_into().unwrap(), message[45..49].try_into().unwrap());
-        (u64::from_be_bytes(start), u64::from(u32::from_be_bytes(length)))
-    })
+/// A frame of a compressed link.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frame {
+    /// Where its WAL begins, if it says so: it may go on where the one before ended.
+    pub(crate) start: Option<u64>,
+    pub(crate) wal_bytes: u64,
+    /// Where its payload begins in the message.
+    pub(crate) payload: usize,
+}
+
+/// The frame, if this message of the server is one.
+pub(crate) fn frame_in(message: &[u8]) -> Option<Frame> {
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    match (message.first()?, message.get(5..7)?) {
+        (b'd', b"zf") if message.len() >= 53 => Some(Frame {
+            start: Some(number(&message[21..29])),
+            wal_bytes: number(&message[45..49]),
+            payload: 53,
+        }),
+        (b'd', b"zs") if message.len() >= 23 => {
+            Some(Frame { start: None, wal_bytes: number(&message[8..11]), payload: 23 })
+        }
+        _ => None,
+    }
 }
 
 fn wal_length(message: &[u8]) -> usize {
@@ -298,6 +315,8 @@ fn pass_down(
     mut client: &TcpStream,
     raw_answers: &AtomicU64,
 ) -> Result<()> {
+    // Of the WAL that passed last.
+    let mut end = 0;
     loop {
         let mut first = [0];
         server.read_exact(&mut first)?;
@@ -321,9 +340,11 @@ fn pass_down(
         wait_turn(state);
         for message in messages {
             let plain = wal_in(&message).map(|(start, wal)| (start, wal.len() as u64));
-            if let Some((start, length)) = plain.or_else(|| frame_in(&message)) {
+            let framed = frame_in(&message).map(|frame| (frame.start.unwrap_or(end), frame.wal_bytes));
+            if let Some((start, length)) = plain.or(framed) {
+                end = start.saturating_add(length);
                 let mut passed = state.passed.lock().unwrap();
-                passed.delivered = passed.delivered.max(start.saturating_add(length));
+                passed.delivered = passed.delivered.max(end);
                 passed.wal_bytes += length;
             }
             client.write_all(&message)?;

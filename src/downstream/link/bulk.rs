@@ -16,7 +16,7 @@ use crate::downstream::blocking::run_blocking;
 use crate::downstream::walsender::StreamError;
 use crate::metrics::LinkMetrics;
 use crate::protocol::link::{BulkEncoder, CodecError, Compression, Encoding, WalChecksum};
-use crate::store::{Access, Read, ReadError, Store, WalReader};
+use crate::store::{Read, ReadError, WalReader};
 use crate::wal::{LsnRange, TimelineId};
 
 /// The frames that there are, and the encoders that make them.
@@ -34,6 +34,10 @@ pub(in crate::downstream) struct BulkKey {
     pub(super) range: LsnRange,
     pub(super) compression: Compression,
 }
+
+/// What one link's frames are made of: as long as it lives, the segments that it is at need not be opened and compared with
+/// their checksums again.
+pub(in crate::downstream) type BulkReader = Arc<Mutex<WalReader>>;
 
 /// WAL, encoded, and its checksum.
 #[derive(Clone, Debug)]
@@ -54,8 +58,6 @@ struct Frames {
 /// An encoder and its buffers, used again and again.
 struct Workshop {
     encoder: BulkEncoder,
-    /// Where the last frame's WAL came from.
-    reader: Option<(TimelineId, WalReader)>,
     wal: Vec<u8>,
     out: Vec<u8>,
 }
@@ -83,7 +85,12 @@ impl BulkFrames {
     }
 
     /// The frame, made now unless somebody is at it already.
-    pub(super) async fn made(&self, key: BulkKey, store: Store, now: Instant) -> Result<(), StreamError> {
+    pub(super) async fn made(
+        &self,
+        key: BulkKey,
+        reader: BulkReader,
+        now: Instant,
+    ) -> Result<(), StreamError> {
         let cell = {
             let mut frames = self.frames.lock();
             frames.drop_old(now);
@@ -93,7 +100,7 @@ impl BulkFrames {
             return Ok(());
         }
         // Whoever leaves lets the next one make it.
-        let made = cell.get_or_try_init(|| self.make(key, store)).await.map(|frame| frame.payload.len());
+        let made = cell.get_or_try_init(|| self.make(key, reader)).await.map(|frame| frame.payload.len());
         let mut frames = self.frames.lock();
         match made {
             Ok(bytes) => frames.keep(key, &cell, bytes, now),
@@ -102,12 +109,12 @@ impl BulkFrames {
         made.map(|_| ())
     }
 
-    async fn make(&self, key: BulkKey, store: Store) -> Result<EncodedWal, StreamError> {
+    async fn make(&self, key: BulkKey, reader: BulkReader) -> Result<EncodedWal, StreamError> {
         // Only when the relay ends is there no permit.
         let permit = Arc::clone(&self.permits).acquire_owned().await.ok();
         let encoders = Arc::clone(&self.encoders);
         let made = run_blocking(move || {
-            let made = make_frame(&encoders, key, &store);
+            let made = make_frame(&encoders, key, &reader);
             drop(permit);
             made
         });
@@ -120,7 +127,7 @@ impl BulkFrames {
 fn make_frame(
     encoders: &Mutex<Vec<(Compression, Workshop)>>,
     key: BulkKey,
-    store: &Store,
+    reader: &Mutex<WalReader>,
 ) -> Result<EncodedWal, StreamError> {
     let free = {
         let mut encoders = encoders.lock();
@@ -129,14 +136,9 @@ fn make_frame(
     };
     let mut workshop = match free {
         Some(workshop) => workshop,
-        None => Workshop {
-            encoder: BulkEncoder::new(key.compression)?,
-            reader: None,
-            wal: Vec::new(),
-            out: Vec::new(),
-        },
+        None => Workshop { encoder: BulkEncoder::new(key.compression)?, wal: Vec::new(), out: Vec::new() },
     };
-    let frame = workshop.make(key, store)?;
+    let frame = workshop.make(reader, key.range)?;
     let mut encoders = encoders.lock();
     if encoders.len() < ENCODERS_MAX {
         encoders.push((key.compression, workshop));
@@ -145,13 +147,8 @@ fn make_frame(
 }
 
 impl Workshop {
-    fn make(&mut self, key: BulkKey, store: &Store) -> Result<EncodedWal, StreamError> {
-        // Kept from frame to frame: a segment that is opened anew is compared with its checksum first.
-        let kept = self.reader.take().filter(|(timeline, _)| *timeline == key.timeline);
-        let (_, mut reader) =
-            kept.unwrap_or_else(|| (key.timeline, store.reader(key.timeline, Access::Copied)));
-        let pieces = read_wal(&mut reader, key.range)?;
-        self.reader = Some((key.timeline, reader));
+    fn make(&mut self, reader: &Mutex<WalReader>, range: LsnRange) -> Result<EncodedWal, StreamError> {
+        let pieces = read_wal(&mut reader.lock(), range)?;
         let checksum = WalChecksum::of(pieces.iter().map(AsRef::as_ref));
         self.wal.clear();
         for piece in &pieces {

@@ -11,7 +11,8 @@ use crate::downstream::link::bulk::{BulkKey, EncodedWal};
 use crate::downstream::link::sending::{Next, SentWal};
 use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now};
 use crate::metrics::Carried;
-use crate::protocol::link::FrameKind;
+use crate::protocol::link::{Encoding, FrameKind};
+use crate::protocol::replication::WAL_DATA_FRAME_BYTES;
 use crate::session::link::{Waiting, bulk_end};
 use crate::session::sender::TimelineState;
 use crate::store::{Read, ReadError};
@@ -47,9 +48,8 @@ impl<S: Stream> WalSender<'_, S> {
     /// A plain message was moved to the connection.
     pub(in crate::downstream) fn note_plain(&mut self, wal_bytes: u64) {
         if let Some(link) = &mut self.link {
-            let bytes = usize::try_from(wal_bytes).unwrap_or(usize::MAX);
-            let encoding = crate::protocol::link::Encoding::Plain;
-            let sent = SentWal { carried: Carried::Plain, encoding, wal_bytes, payload_bytes: bytes };
+            let wire_bytes = wal_bytes + WAL_DATA_FRAME_BYTES as u64;
+            let sent = SentWal { carried: Carried::Plain, encoding: Encoding::Plain, wal_bytes, wire_bytes };
             link.note_sent(sent, now());
         }
     }
@@ -60,18 +60,19 @@ impl<S: Stream> WalSender<'_, S> {
         let EncodedWal { encoding, payload, .. } = frame;
         if payload.len() <= COPIED_BYTES_MAX {
             self.connection.outgoing.encode(|out| {
-                out.extend_from_slice(&head);
+                out.extend_from_slice(head.as_ref());
                 out.extend_from_slice(payload);
             });
         } else {
-            self.connection.outgoing.push_wal(&head, vec![payload.clone()]);
+            self.connection.outgoing.push_wal(head.as_ref(), vec![payload.clone()]);
         }
         let carried = match kind {
             FrameKind::Standalone => Carried::Bulk,
             FrameKind::Stream { .. } => Carried::Stream,
         };
-        let (wal_bytes, payload_bytes) = (range.bytes(), payload.len());
-        link.note_sent(SentWal { carried, encoding: *encoding, wal_bytes, payload_bytes }, now);
+        let wire_bytes = (head.as_ref().len() + payload.len()) as u64;
+        let sent = SentWal { carried, encoding: *encoding, wal_bytes: range.bytes(), wire_bytes };
+        link.note_sent(sent, now);
         self.context.metrics.sent_bytes.increment(range.bytes());
         self.sender.handle_sent(range.end());
     }
@@ -114,13 +115,13 @@ impl<S: Stream> WalSender<'_, S> {
     /// Sends a standalone frame that is there, else lets it be made; and those that come next, meanwhile.
     fn send_bulk(&mut self, run: &mut Run, key: BulkKey, limit: Lsn, now: Instant) -> Moved {
         let Some(link) = &mut self.link else { return Moved::Nothing };
-        let (links, store) = (link.links.clone(), self.context.store.clone());
+        let (links, reader) = (link.links.clone(), link.reader(&self.context.store));
         let ready = links.bulk.ready(&key, now);
         if run.ahead.is_none() {
-            let (links, store, keys) = (links.clone(), store.clone(), keys_after(key, limit));
+            let (links, reader, keys) = (links.clone(), reader.clone(), keys_after(key, limit));
             run.ahead = Some(Box::pin(async move {
                 for key in keys {
-                    links.bulk.made(key, store.clone(), now).await?;
+                    links.bulk.made(key, reader.clone(), now).await?;
                 }
                 Ok(Done::Loaded)
             }));
@@ -133,7 +134,7 @@ impl<S: Stream> WalSender<'_, S> {
             None => {
                 run.is_compressing = true;
                 run.background = Some(Box::pin(async move {
-                    match links.bulk.made(key, store, now).await {
+                    match links.bulk.made(key, reader, now).await {
                         // Where the timeline was left is known in a moment.
                         Ok(()) | Err(StreamError::Read(ReadError::TimelineLeft(_))) => Ok(Done::Loaded),
                         Err(error) => Err(error),

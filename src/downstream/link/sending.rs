@@ -7,21 +7,21 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
+use parking_lot::Mutex;
 
 use crate::config::SendPolicy;
-use crate::downstream::link::bulk::{BulkKey, EncodedWal};
+use crate::downstream::link::bulk::{BulkKey, BulkReader, EncodedWal};
 use crate::downstream::link::tail::Following;
 use crate::downstream::link::{AcceptedLink, Links, TailKey};
 use crate::downstream::walsender::timestamp;
 use crate::metrics::{Carried, LinkTraffic};
-use crate::protocol::link::frame::FRAME_BYTES;
-use crate::protocol::link::{Encoding, FrameHeader, FrameKind, Hello, Seed};
-use crate::protocol::replication::WAL_DATA_FRAME_BYTES;
+use crate::protocol::link::{Encoding, FrameHead, FrameHeader, FrameKind, Hello, Seed};
 use crate::session::link::{
     Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
 };
 use crate::session::sender::TimelineState;
-use crate::wal::{HistoryHash, Lsn, LsnRange, SystemId, TimelineId};
+use crate::store::{Access, Store};
+use crate::wal::{HistoryHash, Lsn, LsnRange, PgTimestamp, SystemId, TimelineId};
 
 /// The sending side of one stream over a link.
 pub(in crate::downstream) struct LinkSender {
@@ -35,6 +35,10 @@ pub(in crate::downstream) struct LinkSender {
     own_rate: Bucket,
     shrinkage: Shrinkage,
     following: Option<Following>,
+    /// While it catches up.
+    reader: Option<BulkReader>,
+    /// When the frame that was put last says it was sent.
+    last_frame_at: Option<PgTimestamp>,
     meter: LoadMeter,
     traffic: Arc<LinkTraffic>,
 }
@@ -70,8 +74,8 @@ pub(super) struct SentWal {
     pub(super) encoding: Encoding,
     /// WAL in it.
     pub(super) wal_bytes: u64,
-    /// What it is on the wire, without the message's head.
-    pub(super) payload_bytes: usize,
+    /// What it is on the wire.
+    pub(super) wire_bytes: u64,
 }
 
 impl LinkSender {
@@ -93,6 +97,8 @@ impl LinkSender {
             own_rate: Bucket::new(links.rates().link_rate_max, now),
             shrinkage: Shrinkage::default(),
             following: None,
+            reader: None,
+            last_frame_at: None,
             meter: LoadMeter::new(now),
             traffic,
             links: Arc::clone(links),
@@ -119,6 +125,7 @@ impl LinkSender {
     pub(super) fn next(&mut self, wanted: LsnRange, timeline: TimelineState, now: Instant) -> Next {
         let Rung::Compressed(compression) = self.ladder.rung() else { return Next::Plain };
         let (sent, limit) = (wanted.start(), wanted.end());
+        let reader = self.reader.take();
         let until = match timeline {
             TimelineState::Historic { .. } => {
                 self.following = None;
@@ -139,7 +146,10 @@ impl LinkSender {
             }
         };
         match self.bulk_key(sent, until) {
-            Some(key) if self.shrinkage.is_worth_while() => Next::Bulk(key),
+            Some(key) if self.shrinkage.is_worth_while() => {
+                self.reader = reader;
+                Next::Bulk(key)
+            }
             Some(_) => Next::Plain,
             None => Next::Wait,
         }
@@ -150,6 +160,14 @@ impl LinkSender {
         let Rung::Compressed(compression) = self.ladder.rung() else { return None };
         let range = LsnRange::new(start, bulk_end(start, until)?)?;
         Some(BulkKey { timeline: self.hello.timeline, range, compression })
+    }
+
+    /// What its standalone frames are read by, until it sends something else.
+    pub(super) fn reader(&mut self, store: &Store) -> BulkReader {
+        let timeline = self.hello.timeline;
+        Arc::clone(
+            self.reader.get_or_insert_with(|| Arc::new(Mutex::new(store.reader(timeline, Access::Copied)))),
+        )
     }
 
     pub(super) fn following(&mut self) -> Option<&mut Following> {
@@ -163,20 +181,20 @@ impl LinkSender {
         range: LsnRange,
         frame: &EncodedWal,
         wal_end: Lsn,
-    ) -> [u8; FRAME_BYTES] {
+    ) -> FrameHead {
         let (timeline, wal_end, sent_at) = (self.hello.timeline, Some(wal_end), timestamp());
         let header = FrameHeader { kind, encoding: frame.encoding, timeline, range, wal_end, sent_at };
         if kind == FrameKind::Standalone {
             self.shrinkage.note(range.bytes(), frame.payload.len() as u64);
         }
-        header.encode(&self.seed, &frame.checksum, frame.payload.len())
+        let before = self.last_frame_at.filter(|_| kind != FrameKind::Standalone);
+        self.last_frame_at = Some(sent_at);
+        header.encode(&self.seed, frame.checksum, frame.payload.len(), before)
     }
 
     /// A message was given to the connection.
     pub(super) fn note_sent(&mut self, sent: SentWal, now: Instant) {
-        let SentWal { carried, encoding, wal_bytes, payload_bytes } = sent;
-        let head = if carried == Carried::Plain { WAL_DATA_FRAME_BYTES } else { FRAME_BYTES };
-        let wire_bytes = (head + payload_bytes) as u64;
+        let SentWal { carried, encoding, wal_bytes, wire_bytes } = sent;
         self.links.metrics.sent.note(carried, wal_bytes, wire_bytes);
         self.traffic.note(encoding, wal_bytes, wire_bytes, now);
         self.links.spend(&mut self.own_rate, wire_bytes, now);

@@ -64,6 +64,12 @@ pub enum LinkError {
         /// Its number there.
         sequence: u32,
     },
+    /// A frame goes on with a stream, and none came just before.
+    #[error("a frame of WAL at {at} goes on with a stream that did not come before")]
+    NothingToGoOn {
+        /// Where the next frame must begin.
+        at: Lsn,
+    },
     /// A frame cannot be read.
     #[error("could not decompress the frame of WAL at {at}: {reason}")]
     Decompress {

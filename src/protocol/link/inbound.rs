@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use crate::protocol::DecodeError;
 use crate::protocol::link::codec::Decoder;
-use crate::protocol::link::frame::{FRAME, RawFrame};
+use crate::protocol::link::frame::{Before, FRAME, RawFrame, SHORT_FRAME};
 use crate::protocol::link::hello::{HELLO, message_type};
 use crate::protocol::link::{
     FrameHeader, FrameKind, Hello, LINK_MESSAGE_NAME, LinkError, LinkMismatch, Seed,
@@ -33,8 +33,8 @@ pub struct Inbound {
     seed: Option<Seed>,
     /// Where what comes next must begin.
     next: Lsn,
-    /// The epoch and the number in it that a frame of a stream may have, beside a first one.
-    follows: Option<(u32, u32)>,
+    /// The frame of a stream that came just before: the next one of it may follow.
+    before: Option<Before>,
     decoder: Decoder,
 }
 
@@ -61,7 +61,7 @@ impl WholeFrame {
 impl Inbound {
     /// A stream that was asked to begin at `start`.
     pub fn new(held: Held, start: Lsn) -> Self {
-        Self { held, seed: None, next: start, follows: None, decoder: Decoder::new() }
+        Self { held, seed: None, next: start, before: None, decoder: Decoder::new() }
     }
 
     /// Reads a message of the link. After an error the stream is over.
@@ -80,6 +80,10 @@ impl Inbound {
                 let frame = RawFrame::decode(body)?;
                 self.place(&frame.header)?;
                 Ok(Arrival::Frame(WholeFrame(frame)))
+            }
+            SHORT_FRAME => {
+                let before = self.before.as_ref().ok_or(LinkError::NothingToGoOn { at: self.next })?;
+                Ok(Arrival::Frame(WholeFrame(RawFrame::decode_short(body, before)?)))
             }
             kind => {
                 Err(DecodeError::UnknownKind { message: LINK_MESSAGE_NAME, kind: u32::from(kind) }.into())
@@ -104,10 +108,12 @@ impl Inbound {
         decoded.map_err(|error| LinkError::Decompress { at, reason: error.to_string() })?;
         frame.check(seed, wal)?;
         self.next = header.range.end();
-        self.follows = match header.kind {
+        self.before = match header.kind {
             FrameKind::Standalone => None,
-            // An epoch ends long before.
-            FrameKind::Stream { epoch, sequence } => Some((epoch, sequence.saturating_add(1))),
+            FrameKind::Stream { epoch, sequence } => {
+                let (timeline, end, sent_at) = (header.timeline, header.range.end(), header.sent_at);
+                Some(Before { epoch, sequence, timeline, end, sent_at })
+            }
         };
         Ok(())
     }
@@ -121,7 +127,7 @@ impl Inbound {
             return Err(LinkError::OutOfPlace { expected: self.next, got: at });
         }
         self.next = at.advance(bytes);
-        self.follows = None;
+        self.before = None;
         Ok(())
     }
 
@@ -156,7 +162,7 @@ impl Inbound {
         }
         if let FrameKind::Stream { epoch, sequence } = header.kind
             && sequence > 0
-            && self.follows != Some((epoch, sequence))
+            && self.before.map(|before| (before.epoch, before.sequence)) != Some((epoch, sequence - 1))
         {
             return Err(LinkError::OutOfSequence { at, epoch, sequence });
         }
@@ -235,11 +241,13 @@ mod tests {
     struct Outbound {
         at: Lsn,
         stream: StreamEncoder,
+        /// Whether frames that go on are short.
+        is_terse: bool,
     }
 
     impl Outbound {
         fn new() -> Self {
-            Self { at: start(), stream: StreamEncoder::new(ZSTD).unwrap() }
+            Self { at: start(), stream: StreamEncoder::new(ZSTD).unwrap(), is_terse: false }
         }
 
         fn frame(&mut self, kind: FrameKind, wal: &[u8]) -> Bytes {
@@ -255,11 +263,12 @@ mod tests {
             };
             let range = LsnRange::new(self.at, self.at.advance(wal.len() as u64)).unwrap();
             self.at = range.end();
-            let (timeline, wal_end, sent_at) = (TimelineId::FIRST, None, PgTimestamp(0));
+            let (timeline, wal_end, sent_at) = (TimelineId::FIRST, Some(range.end()), PgTimestamp(0));
             let header = FrameHeader { kind, encoding, timeline, range, wal_end, sent_at };
             let seed = Seed::new(held().system_id, held().history);
-            let head = header.encode(&seed, &WalChecksum::of([wal]), payload.len());
-            [&head[FRAME_HEADER_BYTES..], &payload].concat().into()
+            let before = self.is_terse.then_some(sent_at);
+            let head = header.encode(&seed, WalChecksum::of([wal]), payload.len(), before);
+            [&head.as_ref()[FRAME_HEADER_BYTES..], &payload].concat().into()
         }
     }
 
@@ -280,7 +289,13 @@ mod tests {
 
     #[test]
     fn frames_of_both_kinds_and_plain_wal_follow_one_another() {
-        let (mut inbound, mut outbound) = (greeted(), Outbound::new());
+        for is_terse in [false, true] {
+            both_kinds_and_plain_wal(is_terse);
+        }
+    }
+
+    fn both_kinds_and_plain_wal(is_terse: bool) {
+        let (mut inbound, mut outbound) = (greeted(), Outbound { is_terse, ..Outbound::new() });
         let kinds = [FrameKind::Standalone, stream(4, 0), stream(4, 1), stream(4, 2), FrameKind::Standalone];
         for (number, kind) in kinds.into_iter().chain([stream(5, 0), stream(5, 1)]).enumerate() {
             let body = outbound.frame(kind, &wal(number));
@@ -322,18 +337,25 @@ mod tests {
 
     #[test]
     fn a_frame_that_is_missing_repeated_or_out_of_order_is_noticed() {
-        let mut outbound = Outbound::new();
-        let kinds = [stream(1, 0), stream(1, 1), stream(1, 2), FrameKind::Standalone, FrameKind::Standalone];
-        let frames: Vec<Bytes> =
-            kinds.into_iter().enumerate().map(|(number, kind)| outbound.frame(kind, &wal(number))).collect();
-        for good in 0..frames.len() {
-            for next in (0..frames.len()).filter(|next| *next != good) {
-                let mut inbound = greeted();
-                for frame in frames.iter().take(good) {
-                    receive(&mut inbound, frame.clone()).unwrap();
+        for is_terse in [false, true] {
+            let mut outbound = Outbound { is_terse, ..Outbound::new() };
+            let bulk = FrameKind::Standalone;
+            let kinds = [stream(1, 0), stream(1, 1), stream(1, 2), bulk, bulk];
+            let frames: Vec<Bytes> =
+                (0..).zip(kinds).map(|(number, kind)| outbound.frame(kind, &wal(number))).collect();
+            for good in 0..frames.len() {
+                for next in (0..frames.len()).filter(|next| *next != good) {
+                    let mut inbound = greeted();
+                    for frame in frames.iter().take(good) {
+                        receive(&mut inbound, frame.clone()).unwrap();
+                    }
+                    let error = receive(&mut inbound, frames[next].clone()).unwrap_err();
+                    let is_short = is_terse && (1..=2).contains(&next);
+                    assert!(
+                        is_short || matches!(error, LinkError::OutOfPlace { .. }),
+                        "{good} {next}: {error}"
+                    );
                 }
-                let error = receive(&mut inbound, frames[next].clone()).unwrap_err();
-                assert!(matches!(error, LinkError::OutOfPlace { .. }), "{good} {next}: {error}");
             }
         }
     }
@@ -362,12 +384,16 @@ mod tests {
 
     #[test]
     fn every_flipped_bit_is_noticed_or_makes_no_difference() {
-        for kind in [FrameKind::Standalone, stream(1, 0)] {
-            let good = Outbound::new().frame(kind, &wal(0));
+        for kind in [FrameKind::Standalone, stream(1, 0), stream(1, 1)] {
+            let mut outbound = Outbound { is_terse: true, ..Outbound::new() };
+            let first = (kind == stream(1, 1)).then(|| outbound.frame(stream(1, 0), &wal(5)));
+            let begin = outbound.at;
+            let good = outbound.frame(kind, &wal(0));
             for bit in 0..good.len() * 8 {
                 let mut flipped = good.to_vec();
                 flipped[bit / 8] ^= 1 << (bit % 8);
                 let mut inbound = greeted();
+                first.iter().for_each(|first| drop(receive(&mut inbound, first.clone()).unwrap()));
                 let taken = match inbound.take(flipped.into()) {
                     Ok(Arrival::Frame(frame)) => {
                         let mut wal = vec![0; frame.header().wal_bytes()];
@@ -377,7 +403,7 @@ mod tests {
                     Err(error) => Err(error),
                 };
                 if let Ok((range, taken)) = taken {
-                    assert_eq!((range.start(), taken), (start(), wal(0)), "bit {bit}");
+                    assert_eq!((range.start(), taken), (begin, wal(0)), "bit {bit}");
                 }
             }
         }

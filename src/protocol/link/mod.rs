@@ -13,7 +13,7 @@
 //!                                              ◀──────  'z' hello: whose WAL this is
 //!                                              ◀──────  'z' frame, standalone: can be read by itself
 //!                                              ◀──────  'z' frame, epoch 7, sequence 0: begins a stream of frames
-//!                                              ◀──────  'z' frame, epoch 7, sequence 1: needs those before it
+//!                                              ◀──────  'z' short frame, goes on: epoch 7, sequence 1
 //!                                              ◀──────  'k' keepalive, 'w' plain WAL, ...
 //! ```
 //!
@@ -30,7 +30,7 @@ pub mod offer;
 
 pub use codec::{BulkEncoder, CodecError, Decoder, StreamEncoder};
 pub use error::{LinkError, LinkMismatch};
-pub use frame::{FrameHeader, FrameKind, Seed, WalChecksum};
+pub use frame::{FrameHead, FrameHeader, FrameKind, Seed, WalChecksum};
 pub use hello::Hello;
 pub use inbound::{Arrival, Inbound, WholeFrame};
 pub use offer::{Codec, Compression, Offer};
