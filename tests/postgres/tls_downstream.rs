@@ -258,3 +258,70 @@ fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
     assert!(believes(&second, &site.relay));
     site.relay.assert_running();
 }
+
+#[test]
+fn client_certificates_are_demanded_where_a_primary_demands_them() {
+    let Some(installation) = Installation::in_turn(1) else { return };
+    let (authority, other) = (Authority::new("root"), Authority::new("other"));
+    let server = authority.issue("server", "IP:127.0.0.1");
+    let mut site = Site::new(&installation, &server, Some(&authority.root()));
+    let rules = "hostssl replication standby 127.0.0.1/32 scram-sha-256 clientcert=verify-full\n\
+        hostssl replication mapped 127.0.0.1/32 cert map=machines\n\
+        hostssl replication any 127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n\
+        hostnossl replication standby 127.0.0.1/32 reject\n";
+    let map = "machines  edge1.example  mapped\n";
+    for role in ["mapped", "any"] {
+        site.primary.sql(&format!("create role {role} replication login password 'secret'"));
+    }
+    // The primary, by its own files.
+    let data = site.primary.data();
+    std::fs::copy(authority.root(), data.join("ca.crt")).unwrap();
+    site.primary.add_settings("ssl_ca_file = 'ca.crt'");
+    std::fs::write(data.join("pg_ident.conf"), map).unwrap();
+    let rest = std::fs::read_to_string(data.join("pg_hba.conf")).unwrap();
+    std::fs::write(data.join("pg_hba.conf"), format!("{rules}{rest}")).unwrap();
+    site.primary.restart(crate::support::postgres::Stop::Fast);
+    // The relay, by the same ones.
+    let verifier =
+        |role: &str| site.primary.sql(&format!("select rolpassword from pg_authid where rolname = '{role}'"));
+    let users =
+        format!("standby = \"{}\"\nany = \"{}\"\nmapped = {{}}\n", verifier("standby"), verifier("any"));
+    site.relay.write_file("users.toml", &users);
+    let (hba, ident) =
+        (site.relay.write_file("pg_hba.conf", rules), site.relay.write_file("pg_ident.conf", map));
+    site.relay.set("downstream.hba", &format!("{hba:?}"));
+    site.relay.set("downstream.ident", &format!("{ident:?}"));
+    site.relay.terminate();
+    site.relay.start();
+    let shown = |pair: &Pair| format!("sslcert={} sslkey={}", pair.cert.display(), pair.key.display());
+    let own = shown(&authority.issue("standby", "DNS:standby"));
+    let edge = shown(&authority.issue("edge1.example", "DNS:edge1.example"));
+    let foreign = shown(&other.issue("standby", "DNS:standby"));
+    println!("| user | certificate | primary | relay |");
+    for (user, what, certificate, expected) in [
+        ("standby", "own", &own, true),
+        ("standby", "another's", &edge, false),
+        ("standby", "none", &String::new(), false),
+        ("standby", "of another authority", &foreign, false),
+        ("mapped", "mapped", &edge, true),
+        ("mapped", "not mapped", &own, false),
+        ("any", "any", &edge, true),
+        ("any", "none", &String::new(), false),
+    ] {
+        let ask = |port: u16| {
+            let conninfo = format!(
+                "host=127.0.0.1 port={port} user={user} password=secret replication=true sslmode=verify-full sslrootcert={} {certificate}",
+                authority.root().display()
+            );
+            run_psql(&installation, &conninfo, "IDENTIFY_SYSTEM")
+                .map(drop)
+                .map_err(|text| text.rsplit("FATAL:").next().unwrap_or_default().trim().to_owned())
+        };
+        let (primary, relay) = (ask(site.primary.port), ask(site.relay.port));
+        println!("| {user} | {what} | {primary:?} | {relay:?} |");
+        assert_eq!((primary.is_ok(), relay.is_ok()), (expected, expected), "{user}, {what}");
+        if primary.as_ref().is_err_and(|text| !text.contains("SSL error")) {
+            assert_eq!(relay, primary, "{user}, {what}");
+        }
+    }
+}
