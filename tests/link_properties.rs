@@ -5,6 +5,7 @@
 //! receiving side. The model knows only the WAL and where messages may end.
 #![allow(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::indexing_slicing,
     clippy::cast_possible_truncation,
     reason = "clippy exempts test functions, not their helpers"
