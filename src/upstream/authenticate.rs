@@ -238,3 +238,40 @@ fn client_nonce() -> Result<[u8; scram::NONCE_BYTES], UpstreamError> {
     rand::fill(&mut nonce).map_err(|_| UpstreamError::NoRandomness)?;
     Ok(nonce)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(version: ProtocolVersion, unrecognized: &[&str], asked: &[&str]) -> Result<(), String> {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let extensions = names(asked);
+        let credentials = Credentials {
+            user: "u",
+            password: None,
+            scram_client_key: None,
+            scram_server_key: None,
+            require_auth: &RequireAuth::default(),
+            channel_binding: ChannelBindingPolicy::Disable,
+            tls: None,
+            cert_mode: SslCertMode::Allow,
+            requested_version: ProtocolVersion::V3_0,
+            min_version: ProtocolVersion::V3_0,
+            extensions: &extensions,
+        };
+        let answer = NegotiateProtocolVersion { version, unrecognized: names(unrecognized) };
+        check_negotiation(&answer, &credentials).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_was_asked_for_may_be_declined_and_nothing_else() {
+        let version = ProtocolVersion::V3_0;
+        assert_eq!(checked(version, &["_pq_.a"], &["_pq_.a"]), Ok(()));
+        let never = checked(version, &["_pq_.b"], &["_pq_.a"]).unwrap_err();
+        assert!(never.ends_with("unsupported parameter that was not requested (\"_pq_.b\")"), "{never}");
+        assert!(checked(version, &["_pq_.a", "_pq_.b"], &["_pq_.a"]).is_err());
+        assert!(checked(version, &["_pq_.a"], &[]).is_err());
+        assert!(checked(version, &[], &["_pq_.a"]).unwrap_err().ends_with("asks for no changes"));
+        assert!(checked(ProtocolVersion::V3_2, &["_pq_.a"], &["_pq_.a"]).is_err());
+    }
+}

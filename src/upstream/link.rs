@@ -188,3 +188,56 @@ impl Drop for ReceivedLink {
         self.traffic.end();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn settings(mode: LinkMode) -> LinkSettings {
+        LinkSettings { mode, codecs: vec![Codec::Zstd] }
+    }
+
+    #[test]
+    fn after_an_error_the_next_session_asks_for_no_link_unless_there_must_be_one() {
+        let mut course = Course::new(Duration::from_secs(1));
+        let asks = |mode, course: &Course| settings(mode).wish(course).is_some();
+        let modes = [LinkMode::Off, LinkMode::Prefer, LinkMode::Require];
+        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, true, true]);
+        course.link_distrusted = true;
+        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, false, true]);
+        // Attempts that come to nothing change nothing; a stream does.
+        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, false, true]);
+        course.note_streaming(false);
+        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, true, true]);
+    }
+
+    #[test]
+    fn a_servers_answer_counts_as_far_as_it_fits_the_offer() {
+        let outcome = |mode, answer: Option<&str>, declined: bool| {
+            let wish = settings(mode).wish(&Course::new(Duration::from_secs(1))).unwrap();
+            let mut introduction = Introduction::default();
+            if let Some(answer) = answer {
+                introduction.parameters.insert(ANSWER_PARAMETER.to_owned(), answer.to_owned());
+            }
+            introduction.declined.extend(declined.then(|| OFFER_PARAMETER.to_owned()));
+            wish.outcome(&introduction, "h:1")
+        };
+        let (prefer, require) = (LinkMode::Prefer, LinkMode::Require);
+        let zstd = Some(Compression::Zstd { level: 3 });
+        assert_eq!(outcome(prefer, Some("1;zstd:3"), false).unwrap(), zstd);
+        assert_eq!(outcome(require, Some("1;zstd:3"), false).unwrap(), zstd);
+        // A server that says nothing, and one that says no; what is told beside that is somebody else's.
+        for (answer, declined) in [(None, false), (None, true), (Some("1;zstd:3"), true)] {
+            assert_eq!(outcome(prefer, answer, declined).unwrap(), None);
+            let error = outcome(require, answer, declined).unwrap_err();
+            assert!(matches!(&error, UpstreamError::LinkDeclined { host } if host == "h:1"), "{error}");
+            assert!(!error.is_of_the_link(false));
+        }
+        for answer in ["1;lz4", "2;zstd:3", "nonsense"] {
+            let error = outcome(prefer, Some(answer), false).unwrap_err();
+            assert!(error.is_of_the_link(false), "{error}: the next session does without");
+        }
+    }
+}

@@ -8,8 +8,8 @@ use std::time::Instant;
 use crate::downstream::blocking::run_blocking;
 use crate::downstream::connection::Stream;
 use crate::downstream::link::bulk::{BulkKey, EncodedWal};
-use crate::downstream::link::sending::{Next, SentWal};
-use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now};
+use crate::downstream::link::sending::{LinkFrame, Next, Sent};
+use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now, timestamp};
 use crate::metrics::Carried;
 use crate::protocol::link::{Encoding, FrameKind};
 use crate::protocol::replication::WAL_DATA_FRAME_BYTES;
@@ -33,11 +33,11 @@ impl<S: Stream> WalSender<'_, S> {
         match link.next(wanted, self.sender.timeline(), now) {
             Next::Plain => Ok(None),
             Next::Wait => Ok(Some(Moved::Nothing)),
-            Next::Frame(kind, range, frame, place) => {
+            Next::Frame(frame, place) => {
                 if let Some(following) = link.following() {
                     following.advance(place);
                 }
-                self.put_frame(kind, range, &frame, now);
+                self.put_frame(&frame, now);
                 Ok(Some(Moved::Something))
             }
             Next::Encode => self.encode(run, wanted.end(), now).map(Some),
@@ -49,15 +49,15 @@ impl<S: Stream> WalSender<'_, S> {
     pub(in crate::downstream) fn note_plain(&mut self, wal_bytes: u64) {
         if let Some(link) = &mut self.link {
             let wire_bytes = wal_bytes + WAL_DATA_FRAME_BYTES as u64;
-            let sent = SentWal { carried: Carried::Plain, encoding: Encoding::Plain, wal_bytes, wire_bytes };
-            link.note_sent(sent, now());
+            let (carried, encoding) = (Carried::Plain, Encoding::Plain);
+            link.note_sent(&Sent { carried, encoding, wal_bytes, wire_bytes }, now());
         }
     }
 
-    fn put_frame(&mut self, kind: FrameKind, range: LsnRange, frame: &EncodedWal, now: Instant) {
+    fn put_frame(&mut self, frame: &LinkFrame, now: Instant) {
         let (Some(link), Some(wanted)) = (&mut self.link, self.sender.sendable()) else { return };
-        let head = link.put_frame(kind, range, frame, wanted.end());
-        let EncodedWal { encoding, payload, .. } = frame;
+        let head = link.head(frame, wanted.end(), timestamp());
+        let (wal_bytes, EncodedWal { encoding, payload, .. }) = (frame.range.bytes(), &frame.encoded);
         if payload.len() <= COPIED_BYTES_MAX {
             self.connection.outgoing.encode(|out| {
                 out.extend_from_slice(head.as_ref());
@@ -66,15 +66,14 @@ impl<S: Stream> WalSender<'_, S> {
         } else {
             self.connection.outgoing.push_wal(head.as_ref(), vec![payload.clone()]);
         }
-        let carried = match kind {
+        let carried = match frame.kind {
             FrameKind::Standalone => Carried::Bulk,
             FrameKind::Stream { .. } => Carried::Stream,
         };
         let wire_bytes = (head.as_ref().len() + payload.len()) as u64;
-        let sent = SentWal { carried, encoding: *encoding, wal_bytes: range.bytes(), wire_bytes };
-        link.note_sent(sent, now);
-        self.context.metrics.sent_bytes.increment(range.bytes());
-        self.sender.handle_sent(range.end());
+        link.note_sent(&Sent { carried, encoding: *encoding, wal_bytes, wire_bytes }, now);
+        self.context.metrics.sent_bytes.increment(wal_bytes);
+        self.sender.handle_sent(frame.range.end());
     }
 
     /// Makes the next frame of the shared stream, if nobody else does.
@@ -127,8 +126,9 @@ impl<S: Stream> WalSender<'_, S> {
             }));
         }
         match ready {
-            Some(frame) => {
-                self.put_frame(FrameKind::Standalone, key.range, &frame, now);
+            Some(encoded) => {
+                let (kind, range) = (FrameKind::Standalone, key.range);
+                self.put_frame(&LinkFrame { kind, range, encoded }, now);
                 Moved::Something
             }
             None => {

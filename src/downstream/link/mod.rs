@@ -11,7 +11,7 @@ mod tail;
 
 use std::collections::HashMap;
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -36,6 +36,8 @@ pub struct Links {
     bulk: BulkFrames,
     /// The last epoch that was begun.
     epochs: AtomicU32,
+    /// Whether there is any limit; without one nobody looks at the rates.
+    is_limited: AtomicBool,
     rates: Mutex<Rates>,
     metrics: LinkMetrics,
 }
@@ -82,6 +84,7 @@ impl Links {
             tails: Mutex::default(),
             bulk: BulkFrames::new(metrics.clone()),
             epochs: AtomicU32::new(0),
+            is_limited: AtomicBool::new(link_rate_max.is_some() || links_rate_max.is_some()),
             rates: Mutex::new(Rates { link_rate_max: *link_rate_max, all }),
             metrics,
         }
@@ -116,6 +119,8 @@ impl Links {
         let mut rates = self.rates.lock();
         rates.link_rate_max = wanted.link_rate_max;
         rates.all.set_rate(wanted.links_rate_max, Instant::now());
+        let is_limited = wanted.link_rate_max.is_some() || wanted.links_rate_max.is_some();
+        self.is_limited.store(is_limited, Ordering::Relaxed);
     }
 
     /// The rates as operators see them.
@@ -129,6 +134,9 @@ impl Links {
 
     /// Whether a message may be sent now by the link that owns the bucket; else when to ask again.
     fn check_rates(&self, own: &mut Bucket, urgency: Urgency, now: Instant) -> Result<(), Instant> {
+        if !self.is_limited.load(Ordering::Relaxed) {
+            return Ok(());
+        }
         let mut rates = self.rates.lock();
         own.set_rate(rates.link_rate_max, now);
         own.check(urgency, now)?;
@@ -136,8 +144,10 @@ impl Links {
     }
 
     fn spend(&self, own: &mut Bucket, bytes: u64, now: Instant) {
-        own.spend(bytes, now);
-        self.rates.lock().all.spend(bytes, now);
+        if self.is_limited.load(Ordering::Relaxed) {
+            own.spend(bytes, now);
+            self.rates.lock().all.spend(bytes, now);
+        }
     }
 
     /// The stream that links of this kind share; it begins at `end`, where a message may end, if there is none.

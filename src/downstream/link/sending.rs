@@ -13,11 +13,10 @@ use crate::config::SendPolicy;
 use crate::downstream::link::bulk::{BulkKey, BulkReader, EncodedWal};
 use crate::downstream::link::tail::Following;
 use crate::downstream::link::{AcceptedLink, Links, TailKey};
-use crate::downstream::walsender::timestamp;
 use crate::metrics::{Carried, LinkTraffic};
 use crate::protocol::link::{Encoding, FrameHead, FrameHeader, FrameKind, Hello, Seed};
 use crate::session::link::{
-    Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
+    Bucket, LIVE_LAG_MAX, Ladder, LoadMeter, Place, Rung, Shrinkage, Step, Urgency, Waiting, bulk_end, ladder,
 };
 use crate::session::sender::TimelineState;
 use crate::store::{Access, Store};
@@ -53,10 +52,25 @@ pub(in crate::downstream) struct LinkStream {
     pub(in crate::downstream) policy: SendPolicy,
 }
 
+/// A frame in its place.
+pub(super) struct LinkFrame {
+    pub(super) kind: FrameKind,
+    pub(super) range: LsnRange,
+    pub(super) encoded: EncodedWal,
+}
+
+/// A message that was given to the connection.
+pub(super) struct Sent {
+    pub(super) carried: Carried,
+    pub(super) encoding: Encoding,
+    pub(super) wal_bytes: u64,
+    pub(super) wire_bytes: u64,
+}
+
 /// What is to be sent next.
 pub(super) enum Next {
-    /// A frame of the shared stream.
-    Frame(FrameKind, LsnRange, EncodedWal, crate::session::link::Place),
+    /// A frame of the shared stream; where the link is then.
+    Frame(LinkFrame, Place),
     /// The next frame of the shared stream is to be made.
     Encode,
     /// A frame that stands alone.
@@ -65,17 +79,6 @@ pub(super) enum Next {
     Plain,
     /// Nothing now.
     Wait,
-}
-
-/// A message of WAL, in whichever form.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct SentWal {
-    pub(super) carried: Carried,
-    pub(super) encoding: Encoding,
-    /// WAL in it.
-    pub(super) wal_bytes: u64,
-    /// What it is on the wire.
-    pub(super) wire_bytes: u64,
 }
 
 impl LinkSender {
@@ -137,7 +140,8 @@ impl LinkSender {
                 let following = self.following.get_or_insert_with(|| links.tail(key, limit).follow());
                 match following.step(sent, limit, now) {
                     Step::Frame { epoch, sequence, range, frame, place } => {
-                        return Next::Frame(FrameKind::Stream { epoch, sequence }, range, frame, place);
+                        let kind = FrameKind::Stream { epoch, sequence };
+                        return Next::Frame(LinkFrame { kind, range, encoded: frame }, place);
                     }
                     Step::Encode => return Next::Encode,
                     Step::Wait => return Next::Wait,
@@ -174,27 +178,21 @@ impl LinkSender {
         self.following.as_mut()
     }
 
-    /// All that precedes a frame's payload; the frame counts as sent.
-    pub(super) fn put_frame(
-        &mut self,
-        kind: FrameKind,
-        range: LsnRange,
-        frame: &EncodedWal,
-        wal_end: Lsn,
-    ) -> FrameHead {
-        let (timeline, wal_end, sent_at) = (self.hello.timeline, Some(wal_end), timestamp());
-        let header = FrameHeader { kind, encoding: frame.encoding, timeline, range, wal_end, sent_at };
-        if kind == FrameKind::Standalone {
-            self.shrinkage.note(range.bytes(), frame.payload.len() as u64);
+    /// All that precedes a frame's payload.
+    pub(super) fn head(&mut self, frame: &LinkFrame, wal_end: Lsn, sent_at: PgTimestamp) -> FrameHead {
+        let LinkFrame { kind, range, encoded } = frame;
+        let (timeline, wal_end, encoding) = (self.hello.timeline, Some(wal_end), encoded.encoding);
+        let header = FrameHeader { kind: *kind, encoding, timeline, range: *range, wal_end, sent_at };
+        let before = self.last_frame_at.replace(sent_at).filter(|_| *kind != FrameKind::Standalone);
+        if *kind == FrameKind::Standalone {
+            self.shrinkage.note(range.bytes(), encoded.payload.len() as u64);
         }
-        let before = self.last_frame_at.filter(|_| kind != FrameKind::Standalone);
-        self.last_frame_at = Some(sent_at);
-        header.encode(&self.seed, frame.checksum, frame.payload.len(), before)
+        header.encode(&self.seed, encoded.checksum, encoded.payload.len(), before)
     }
 
     /// A message was given to the connection.
-    pub(super) fn note_sent(&mut self, sent: SentWal, now: Instant) {
-        let SentWal { carried, encoding, wal_bytes, wire_bytes } = sent;
+    pub(super) fn note_sent(&mut self, sent: &Sent, now: Instant) {
+        let Sent { carried, encoding, wal_bytes, wire_bytes } = *sent;
         self.links.metrics.sent.note(carried, wal_bytes, wire_bytes);
         self.traffic.note(encoding, wal_bytes, wire_bytes, now);
         self.links.spend(&mut self.own_rate, wire_bytes, now);
@@ -209,7 +207,7 @@ impl LinkSender {
         {
             let rung = self.ladder.rung();
             tracing::info!(?rung, "link is compressed otherwise, because of what it waits for");
-            self.following = None;
+            (self.following, self.reader) = (None, None);
             self.counted = Counted::new(&self.links, encoding_of(rung));
         }
     }
