@@ -12,10 +12,10 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream, tcp, unix},
 };
 use tokio_rustls::TlsStream;
@@ -195,6 +195,13 @@ impl Socket {
             }
         }
     }
+}
+
+/// Sends everything, also what the stream holds back in a buffer of its own. Cancel-safe: what has been taken is gone from
+/// `bytes`, and with nothing left in it another call goes on where this one was.
+pub async fn send_all(stream: &mut (impl AsyncWrite + Unpin), bytes: &mut BytesMut) -> io::Result<()> {
+    stream.write_all_buf(bytes).await?;
+    stream.flush().await
 }
 
 /// The halves of one socket, which were split before.

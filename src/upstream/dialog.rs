@@ -7,12 +7,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, time::timeout};
 
-use crate::net::Socket;
+use crate::net::{Socket, send_all};
 use crate::protocol::{
     Command,
     backend::{self, DataRow, Message},
@@ -71,7 +68,7 @@ impl Dialog {
     pub(crate) async fn send(&mut self, encode: impl FnOnce(&mut BytesMut)) -> Result<(), UpstreamError> {
         let mut output = BytesMut::new();
         encode(&mut output);
-        within_answer_time(self.socket.write_all_buf(&mut output)).await
+        within_answer_time(send_all(&mut self.socket, &mut output)).await
     }
 
     /// The next message; settings and notices are taken care of on the way.

@@ -9,14 +9,14 @@ use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncReadExt,
     sync::{mpsc, watch},
     task::{AbortHandle, JoinHandle},
     time::{Instant, timeout, timeout_at},
 };
 
 use crate::conninfo::{Conninfo, ProcessSurroundings};
-use crate::net::Socket;
+use crate::net::{Socket, send_all};
 use crate::protocol::{
     Command, CopyStream, ServerError, SqlState, StreamItem, backend,
     command::{StartReplication, StreamKind},
@@ -229,7 +229,7 @@ impl SegmentStream {
             }
             input.reserve(READ_BYTES);
             let exchange = async {
-                self.socket.write_all_buf(&mut self.unsent).await?;
+                send_all(&mut self.socket, &mut self.unsent).await?;
                 self.socket.read_buf(&mut input).await
             };
             let read = timeout_at(self.progress_at + PROGRESS_TIME_MAX, exchange).await;
@@ -287,7 +287,7 @@ impl SegmentStream {
         frontend::Message::CopyDone.encode(&mut self.unsent);
         frontend::Message::Terminate.encode(&mut self.unsent);
         let farewell = async {
-            self.socket.write_all_buf(&mut self.unsent).await?;
+            send_all(&mut self.socket, &mut self.unsent).await?;
             let mut rest = BytesMut::with_capacity(READ_BYTES);
             while self.socket.read_buf(&mut rest).await? > 0 {
                 rest.clear();

@@ -10,11 +10,11 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use tokio::{io::AsyncWriteExt, sync::watch, time::Sleep};
+use tokio::{sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::metrics::{LinkMetrics, LinkTraffic, UpstreamMetrics, bytes_value, position_value};
-use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite};
+use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite, send_all};
 use crate::protocol::feedback::Feedback;
 use crate::protocol::{
     CopyStream, StreamItem, backend, frontend,
@@ -108,6 +108,8 @@ pub(crate) struct WalReceiver<'a> {
     pub(super) link: Option<ReceivedLink>,
     /// Status updates that the socket has not taken yet.
     unsent: BytesMut,
+    /// There are some, here or in the socket's own buffer.
+    has_unsent: bool,
     held_end: Lsn,
     no_room_since: Option<Instant>,
     leaving: Option<Leaving>,
@@ -172,6 +174,7 @@ impl<'a> WalReceiver<'a> {
             stream,
             link,
             unsent: BytesMut::new(),
+            has_unsent: false,
             held_end: streaming.held_end,
             no_room_since: None,
             leaving: None,
@@ -206,7 +209,8 @@ impl<'a> WalReceiver<'a> {
     /// The server has ended the copy, and goes on with other commands when we do so too.
     async fn end_copy(mut self) -> Result<Dialog, UpstreamError> {
         // A message that is half sent comes first.
-        let sent = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+        let sent =
+            tokio::time::timeout(LAST_SEND_TIME_MAX, send_all(&mut self.write, &mut self.unsent)).await;
         sent.map_err(|_| UpstreamError::Closed)??;
         let socket = reunite(self.read, self.write).ok_or(UpstreamError::Closed)?;
         Dialog::after_copy(socket, self.stream.into_rest(), self.introduction).await
@@ -280,8 +284,9 @@ impl<'a> WalReceiver<'a> {
             _ = self.context.positions.changed() => Ok(Event::Progressed),
             _ = self.context.condition.changed() => Ok(Event::Progressed),
             () = self.context.acknowledging.changed() => Ok(Event::StandbysMoved),
-            sent = self.write.write_buf(&mut self.unsent), if !self.unsent.is_empty() => {
+            sent = send_all(&mut self.write, &mut self.unsent), if self.has_unsent => {
                 sent?;
+                self.has_unsent = false;
                 Ok(Event::Sent)
             }
             received = self.blocks.read(&mut self.read), if has_room => {
@@ -453,6 +458,7 @@ impl<'a> WalReceiver<'a> {
         }
         if let Some(feedback) = self.feedback.poll(Instant::now(), self.held_back) {
             feedback.message(PgTimestamp::from_system_time(SystemTime::now())).encode(&mut self.unsent);
+            self.has_unsent = true;
         }
     }
 
@@ -469,6 +475,7 @@ impl<'a> WalReceiver<'a> {
         };
         if self.unsent.len() + update_frame_bytes() <= UNSENT_BYTES_MAX {
             update.encode(&mut self.unsent);
+            self.has_unsent = true;
             self.context.metrics.status_updates.increment(1);
         }
     }
@@ -500,7 +507,8 @@ impl<'a> WalReceiver<'a> {
         frontend::Message::CopyDone.encode(&mut self.unsent);
         frontend::Message::Terminate.encode(&mut self.unsent);
         // The upstream may be gone already.
-        let sent = tokio::time::timeout(LAST_SEND_TIME_MAX, self.write.write_all_buf(&mut self.unsent)).await;
+        let sent =
+            tokio::time::timeout(LAST_SEND_TIME_MAX, send_all(&mut self.write, &mut self.unsent)).await;
         if !is_stopping && matches!(sent, Ok(Ok(()))) {
             // What it still sends is not looked at. It closes when it has read all that was said.
             let closed = async { while let Ok(Some(_)) = self.blocks.read(&mut self.read).await {} };
