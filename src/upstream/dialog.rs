@@ -193,7 +193,7 @@ async fn within_answer_time<T>(
     operation: impl Future<Output = std::io::Result<T>>,
 ) -> Result<T, UpstreamError> {
     match timeout(ANSWER_TIME_MAX, operation).await {
-        Ok(outcome) => Ok(outcome?),
+        Ok(outcome) => outcome.map_err(UpstreamError::of_io),
         Err(_) => Err(UpstreamError::Io(std::io::ErrorKind::TimedOut.into())),
     }
 }

@@ -34,10 +34,7 @@ pub(super) fn attempts(mode: SslMode, address: &HostAddress) -> &'static [Attemp
 
 /// Whether the other way may be tried after this: the server would not have it so, or TLS did not come about.
 pub(super) fn may_try_otherwise(error: &UpstreamError) -> bool {
-    matches!(
-        error,
-        UpstreamError::Server(_) | UpstreamError::Tls { .. } | UpstreamError::NoTls | UpstreamError::Closed
-    )
+    matches!(error, UpstreamError::Server(_) | UpstreamError::Tls { .. } | UpstreamError::NoTls)
 }
 
 /// Begins TLS on a fresh connection. `None`: the server has none, and clear text will do.

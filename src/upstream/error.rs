@@ -72,6 +72,9 @@ pub enum UpstreamError {
         /// Why.
         source: Box<TlsError>,
     },
+    /// The other end has broken TLS off after the handshake, as a server does that does not believe our certificate.
+    #[error(transparent)]
+    BrokenTls(Box<TlsError>),
     /// TLS is required.
     #[error("server does not support SSL, but SSL was required")]
     NoTls,
@@ -306,6 +309,14 @@ pub enum Advice {
 }
 
 impl UpstreamError {
+    /// What came of a read or a write: the library tells of TLS in the same way.
+    pub(super) fn of_io(error: io::Error) -> Self {
+        match TlsError::of_handshake(error) {
+            TlsError::Io(error) => Self::Io(error),
+            broken => Self::BrokenTls(Box::new(broken)),
+        }
+    }
+
     /// What to do about it.
     pub fn advice(&self) -> Advice {
         match self {
@@ -345,8 +356,8 @@ impl UpstreamError {
             | Self::LinkDeclined { .. }
             | Self::OtherServer { .. }
             | Self::WrongSessionAttributes(_) => Advice::RetryLater,
-            Self::Tls { source, .. } if source.is_lasting() => Advice::RetryLater,
-            Self::Tls { .. } => Advice::Retry,
+            Self::Tls { source, .. } | Self::BrokenTls(source) if source.is_lasting() => Advice::RetryLater,
+            Self::Tls { .. } | Self::BrokenTls(_) => Advice::Retry,
             Self::Link(error) if error.needs_a_person() => Advice::TellAHuman,
             Self::Link(_) => Advice::Retry,
             Self::Unsupported(_)
@@ -438,7 +449,7 @@ impl UpstreamError {
             | Self::NoAlpn
             | Self::NoCertificate(_)
             | Self::OldProtocol { .. } => true,
-            Self::Tls { source, .. } => source.is_lasting(),
+            Self::Tls { source, .. } | Self::BrokenTls(source) => source.is_lasting(),
             Self::AllHosts(errors) => errors.iter().all(|(_, error)| error.is_refusal()),
             _ => false,
         }

@@ -9,8 +9,11 @@ use x509_cert::{
     der::{
         Decode, Encode, Tag, Tagged,
         asn1::{Any, ObjectIdentifier},
+        oid::AssociatedOid,
     },
-    ext::pkix::{BasicConstraints, ExtendedKeyUsage, SubjectAltName, name::GeneralName},
+    ext::pkix::{
+        BasicConstraints, ExtendedKeyUsage, KeyUsage, NameConstraints, SubjectAltName, name::GeneralName,
+    },
     name::Name,
     spki::AlgorithmIdentifierOwned,
 };
@@ -72,6 +75,40 @@ impl Parsed {
         matches!(constraints, Ok(Some((_, constraints))) if constraints.ca)
     }
 
+    /// Whether it may vouch for others: it is of an authority, or so old that it cannot say.
+    pub(super) fn may_sign_certificates(&self) -> bool {
+        let usage = self.certificate.tbs_certificate().get_extension::<KeyUsage>();
+        let may_sign = match usage {
+            Ok(Some((_, usage))) => usage.key_cert_sign(),
+            Ok(None) => true,
+            Err(_) => false,
+        };
+        self.is_old_version() || (self.is_authority() && may_sign)
+    }
+
+    /// Whether its key may be used in a handshake, where it says what for.
+    pub(super) fn may_be_used_in_handshakes(&self) -> bool {
+        match self.certificate.tbs_certificate().get_extension::<KeyUsage>() {
+            Ok(Some((_, usage))) => {
+                usage.digital_signature() || usage.key_encipherment() || usage.key_agreement()
+            }
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
+
+    /// Whether it limits the names of those it vouches for.
+    pub(super) fn constrains_names(&self) -> bool {
+        !matches!(self.certificate.tbs_certificate().get_extension::<NameConstraints>(), Ok(None))
+    }
+
+    /// Whether it demands something that is not known here.
+    pub(super) fn has_unknown_demands(&self) -> bool {
+        let known = [BasicConstraints::OID, KeyUsage::OID, ExtendedKeyUsage::OID, SubjectAltName::OID];
+        let extensions = self.certificate.tbs_certificate().extensions();
+        extensions.is_some_and(|all| all.iter().any(|one| one.critical && !known.contains(&one.extn_id)))
+    }
+
     /// Before the third version there were no extensions, and so no purposes and no alternative names.
     pub(super) fn is_old_version(&self) -> bool {
         self.certificate.tbs_certificate().version() != x509_cert::certificate::Version::V3
@@ -86,15 +123,19 @@ impl Parsed {
         }
     }
 
+    /// None, if they cannot be read.
     pub(super) fn names(&self) -> PeerNames {
         let mut names = PeerNames { common_name: common_name(self.subject()), ..PeerNames::default() };
-        if let Ok(Some((_, SubjectAltName(all)))) = self.certificate.tbs_certificate().get_extension() {
-            for name in all {
-                match name {
-                    GeneralName::DnsName(name) => names.dns.push(name.as_bytes().to_vec()),
-                    GeneralName::IpAddress(address) => names.ip.push(address.as_bytes().to_vec()),
-                    _ => {}
-                }
+        let all = match self.certificate.tbs_certificate().get_extension() {
+            Ok(Some((_, SubjectAltName(all)))) => all,
+            Ok(None) => return names,
+            Err(_) => return PeerNames::default(),
+        };
+        for name in all {
+            match name {
+                GeneralName::DnsName(name) => names.dns.push(name.as_bytes().to_vec()),
+                GeneralName::IpAddress(address) => names.ip.push(address.as_bytes().to_vec()),
+                _ => {}
             }
         }
         names

@@ -28,7 +28,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::conninfo::{SslCertMode, SslMode, SslSettings, Surroundings, TlsVersion, home_directory};
 use crate::net::tls::{
-    ALPN, TlsError,
+    ALPN, TlsError, UnusableTrust,
     certificate::{Parsed, end_point_binding},
     files::{self, TlsFileError},
     own_key,
@@ -44,6 +44,8 @@ pub struct ClientTls {
     /// The host as it was given, for its name in the certificate.
     host: String,
     checks_name: bool,
+    /// The roots limit whom their certificates may name.
+    names_are_constrained: bool,
     own: Arc<OwnCertificate>,
 }
 
@@ -72,6 +74,7 @@ impl ClientTls {
             was_requested: AtomicBool::new(false),
             was_sent: AtomicBool::new(false),
         });
+        let names_are_constrained = trust.as_ref().is_some_and(Trust::constrains_names);
         let verifier = Verifier { trust, provider: Arc::clone(&provider) };
         let builder = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&versions(ssl)?)
@@ -81,11 +84,13 @@ impl ClientTls {
             .with_custom_certificate_verifier(Arc::new(verifier))
             .with_client_cert_resolver(Arc::clone(&own) as Arc<dyn ResolvesClientCert>);
         config.alpn_protocols = vec![ALPN.to_vec()];
-        config.enable_sni = ssl.sni;
+        // A name that no certificate can have, such as one with a dot at its end, is not sent.
+        config.enable_sni = ssl.sni && ServerName::try_from(host).is_ok();
         Ok(Self {
             config: Arc::new(config),
             host: host.to_owned(),
             checks_name: ssl.mode == SslMode::VerifyFull,
+            names_are_constrained,
             own,
         })
     }
@@ -99,10 +104,10 @@ impl ClientTls {
         let connected =
             connector.connect(self.server_name()?, stream).await.map_err(TlsError::of_handshake)?;
         let (_, session) = connected.get_ref();
-        let leaf = session.peer_certificates().and_then(|chain| chain.first());
-        let leaf = leaf.ok_or(TlsError::NoServerCertificate)?;
+        let chain = session.peer_certificates().unwrap_or_default();
+        let (leaf, between) = chain.split_first().ok_or(TlsError::NoServerCertificate)?;
         if self.checks_name {
-            self.check_name(leaf)?;
+            self.check_name(leaf, between)?;
         }
         let facts = ServerTlsFacts {
             binding: end_point_binding(leaf),
@@ -116,15 +121,21 @@ impl ClientTls {
     /// What is sent as the server's name, unless it is an address.
     fn server_name(&self) -> Result<ServerName<'static>, TlsError> {
         let name = ServerName::try_from(self.host.clone());
-        // A name that no certificate can have, such as one with a dot at its end or none at all, is not sent.
         name.or_else(|_| ServerName::try_from(UNNAMED)).map_err(|_| TlsError::NoServerCertificate)
     }
 
-    fn check_name(&self, leaf: &CertificateDer<'_>) -> Result<(), TlsError> {
+    fn check_name(&self, leaf: &CertificateDer<'_>, between: &[CertificateDer<'_>]) -> Result<(), TlsError> {
         if self.host.is_empty() {
             return Err(TlsError::NoHostName);
         }
-        let names = Parsed::of(leaf).map(|parsed| parsed.names()).unwrap_or_default();
+        let mut names = Parsed::of(leaf).map(|parsed| parsed.names()).unwrap_or_default();
+        let constrains = |certificate: &CertificateDer<'_>| {
+            Parsed::of(certificate).is_none_or(|parsed| parsed.constrains_names())
+        };
+        if self.names_are_constrained || between.iter().any(constrains) {
+            // The library holds only alternative names to these limits.
+            names.common_name = None;
+        }
         match check_name(&names, &self.host) {
             NameCheck::Named => Ok(()),
             NameCheck::Other { first, names } => {
@@ -172,8 +183,16 @@ fn trust(
             Err(error) => return Err(error.into()),
         }
     }
-    for path in ssl.crl_directory.iter().flat_map(|directory| surroundings.list(directory)) {
-        revocations.extend(files::revocations(surroundings, &path)?);
+    if let Some(directory) = &ssl.crl_directory {
+        let before = revocations.len();
+        for path in surroundings.list(directory) {
+            // Other files may lie there, too.
+            revocations.extend(files::revocations(surroundings, &path).unwrap_or_default());
+        }
+        if revocations.len() == before {
+            let text = format!("no certificate revocation list in directory \"{}\"", directory.display());
+            return Err(UnusableTrust(text).into());
+        }
     }
     Ok(Some(Trust::new(&roots, revocations, provider)?))
 }

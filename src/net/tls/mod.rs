@@ -103,8 +103,8 @@ pub enum TlsError {
 }
 
 impl TlsError {
-    /// What a failed handshake came from.
-    pub(super) fn of_handshake(error: io::Error) -> Self {
+    /// What a failed handshake, or a failed read or write after it, came from.
+    pub fn of_handshake(error: io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
             Some(tls) => Self::Handshake(tls.clone()),
             None => Self::Io(error),

@@ -428,3 +428,102 @@ fn versions_below_the_least_are_refused() {
     assert_eq!(text(&error.err().unwrap()), told);
     assert!(files.client("host=db sslmode=require ssl_max_protocol_version=TLSv1.2").is_ok());
 }
+
+#[tokio::test]
+async fn a_certificate_in_the_root_file_that_is_no_authoritys_vouches_for_itself_alone() {
+    let key = KeyPair::generate().unwrap();
+    let pinned_params = params("db", &["db"]);
+    let pinned = self_signed(&pinned_params, &key);
+    // It signs another one, as an authority would.
+    let issuer = Issuer::from_params(&pinned_params, &key);
+    let forged = {
+        let key = KeyPair::generate().unwrap();
+        let certificate = params("anybody", &["other"]).signed_by(&key, &issuer).unwrap();
+        (pem("CERTIFICATE", certificate.der()), key_pem(&key))
+    };
+    let base = Files::new().with("/t/root.crt", &pinned.0);
+    let full = |host: &str| format!("host={host} sslmode=verify-full sslrootcert=/t/root.crt");
+    assert!(client_says(&base.clone().with_server(pinned.clone()), &full("db")).await.is_ok());
+    let refused = client_says(&base.clone().with_server(forged.clone()), &full("other")).await;
+    assert_eq!(refused.unwrap_err(), "SSL error: invalid peer certificate: UnknownIssuer");
+    let files = base.with_server(pinned).with("/t/c.crt", &forged.0).with("/t/c.key", &forged.1);
+    let client = files.client("host=db sslmode=require sslcert=/t/c.crt sslkey=/t/c.key").unwrap();
+    let met = meet(&client, &files.server(Some("/t/root.crt")).unwrap(), TlsStart::Requested).await;
+    assert_eq!(met.server.unwrap_err(), "SSL error: invalid peer certificate: UnknownIssuer");
+}
+
+#[tokio::test]
+async fn a_root_that_has_run_out_vouches_for_nobody_and_its_successor_does() {
+    let key = || KeyPair::generate().unwrap();
+    let root = |from, to, key: &KeyPair| {
+        let mut params = params("root", &[]);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        (params.not_before, params.not_after) = (date_time_ymd(from, 1, 1), date_time_ymd(to, 1, 1));
+        (pem("CERTIFICATE", params.self_signed(key).unwrap().der()), params)
+    };
+    let signing = key();
+    let (old, old_params) = root(2010, 2020, &signing);
+    let (new, _) = root(2019, 2120, &signing);
+    let leaf_key = key();
+    let leaf =
+        params("db", &["db"]).signed_by(&leaf_key, &Issuer::from_params(&old_params, &signing)).unwrap();
+    let files = Files::new()
+        .with_server((pem("CERTIFICATE", leaf.der()), key_pem(&leaf_key)))
+        .with("/t/old.crt", &old)
+        .with("/t/both.crt", &format!("{old}{new}"));
+    let refused = client_says(&files, "host=db sslmode=verify-full sslrootcert=/t/old.crt").await;
+    assert_eq!(refused.unwrap_err(), "SSL error: invalid peer certificate: UnknownIssuer");
+    assert!(client_says(&files, "host=db sslmode=verify-full sslrootcert=/t/both.crt").await.is_ok());
+}
+
+#[tokio::test]
+async fn of_two_revocation_lists_the_newer_one_counts() {
+    let ca = authority("root");
+    let list = |year, serial| {
+        let revoked = RevokedCertParams {
+            serial_number: SerialNumber::from(serial),
+            revocation_time: date_time_ymd(2023, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(year, 1, 1),
+            next_update: date_time_ymd(2124, 1, 1),
+            crl_number: SerialNumber::from(u64::try_from(year).unwrap()),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        pem("X509 CRL", list.signed_by(issuer(&ca)).unwrap().der())
+    };
+    let base = Files::new()
+        .with_server(issued(&params("db", &["db"]), &ca))
+        .with("/t/root.crt", &pem("CERTIFICATE", ca.der()));
+    let conninfo = "host=db sslmode=verify-full sslrootcert=/t/root.crt";
+    let both = base.clone().with("/t/crl", &format!("{}{}", list(2023, 8_u64), list(2024, 7_u64)));
+    let refused = client_says(&both, &format!("{conninfo} sslcrl=/t/crl")).await;
+    assert_eq!(refused.unwrap_err(), "SSL error: invalid peer certificate: Revoked");
+    let empty = base.with("/t/crls/README", "nothing here");
+    let refused = client_says(&empty, &format!("{conninfo} sslcrldir=/t/crls")).await.unwrap_err();
+    assert_eq!(refused, "no certificate revocation list in directory \"/t/crls\"");
+}
+
+#[tokio::test]
+async fn an_authority_that_may_name_only_some_names_nobody_by_the_common_name() {
+    let mut limited = params("root", &[]);
+    limited.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    limited.name_constraints = Some(rcgen::NameConstraints {
+        permitted_subtrees: vec![rcgen::GeneralSubtree::DnsName("a.example".to_owned())],
+        excluded_subtrees: Vec::new(),
+    });
+    let ca = CertifiedIssuer::self_signed(limited, KeyPair::generate().unwrap()).unwrap();
+    let root = pem("CERTIFICATE", ca.der());
+    let says = async |params: &CertificateParams, host: &str| {
+        let files = Files::new().with_server(issued(params, &ca)).with("/t/root.crt", &root);
+        client_says(&files, &format!("host={host} sslmode=verify-full sslrootcert=/t/root.crt")).await
+    };
+    assert!(says(&params("x", &["db.a.example"]), "db.a.example").await.is_ok());
+    assert!(says(&params("x", &["db.b.example"]), "db.b.example").await.is_err());
+    let refused = says(&params("db.b.example", &[]), "db.b.example").await;
+    assert_eq!(refused.unwrap_err(), "could not get server's host name from server certificate");
+}

@@ -5,7 +5,7 @@
 //! first version (`openssl x509 -req` made such for long), or an authority's own, that a root has signed directly. Never
 //! looks at names.
 
-use std::sync::Arc;
+use std::{cmp::Reverse, sync::Arc};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
@@ -26,10 +26,18 @@ use crate::net::tls::certificate::{
 /// Roots and revocations, ready to check with.
 #[derive(Debug)]
 pub(super) struct Trust {
+    /// All that the root file holds.
     roots: Vec<Parsed>,
+    /// What it holds between roots and leaves: helps to find the way to a root, and is none.
+    between: Vec<CertificateDer<'static>>,
     revocations: Vec<(CertificateList, Vec<u8>)>,
-    algorithms: WebPkiSupportedAlgorithms,
-    /// `None`: none of the roots can be used by webpki.
+    provider: Arc<CryptoProvider>,
+    verifiers: Verifiers,
+}
+
+/// webpki's, over the roots that may vouch.
+#[derive(Clone, Debug)]
+struct Verifiers {
     servers: Option<Arc<WebPkiServerVerifier>>,
     clients: Option<Arc<dyn ClientCertVerifier>>,
 }
@@ -44,7 +52,37 @@ pub(super) enum Role {
 /// A revocation list cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct UnusableTrust(String);
+pub struct UnusableTrust(pub(super) String);
+
+impl Verifiers {
+    /// webpki asks nothing of a root but its name and its key, so only those may be given to it that OpenSSL would end at:
+    /// signed by themselves, of an authority, and valid.
+    fn new<'a>(
+        roots: impl Iterator<Item = &'a Parsed>,
+        revocations: &[(CertificateList, Vec<u8>)],
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Self, UnusableTrust> {
+        let mut store = RootCertStore::empty();
+        store.add_parsable_certificates(roots.map(|root| CertificateDer::from(root.der.clone())));
+        if store.is_empty() {
+            return Ok(Self { servers: None, clients: None });
+        }
+        let store = Arc::new(store);
+        let lists: Vec<_> =
+            revocations.iter().map(|(_, der)| CertificateRevocationListDer::from(der.clone())).collect();
+        let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
+        let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider))
+            .with_crls(lists.clone())
+            .enforce_revocation_expiration();
+        let servers = builder.build().map_err(|error| unusable(&error))?;
+        let builder = WebPkiClientVerifier::builder_with_provider(store, Arc::clone(provider))
+            .with_crls(lists)
+            .enforce_revocation_expiration()
+            .allow_unauthenticated();
+        let clients = builder.build().map_err(|error| unusable(&error))?;
+        Ok(Self { servers: Some(servers), clients: Some(clients) })
+    }
+}
 
 impl Trust {
     /// These roots, and these revocations: with any, each certificate's issuer must have published a list, as with OpenSSL.
@@ -53,33 +91,46 @@ impl Trust {
         revocations: Vec<CertificateRevocationListDer<'static>>,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Self, UnusableTrust> {
-        let mut store = RootCertStore::empty();
-        store.add_parsable_certificates(roots.iter().cloned());
-        let store = Arc::new(store);
-        let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
-        let (mut servers, mut clients) = (None, None);
-        if !store.is_empty() {
-            let builder =
-                WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider))
-                    .with_crls(revocations.clone())
-                    .enforce_revocation_expiration();
-            servers = Some(builder.build().map_err(|error| unusable(&error))?);
-            let builder = WebPkiClientVerifier::builder_with_provider(store, Arc::clone(provider))
-                .with_crls(revocations.clone())
-                .enforce_revocation_expiration()
-                .allow_unauthenticated();
-            clients = Some(builder.build().map_err(|error| unusable(&error))?);
+        let roots: Vec<_> = roots.iter().filter_map(|root| Parsed::of(root)).collect();
+        let mut lists = Vec::new();
+        for der in &revocations {
+            let list = CertificateList::from_der(der).map_err(|error| {
+                UnusableTrust(format!("could not read a certificate revocation list: {error}"))
+            })?;
+            lists.push((list, der.to_vec()));
         }
-        let parsed = |list: &CertificateRevocationListDer<'static>| {
-            Some((CertificateList::from_der(list).ok()?, list.to_vec()))
+        // Of several lists of one issuer the newest counts, and the first is looked at.
+        lists.sort_by_key(|(list, _)| Reverse(list.tbs_cert_list.this_update.to_unix_duration()));
+        let mut trust = Self {
+            between: Vec::new(),
+            revocations: lists,
+            provider: Arc::clone(provider),
+            verifiers: Verifiers { servers: None, clients: None },
+            roots,
         };
-        Ok(Self {
-            roots: roots.iter().filter_map(|root| Parsed::of(root)).collect(),
-            revocations: revocations.iter().filter_map(parsed).collect(),
-            algorithms: provider.signature_verification_algorithms,
-            servers,
-            clients,
-        })
+        let is_between = |root: &&Parsed| root.is_authority() && !trust.is_root(root);
+        trust.between = trust
+            .roots
+            .iter()
+            .filter(is_between)
+            .map(|root| CertificateDer::from(root.der.clone()))
+            .collect();
+        trust.verifiers = Verifiers::new(trust.usable_roots(), &trust.revocations, provider)?;
+        Ok(trust)
+    }
+
+    /// Whether names are limited by any of what is trusted.
+    pub(super) fn constrains_names(&self) -> bool {
+        self.roots.iter().any(Parsed::constrains_names)
+    }
+
+    /// Signed by itself.
+    fn is_root(&self, certificate: &Parsed) -> bool {
+        certificate.subject() == certificate.issuer() && self.has_signed(certificate, certificate).is_some()
+    }
+
+    fn usable_roots(&self) -> impl Iterator<Item = &Parsed> {
+        self.roots.iter().filter(|root| root.may_sign_certificates() && self.is_root(root))
     }
 
     /// Whether a root vouches for the certificate.
@@ -93,7 +144,11 @@ impl Trust {
         match self.check_by_webpki(role, certificate, intermediates, now) {
             Ok(()) => Ok(()),
             Err(error) => match Parsed::of(certificate) {
-                Some(parsed) if parsed.is_old_version() || parsed.is_authority() => {
+                Some(parsed)
+                    if parsed.is_old_version()
+                        || parsed.is_authority()
+                        || self.roots.iter().any(|root| root.der == parsed.der) =>
+                {
                     self.check_directly(role, &parsed, now.as_secs())
                 }
                 _ => Err(error),
@@ -109,11 +164,20 @@ impl Trust {
         now: UnixTime,
     ) -> Result<(), Error> {
         let unknown = || Error::InvalidCertificate(CertificateError::UnknownIssuer);
+        let is_valid = |root: &&Parsed| root.is_valid_at(now.as_secs());
+        // Roots run out while a server runs.
+        let verifiers = if self.usable_roots().all(|root| is_valid(&root)) {
+            self.verifiers.clone()
+        } else {
+            let valid = self.usable_roots().filter(is_valid);
+            Verifiers::new(valid, &self.revocations, &self.provider).map_err(|_| unknown())?
+        };
+        let intermediates: Vec<_> = intermediates.iter().chain(&self.between).cloned().collect();
         match role {
             Role::Server => {
-                let verifier = self.servers.as_ref().ok_or_else(unknown)?;
+                let verifier = verifiers.servers.ok_or_else(unknown)?;
                 let nobody = ServerName::try_from("name.invalid").map_err(|_| unknown())?;
-                match verifier.verify_server_cert(certificate, intermediates, &nobody, &[], now) {
+                match verifier.verify_server_cert(certificate, &intermediates, &nobody, &[], now) {
                     // The name is looked at last, and not here.
                     Err(Error::InvalidCertificate(
                         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
@@ -123,8 +187,8 @@ impl Trust {
                 }
             }
             Role::Client => {
-                let verifier = self.clients.as_ref().ok_or_else(unknown)?;
-                verifier.verify_client_cert(certificate, intermediates, now).map(drop)
+                let verifier = verifiers.clients.ok_or_else(unknown)?;
+                verifier.verify_client_cert(certificate, &intermediates, now).map(drop)
             }
         }
     }
@@ -136,23 +200,26 @@ impl Trust {
             Role::Server => SERVER_PURPOSE,
             Role::Client => CLIENT_PURPOSE,
         };
-        if !certificate.is_for(purpose) {
+        if !certificate.is_for(purpose) || !certificate.may_be_used_in_handshakes() {
             return refused(CertificateError::InvalidPurpose);
         }
-        let signed_by = |root: &&Parsed| {
-            root.subject() == certificate.issuer() && self.has_signed(root, certificate).is_some()
+        if certificate.has_unknown_demands() {
+            return refused(CertificateError::UnhandledCriticalExtension);
+        }
+        let vouches = |root: &&Parsed| {
+            let is_itself = root.der == certificate.der;
+            root.subject() == certificate.issuer()
+                && self.is_root(root)
+                && (is_itself || (root.may_sign_certificates() && !root.constrains_names()))
+                && self.has_signed(root, certificate).is_some()
         };
-        let Some(root) = self.roots.iter().find(signed_by) else {
-            return refused(CertificateError::UnknownIssuer);
-        };
-        // A root is trusted by name and key; its extensions, where it has any, must allow it to sign for others.
-        let is_itself = root.der == certificate.der;
-        if !is_itself && !root.is_old_version() && !root.is_authority() {
+        let mut vouching = self.roots.iter().filter(vouches).peekable();
+        if vouching.peek().is_none() {
             return refused(CertificateError::UnknownIssuer);
         }
-        if !certificate.is_valid_at(now) || !root.is_valid_at(now) {
-            return refused(CertificateError::Expired);
-        }
+        // Of a root that was renewed with its key there are two.
+        let valid = vouching.find(|root| root.is_valid_at(now) && certificate.is_valid_at(now));
+        let Some(root) = valid else { return refused(CertificateError::Expired) };
         self.check_revocation(root, certificate, now)
     }
 
@@ -200,7 +267,7 @@ impl Trust {
         signature: &[u8],
     ) -> Option<()> {
         let (key_algorithm, algorithm) = (algorithm_content(&key.algorithm)?, algorithm_content(algorithm)?);
-        let fits = self.algorithms.all.iter().filter(|known| {
+        let fits = self.provider.signature_verification_algorithms.all.iter().filter(|known| {
             known.public_key_alg_id().as_ref() == key_algorithm
                 && known.signature_alg_id().as_ref() == algorithm
         });
