@@ -308,12 +308,13 @@ impl Store {
     pub fn remember_facts(&self, facts: ServerFacts) -> Result<(), StoreError> {
         self.shared.health.check()?;
         let Shared { disk, layout, .. } = &*self.shared;
+        if self.facts().as_ref() == Some(&facts) {
+            // Whatever else is on its way to the disk is not waited for.
+            return Ok(());
+        }
         // Others may look at what is remembered while it is written.
         let _file = self.shared.control_file.lock();
         let mut control = self.shared.control.lock().clone().ok_or(StoreError::NotInitialized)?;
-        if control.facts.as_ref() == Some(&facts) {
-            return Ok(());
-        }
         control.check_owner(&**disk, layout)?;
         control.facts = Some(facts);
         control.write(&**disk, layout).map_err(|error| self.shared.health.judge(error))?;

@@ -29,7 +29,14 @@ pub struct UpstreamMemory {
 
 /// The memory of an open store; clones are the same.
 #[derive(Clone, Debug, Default)]
-pub(super) struct UpstreamMemoryFile(Arc<Mutex<UpstreamMemory>>);
+pub(super) struct UpstreamMemoryFile(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Held while the file is written: its own, for what others write must not wait for this.
+    file: Mutex<()>,
+    memory: Mutex<UpstreamMemory>,
+}
 
 impl UpstreamMemoryFile {
     pub(super) fn read(shared: &Shared) -> Result<Self, StoreError> {
@@ -37,21 +44,22 @@ impl UpstreamMemoryFile {
             Err(StoreError::Damaged { .. }) => None,
             read => read?,
         };
-        Ok(Self(Arc::new(Mutex::new(read.unwrap_or_default()))))
+        let memory = Mutex::new(read.unwrap_or_default());
+        Ok(Self(Arc::new(Inner { file: Mutex::default(), memory })))
     }
 }
 
 impl Store {
     /// What is remembered.
     pub fn upstream_memory(&self) -> UpstreamMemory {
-        self.upstream_memory.0.lock().clone()
+        self.upstream_memory.0.memory.lock().clone()
     }
 
     /// Changes what is remembered; durable on return. Blocks.
     pub fn change_upstream_memory(&self, change: impl FnOnce(&mut UpstreamMemory)) -> Result<(), StoreError> {
         let Shared { disk, layout, health, .. } = &*self.shared;
         health.check()?;
-        let _file = self.shared.control_file.lock();
+        let _file = self.upstream_memory.0.file.lock();
         let before = self.upstream_memory();
         let mut after = before.clone();
         change(&mut after);
@@ -62,7 +70,7 @@ impl Store {
             control.check_owner(&**disk, layout)?;
         }
         UPSTREAM_FILE.write(&**disk, &layout.data_dir, &after).map_err(|error| health.judge(error))?;
-        *self.upstream_memory.0.lock() = after;
+        *self.upstream_memory.0.memory.lock() = after;
         Ok(())
     }
 }

@@ -5,13 +5,14 @@
 
 use std::time::{Duration, Instant};
 
-use crate::store::{BlockId, UpstreamMemory};
+use crate::store::{BlockId, Store, UpstreamMemory};
 use crate::upstream::Advice;
 use crate::upstream::UpstreamError;
 use crate::upstream::backoff::Backoff;
 use crate::upstream::connect::Beginning;
 use crate::upstream::losses::Losses;
 use crate::upstream::patroni::UnnamedLeader;
+use crate::upstream::remembering::Remembering;
 use crate::upstream::slot_cost::SlotWatch;
 use crate::upstream::slot_memory::SlotMemory;
 use crate::upstream::unfollowed::Unfollowed;
@@ -35,6 +36,8 @@ pub(super) struct Course {
     pub(super) slots: SlotMemory,
     /// What was lost here, and is not back.
     pub(super) losses: Losses,
+    /// What of both outlives the process.
+    pub(super) remembering: Remembering,
     /// Who answers and is not followed.
     pub(super) unfollowed: Unfollowed,
     /// When it was looked at what the slot costs.
@@ -61,7 +64,11 @@ pub(super) struct Course {
 }
 
 impl Course {
-    pub(super) fn new(retry_interval: Duration) -> Self {
+    /// What an earlier process knew of slots and losses is taken over.
+    pub(super) fn new(retry_interval: Duration, store: &Store) -> Self {
+        let remembering = Remembering::new(store);
+        let memory = remembering.memory();
+        let durable = store.positions().map(|positions| positions.flushed);
         Self {
             backoff: Backoff::new(retry_interval),
             block: BlockId(1),
@@ -70,8 +77,9 @@ impl Course {
             fallback_after: None,
             refused: None,
             beginning: Beginning::AsPlanned,
-            slots: SlotMemory::default(),
-            losses: Losses::default(),
+            slots: SlotMemory::recall(&memory.made_ahead),
+            losses: Losses::recall(memory.lost_to, durable),
+            remembering,
             unfollowed: Unfollowed::default(),
             slot_watch: SlotWatch::default(),
             host: None,
@@ -87,16 +95,11 @@ impl Course {
         }
     }
 
-    /// Takes over what an earlier process knew of slots and losses, when WAL is durable here up to `durable`.
-    pub(super) fn recall(&mut self, memory: &UpstreamMemory, durable: Option<Lsn>) {
-        self.slots = SlotMemory::recall(&memory.made_ahead);
-        self.losses = Losses::recall(memory.lost_to, durable);
-    }
-
-    /// What a later process must know of that.
-    pub(super) fn to_remember(&self, held_end: Option<Lsn>) -> UpstreamMemory {
-        let lost_to = self.losses.lost().map(|lost| lost.to);
-        UpstreamMemory { made_ahead: self.slots.made_ahead(held_end), lost_to }
+    /// Has remembered what a later process must know of slots and losses.
+    pub(super) fn remember(&self, held_end: Lsn) {
+        let (made_ahead, lost) = (self.slots.made_ahead(Some(held_end)), self.losses.lost());
+        let lost_to = lost.map(|lost| lost.to);
+        self.remembering.change(|memory| *memory = UpstreamMemory { made_ahead, lost_to });
     }
 
     /// The upstream streams: what it refused before is settled.

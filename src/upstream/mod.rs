@@ -23,6 +23,7 @@ mod local_windows;
 mod looking;
 mod losses;
 mod patroni;
+mod remembering;
 mod repair;
 mod repair_schedule;
 mod retained;
@@ -154,9 +155,7 @@ impl Upstream {
     }
 
     async fn follow_until_stopped(&mut self) {
-        let mut course = Course::new(self.settings.retry_interval);
-        let durable = self.store.positions().map(|positions| positions.flushed);
-        course.recall(&self.store.upstream_memory(), durable);
+        let mut course = Course::new(self.settings.retry_interval, &self.store);
         self.tell_lost(course.losses.lost());
         fencing::show(&self.store, &self.status, &self.metrics);
         while !self.shutdown.is_cancelled() {
@@ -264,7 +263,8 @@ impl Upstream {
         self.metrics.streaming.set(1.0);
         self.metrics.sessions.increment(1);
         course.note_streaming(opened.link.is_some());
-        let SlotBeside { durable, made, run: advance } = self.slot_beside(&opened);
+        let SlotBeside { durable, made, run: advance } =
+            self.slot_beside(&opened, course.remembering.clone());
         let server = opened.host.clone();
         let _repairs = self.repair_beside(&opened);
         let looking = self.look_beside(&opened);
@@ -348,7 +348,7 @@ impl Upstream {
         // What was acknowledged before an empty store was begun is told as that.
         let told = planned.lost.filter(|to| Some(*to) > course.replaces);
         let lost = course.losses.begin(durable, told);
-        slot_use::remember(store, course, plan.held_end);
+        course.remember(plan.held_end);
         let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
         let start = match refused {
             Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),

@@ -15,11 +15,10 @@ use crate::conninfo::{Conninfo, ProcessSurroundings};
 use crate::metrics::UpstreamMetrics;
 use crate::protocol::SqlState;
 use crate::status::UpstreamStatus;
-use crate::store::{Store, UpstreamMemory};
 use crate::upstream::UpstreamError;
 use crate::upstream::dial::log_in;
 use crate::upstream::dialog::Dialog;
-use crate::upstream::error::chain;
+use crate::upstream::remembering::Remembering;
 use crate::upstream::retained::Retained;
 use crate::upstream::slot_memory::{KeptFrom, MadeBeside};
 use crate::wal::Lsn;
@@ -38,7 +37,7 @@ pub(super) struct SlotAdvance {
     /// Hears when it is made again.
     pub(super) made: MadeBeside,
     /// The same, for a later process.
-    pub(super) store: Store,
+    pub(super) remembering: Remembering,
     /// What is durable here; `None` until it was compared with the upstream.
     pub(super) durable: watch::Receiver<Option<Lsn>>,
     /// Hears where the slot is.
@@ -175,22 +174,15 @@ impl SlotAdvance {
 
     async fn note_made(&self, made: Option<KeptFrom>) {
         self.made.note(made);
-        let (store, server) = (self.store.clone(), self.host.clone());
-        let change = move |memory: &mut UpstreamMemory| {
+        let server = self.host.clone();
+        let change = self.remembering.change(|memory| {
             match made {
                 Some(KeptFrom::At(from)) => memory.made_ahead.insert(server, Some(from)),
                 Some(KeptFrom::NotHeard) => memory.made_ahead.insert(server, None),
                 Some(KeptFrom::NotTold) | None => memory.made_ahead.remove(&server),
             };
-        };
-        // On a thread of its own: a disk may take as long as it likes.
-        let written = tokio::task::spawn_blocking(move || store.change_upstream_memory(change)).await;
-        let error = match written {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => chain(&error),
-            Err(error) => error.to_string(),
-        };
-        tracing::warn!(error, "could not save what is known of the slots on the upstream");
+        });
+        self.remembering.settled(change).await;
     }
 
     /// Where the slot is then; `None`: there is none.

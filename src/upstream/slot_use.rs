@@ -9,12 +9,10 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::protocol::instances::PARAMETER;
-use crate::store::Store;
-use crate::upstream::blocking::block_in_place;
 use crate::upstream::connect::{self, Connected};
 use crate::upstream::course::Course;
 use crate::upstream::dialog::Introduction;
-use crate::upstream::error::chain;
+use crate::upstream::remembering::Remembering;
 use crate::upstream::retained::SlotMover;
 use crate::upstream::slot::{self, SlotOrigin, UpstreamSlot, WhenAbsent};
 use crate::upstream::slot_advance::{SlotAdvance, show_slot_error};
@@ -98,7 +96,11 @@ impl Upstream {
     }
 
     /// What moves the slot while the stream does not.
-    pub(super) fn slot_beside(&self, opened: &Opened) -> SlotBeside<impl Future<Output = ()> + use<>> {
+    pub(super) fn slot_beside(
+        &self,
+        opened: &Opened,
+        remembering: Remembering,
+    ) -> SlotBeside<impl Future<Output = ()> + use<>> {
         let (sender, durable) = watch::channel(None);
         let made = MadeBeside::default();
         let retained = opened.retained.clone().filter(|retained| retained.mover() == SlotMover::Sql);
@@ -109,7 +111,7 @@ impl Upstream {
             slot,
             create_slot: self.settings.create_slot,
             made: made.clone(),
-            store: self.store.clone(),
+            remembering,
             durable,
             retained,
             status: self.status.clone(),
@@ -137,14 +139,6 @@ pub(super) struct SlotBeside<F> {
     pub(super) made: MadeBeside,
     /// Moves it as long as it is polled.
     pub(super) run: F,
-}
-
-/// For a later process. A disk that does not take it is told elsewhere, and does not keep WAL from being taken.
-pub(super) fn remember(store: &Store, course: &Course, held_end: Lsn) {
-    let memory = course.to_remember(Some(held_end));
-    if let Err(error) = block_in_place(|| store.change_upstream_memory(|known| *known = memory)) {
-        tracing::warn!(error = %chain(&error), "could not save what is known of the slots on the upstream");
-    }
 }
 
 fn recognize(

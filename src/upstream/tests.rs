@@ -243,7 +243,8 @@ async fn a_server_that_stalls_before_the_stream_is_left_in_time() {
     let at = StallsAt::Question("READ_REPLICATION_SLOT");
     Stall { at, then: Then::Chatter, page_bytes: "8192" }.listen(folder.path());
     let began = VirtualInstant::now();
-    let outcome = upstream.open(&mut Course::new(Duration::from_secs(5)), None).await;
+    let mut course = Course::new(Duration::from_secs(5), &upstream.store);
+    let outcome = upstream.open(&mut course, None).await;
     assert!(matches!(outcome, Err(UpstreamError::OpeningTimeout)));
     assert_eq!(began.elapsed().as_secs(), 60);
     upstream.store.shutdown();
