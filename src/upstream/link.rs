@@ -195,13 +195,20 @@ mod tests {
 
     use super::*;
 
+    /// One that has just begun, over a store in a folder that lives as long.
+    fn course() -> (Course, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, _) = crate::store::small::open_in(folder.path());
+        (Course::new(Duration::from_secs(1), &store), folder)
+    }
+
     fn settings(mode: LinkMode) -> LinkSettings {
         LinkSettings { mode, codecs: vec![Codec::Zstd] }
     }
 
     #[test]
     fn after_an_error_the_next_session_asks_for_no_link_unless_there_must_be_one() {
-        let mut course = Course::new(Duration::from_secs(1));
+        let (mut course, _folder) = course();
         let asks = |mode, course: &Course| settings(mode).wish(course).is_some();
         let modes = [LinkMode::Off, LinkMode::Prefer, LinkMode::Require];
         assert_eq!(modes.map(|mode| asks(mode, &course)), [false, true, true]);
@@ -215,8 +222,9 @@ mod tests {
 
     #[test]
     fn a_servers_answer_counts_as_far_as_it_fits_the_offer() {
+        let (course, _folder) = course();
         let outcome = |mode, answer: Option<&str>, declined: bool| {
-            let wish = settings(mode).wish(&Course::new(Duration::from_secs(1))).unwrap();
+            let wish = settings(mode).wish(&course).unwrap();
             let mut introduction = Introduction::default();
             if let Some(answer) = answer {
                 introduction.parameters.insert(ANSWER_PARAMETER.to_owned(), answer.to_owned());

@@ -46,7 +46,8 @@ type Authority = CertifiedIssuer<'static, KeyPair>;
 fn authority(name: &str) -> Authority {
     let mut params = params(name, &[]);
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
+    use rcgen::KeyUsagePurpose::{CrlSign, DigitalSignature, KeyCertSign};
+    params.key_usages = vec![KeyCertSign, CrlSign, DigitalSignature];
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
