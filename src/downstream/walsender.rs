@@ -121,8 +121,10 @@ pub(super) struct Run {
     pub(super) ahead: Option<Background>,
     /// The background work compresses what could be sent now.
     pub(super) is_compressing: bool,
-    /// Since when a link may not send because of its rate, and until when.
-    pub(super) paced: Option<(Instant, Instant)>,
+    /// Since when a link may not send because of its rate.
+    pub(super) paced_since: Option<Instant>,
+    /// Until when, if nothing else kept it from sending when that was asked last.
+    pub(super) paced_until: Option<Instant>,
     /// The store follows another timeline than this stream's: where was this one left?
     switch_due: Option<TimelineId>,
     client_is_done: bool,
@@ -138,7 +140,8 @@ impl<S: Stream> WalSender<'_, S> {
             background: None,
             ahead: None,
             is_compressing: false,
-            paced: None,
+            paced_since: None,
+            paced_until: None,
             switch_due: None,
             client_is_done: false,
             is_stopping: false,
@@ -178,6 +181,7 @@ impl<S: Stream> WalSender<'_, S> {
     /// Moves to the connection what may be sent, as far as it has room.
     fn fill_outgoing(&mut self, run: &mut Run) -> Result<Option<StreamEnd>, StreamError> {
         let mut has_moved = false;
+        run.paced_until = None;
         loop {
             if let Some(end) = self.sender.poll_end() {
                 return Ok(Some(end));
@@ -458,8 +462,7 @@ impl<S: Stream> WalSender<'_, S> {
     /// The sleep is moved only when it would come too late: a deadline that moves with every reply costs nothing.
     fn set_deadline(&mut self, run: &Run, mut sleep: Pin<&mut Sleep>) {
         let detach = run.unsent_since.filter(|_| !run.is_detached).map(|since| since + DETACH_AFTER);
-        let paced = run.paced.map(|(_, until)| until);
-        let deadline = self.sender.poll_timeout().into_iter().chain(detach).chain(paced).min();
+        let deadline = self.sender.poll_timeout().into_iter().chain(detach).chain(run.paced_until).min();
         let deadline = deadline.unwrap_or_else(|| now() + IDLE_WAKE_INTERVAL).into();
         if sleep.is_elapsed() || deadline < sleep.deadline() {
             sleep.as_mut().reset(deadline);

@@ -403,9 +403,34 @@ async fn a_rate_is_kept_and_can_be_changed_while_it_runs() {
     assert!(relay.metric("walrelay_link_paced_microseconds_total") > 500_000.0);
 }
 
+/// CPU time of this thread, on which everything of such a test runs.
+#[allow(clippy::disallowed_methods, reason = "no file of the store's")]
+fn cpu_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
+}
+
+#[tokio::test]
+async fn a_link_that_has_to_wait_and_takes_nothing_costs_no_time() {
+    let limited = config::Links { link_rate_max: NonZeroU64::new(450 << 10), ..Options::default().links };
+    let mut relay = Relay::start_with(Options { links: limited, ..Options::default() }).await;
+    let start = relay.start_lsn();
+    relay.grow_random(12 << 20);
+    let mut client = relay.narrow_stranger().await;
+    client.log_in(&offering(startup(), "1;zstd")).await;
+    client.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
+    // Longer than buffers, what is copied out of the store's memory, and every wait for the rate last.
+    for second in 0..10 {
+        let before = cpu_time();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let cost = cpu_time() - before;
+        assert!(cost < Duration::from_millis(400), "{cost:?} in second {second}");
+    }
+}
+
 #[tokio::test]
 async fn live_wal_of_one_link_does_not_wait_for_the_backlog_of_another() {
-    let rates = config::Links { links_rate_max: NonZeroU64::new(300 << 10), ..Options::default().links };
+    let rates = config::Links { links_rate_max: NonZeroU64::new(450 << 10), ..Options::default().links };
     let mut relay = Relay::start_with(Options { links: rates, ..Options::default() }).await;
     let start = relay.start_lsn();
     let mut end = relay.grow_random(3 << 20);

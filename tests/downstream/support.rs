@@ -314,6 +314,13 @@ impl Relay {
         self.context.access.store(Arc::new(access));
     }
 
+    /// The same, which takes in little at a time.
+    pub(crate) async fn narrow_stranger(&self) -> Client {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(4096).unwrap();
+        Client { socket: socket.connect(self.address).await.unwrap(), incoming: BytesMut::new() }
+    }
+
     /// A client for physical replication that is ready for commands.
     pub(crate) async fn client(&self) -> Client {
         self.client_named("dc2_a").await

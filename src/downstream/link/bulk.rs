@@ -91,22 +91,20 @@ impl BulkFrames {
         reader: BulkReader,
         now: Instant,
     ) -> Result<(), StreamError> {
-        let cell = {
+        let claim = {
             let mut frames = self.frames.lock();
             frames.drop_old(now);
-            Arc::clone(frames.by_key.entry(key).or_default())
+            let cell = Arc::clone(frames.by_key.entry(key).or_default());
+            Claim { frames: &self.frames, key, cell }
         };
-        if cell.initialized() {
+        if claim.cell.initialized() {
             return Ok(());
         }
         // Whoever leaves lets the next one make it.
-        let made = cell.get_or_try_init(|| self.make(key, reader)).await.map(|frame| frame.payload.len());
-        let mut frames = self.frames.lock();
-        match made {
-            Ok(bytes) => frames.keep(key, &cell, bytes, now),
-            Err(_) => frames.forget(&key, &cell),
-        }
-        made.map(|_| ())
+        let made = claim.cell.get_or_try_init(|| self.make(key, reader)).await;
+        let bytes = made?.payload.len();
+        self.frames.lock().keep(key, &claim.cell, bytes, now);
+        Ok(())
     }
 
     async fn make(&self, key: BulkKey, reader: BulkReader) -> Result<EncodedWal, StreamError> {
@@ -169,6 +167,25 @@ fn read_wal(reader: &mut WalReader, range: LsnRange) -> Result<Vec<Bytes>, ReadE
     }
 }
 
+/// A frame that somebody waits for. What could not be made, or is not waited for any more, is forgotten.
+struct Claim<'a> {
+    frames: &'a Mutex<Frames>,
+    key: BulkKey,
+    cell: Arc<OnceCell<EncodedWal>>,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut frames = self.frames.lock();
+        let is_current = frames.by_key.get(&self.key).is_some_and(|known| Arc::ptr_eq(known, &self.cell));
+        // The list's own, and this one.
+        let is_last = Arc::strong_count(&self.cell) <= 2;
+        if is_current && is_last && !self.cell.initialized() {
+            frames.by_key.remove(&self.key);
+        }
+    }
+}
+
 impl Frames {
     fn keep(&mut self, key: BulkKey, cell: &Arc<OnceCell<EncodedWal>>, bytes: usize, now: Instant) {
         let is_current = self.by_key.get(&key).is_some_and(|known| Arc::ptr_eq(known, cell));
@@ -178,16 +195,8 @@ impl Frames {
         }
         self.made.push_back((key, bytes, now));
         self.bytes += bytes;
-        while self.bytes > BULK_FRAMES_BYTES_MAX {
+        while self.bytes > BULK_FRAMES_BYTES_MAX || self.made.len() > BULK_FRAMES_MAX {
             self.drop_oldest();
-        }
-    }
-
-    /// What could not be made is not waited for.
-    fn forget(&mut self, key: &BulkKey, cell: &Arc<OnceCell<EncodedWal>>) {
-        let is_current = self.by_key.get(key).is_some_and(|known| Arc::ptr_eq(known, cell));
-        if is_current && !cell.initialized() {
-            self.by_key.remove(key);
         }
     }
 
@@ -219,8 +228,70 @@ impl From<CodecError> for StreamError {
 /// Compressed bytes that are kept for links that come a little later.
 const BULK_FRAMES_BYTES_MAX: usize = 16 << 20;
 
+/// The same in frames, however small.
+const BULK_FRAMES_MAX: usize = 2048;
+
 /// Time for which a frame is kept.
 const BULK_FRAME_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// Frames made at a time, over all links, and encoders kept for the next ones.
 const ENCODERS_MAX: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wal::Lsn;
+
+    fn key(number: u64) -> BulkKey {
+        let start = Lsn::new((number + 1) << 18).unwrap();
+        let range = LsnRange::new(start, start.advance(1 << 18)).unwrap();
+        BulkKey { timeline: TimelineId::FIRST, range, compression: Compression::Lz4 }
+    }
+
+    fn frame(bytes: usize) -> EncodedWal {
+        let checksum = WalChecksum::of([]);
+        EncodedWal { encoding: Encoding::Lz4, checksum, payload: vec![0; bytes].into() }
+    }
+
+    fn made(frames: &Mutex<Frames>, number: u64, bytes: usize, now: Instant) {
+        let mut frames = frames.lock();
+        let cell = Arc::clone(frames.by_key.entry(key(number)).or_default());
+        assert!(cell.set(frame(bytes)).is_ok());
+        frames.keep(key(number), &cell, bytes, now);
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_by_bytes_by_number_and_by_age() {
+        let (frames, start) = (Mutex::new(Frames::default()), Instant::now());
+        (0..100).for_each(|number| made(&frames, number, 1 << 20, start));
+        assert!(frames.lock().bytes <= BULK_FRAMES_BYTES_MAX);
+        assert!(!frames.lock().by_key.contains_key(&key(0)) && frames.lock().by_key.contains_key(&key(99)));
+        (100..100 + 2 * BULK_FRAMES_MAX as u64).for_each(|number| made(&frames, number, 1, start));
+        assert_eq!(
+            (frames.lock().made.len(), frames.lock().by_key.len()),
+            (BULK_FRAMES_MAX, BULK_FRAMES_MAX)
+        );
+        frames.lock().drop_old(start + BULK_FRAME_AGE_MAX);
+        assert_eq!(frames.lock().made.len(), BULK_FRAMES_MAX);
+        frames.lock().drop_old(start + BULK_FRAME_AGE_MAX + Duration::from_millis(1));
+        assert_eq!((frames.lock().by_key.len(), frames.lock().bytes), (0, 0));
+    }
+
+    #[test]
+    fn what_nobody_waits_for_is_forgotten_and_what_is_made_is_not() {
+        let frames = Mutex::new(Frames::default());
+        let claim = || {
+            let cell = Arc::clone(frames.lock().by_key.entry(key(1)).or_default());
+            Claim { frames: &frames, key: key(1), cell }
+        };
+        let (first, second) = (claim(), claim());
+        drop(first);
+        assert_eq!(frames.lock().by_key.len(), 1, "the other still waits");
+        drop(second);
+        assert_eq!(frames.lock().by_key.len(), 0);
+        let made = claim();
+        assert!(made.cell.set(frame(1)).is_ok());
+        drop(made);
+        assert_eq!(frames.lock().by_key.len(), 1);
+    }
+}

@@ -24,10 +24,11 @@ impl<S: Stream> WalSender<'_, S> {
         let (Some(link), Some(wanted)) = (&mut self.link, self.sender.sendable()) else { return Ok(None) };
         let now = now();
         if let Err(later) = link.check_rate(wanted, now) {
-            run.paced.get_or_insert((now, later)).1 = later;
+            run.paced_since.get_or_insert(now);
+            run.paced_until = Some(later);
             return Ok(Some(Moved::Nothing));
         }
-        if let Some((since, _)) = run.paced.take() {
+        if let Some(since) = run.paced_since.take() {
             link.note_paced(since, now);
         }
         match link.next(wanted, self.sender.timeline(), now) {
@@ -148,7 +149,7 @@ impl<S: Stream> WalSender<'_, S> {
     /// What the link waits for from now on.
     pub(in crate::downstream) fn note_waiting(&mut self, run: &Run) {
         let Some(link) = &mut self.link else { return };
-        let waiting = if !self.connection.outgoing.is_empty() || run.paced.is_some() {
+        let waiting = if !self.connection.outgoing.is_empty() || run.paced_until.is_some() {
             Waiting::Network
         } else if run.is_compressing {
             Waiting::Codec
