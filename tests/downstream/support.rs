@@ -316,9 +316,9 @@ impl Relay {
 
     /// The same, which takes in little at a time.
     pub(crate) async fn narrow_stranger(&self) -> Client {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
         socket.set_recv_buffer_size(4096).unwrap();
-        Client { socket: socket.connect(self.address).await.unwrap(), incoming: BytesMut::new() }
+        Client::over(socket.connect(self.address).await.unwrap())
     }
 
     /// A client for physical replication that is ready for commands.

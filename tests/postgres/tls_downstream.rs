@@ -267,10 +267,10 @@ fn client_certificates_are_demanded_where_a_primary_demands_them() {
     let mut site = Site::new(&installation, &server, Some(&authority.root()));
     let rules = "hostssl replication standby 127.0.0.1/32 scram-sha-256 clientcert=verify-full\n\
         hostssl replication mapped 127.0.0.1/32 cert map=machines\n\
-        hostssl replication any 127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n\
+        hostssl replication anyone 127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n\
         hostnossl replication standby 127.0.0.1/32 reject\n";
     let map = "machines  edge1.example  mapped\n";
-    for role in ["mapped", "any"] {
+    for role in ["mapped", "anyone"] {
         site.primary.sql(&format!("create role {role} replication login password 'secret'"));
     }
     // The primary, by its own files.
@@ -284,8 +284,11 @@ fn client_certificates_are_demanded_where_a_primary_demands_them() {
     // The relay, by the same ones.
     let verifier =
         |role: &str| site.primary.sql(&format!("select rolpassword from pg_authid where rolname = '{role}'"));
-    let users =
-        format!("standby = \"{}\"\nany = \"{}\"\nmapped = {{}}\n", verifier("standby"), verifier("any"));
+    let users = format!(
+        "standby = \"{}\"\nanyone = \"{}\"\nmapped = {{}}\n",
+        verifier("standby"),
+        verifier("anyone")
+    );
     site.relay.write_file("users.toml", &users);
     let (hba, ident) =
         (site.relay.write_file("pg_hba.conf", rules), site.relay.write_file("pg_ident.conf", map));
@@ -305,8 +308,8 @@ fn client_certificates_are_demanded_where_a_primary_demands_them() {
         ("standby", "of another authority", &foreign, false),
         ("mapped", "mapped", &edge, true),
         ("mapped", "not mapped", &own, false),
-        ("any", "any", &edge, true),
-        ("any", "none", &String::new(), false),
+        ("anyone", "any", &edge, true),
+        ("anyone", "none", &String::new(), false),
     ] {
         let ask = |port: u16| {
             let conninfo = format!(
