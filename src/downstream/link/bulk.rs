@@ -260,21 +260,25 @@ mod tests {
         frames.keep(key(number), &cell, bytes, now);
     }
 
+    /// Frames and entries.
+    fn held(frames: &Mutex<Frames>) -> (usize, usize) {
+        let frames = frames.lock();
+        (frames.made.len(), frames.by_key.len())
+    }
+
     #[test]
     fn what_is_kept_is_bounded_by_bytes_by_number_and_by_age() {
         let (frames, start) = (Mutex::new(Frames::default()), Instant::now());
         (0..100).for_each(|number| made(&frames, number, 1 << 20, start));
         assert!(frames.lock().bytes <= BULK_FRAMES_BYTES_MAX);
-        assert!(!frames.lock().by_key.contains_key(&key(0)) && frames.lock().by_key.contains_key(&key(99)));
+        let has = |number| frames.lock().by_key.contains_key(&key(number));
+        assert!(!has(0) && has(99));
         (100..100 + 2 * BULK_FRAMES_MAX as u64).for_each(|number| made(&frames, number, 1, start));
-        assert_eq!(
-            (frames.lock().made.len(), frames.lock().by_key.len()),
-            (BULK_FRAMES_MAX, BULK_FRAMES_MAX)
-        );
+        assert_eq!(held(&frames), (BULK_FRAMES_MAX, BULK_FRAMES_MAX));
         frames.lock().drop_old(start + BULK_FRAME_AGE_MAX);
         assert_eq!(frames.lock().made.len(), BULK_FRAMES_MAX);
         frames.lock().drop_old(start + BULK_FRAME_AGE_MAX + Duration::from_millis(1));
-        assert_eq!((frames.lock().by_key.len(), frames.lock().bytes), (0, 0));
+        assert_eq!((held(&frames), frames.lock().bytes), ((0, 0), 0));
     }
 
     #[test]
