@@ -13,6 +13,7 @@ use crate::config::{
     error::Problem,
     links, listen, patroni,
     raw::{Quantity, Raw, RawAdmin, RawDownstream, RawLog, RawRelay, RawStore, RawUpstream},
+    tcp,
     units::{Size, Span},
 };
 use crate::conninfo::{Conninfo, Surroundings};
@@ -197,6 +198,7 @@ fn downstream(raw: &RawDownstream, path: &Path, upstream: &Upstream) -> Result<D
         )?,
         unauthenticated_connections_max,
         unauthenticated_connections_per_address_max,
+        tcp: tcp::of_clients(raw)?,
     })
 }
 
@@ -296,12 +298,16 @@ fn required<'a>(
 }
 
 /// A time after which something is given up; 0 turns it off, as in PostgreSQL.
-fn timeout(key: &'static str, raw: &Quantity) -> Result<Option<Duration>, Problem> {
+pub(super) fn timeout(key: &'static str, raw: &Quantity) -> Result<Option<Duration>, Problem> {
     let value = span(key, raw, Duration::ZERO..=TIMEOUT_MAX)?;
     Ok(Some(value).filter(|value| !value.is_zero()))
 }
 
-fn span(key: &'static str, raw: &Quantity, range: RangeInclusive<Duration>) -> Result<Duration, Problem> {
+pub(super) fn span(
+    key: &'static str,
+    raw: &Quantity,
+    range: RangeInclusive<Duration>,
+) -> Result<Duration, Problem> {
     let value = Span::parse(&raw.0).map_err(|advice| Problem::invalid(key, &raw.0, advice))?;
     if range.contains(&value.0) {
         return Ok(value.0);
@@ -310,7 +316,7 @@ fn span(key: &'static str, raw: &Quantity, range: RangeInclusive<Duration>) -> R
     Err(Problem::OutOfRange { key, value: value.to_string(), min, max })
 }
 
-fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result<u64, Problem> {
+pub(super) fn size(key: &'static str, raw: &Quantity, range: RangeInclusive<u64>) -> Result<u64, Problem> {
     let value = Size::parse(&raw.0).map_err(|advice| Problem::invalid(key, &raw.0, advice))?;
     if range.contains(&value.0) {
         return Ok(value.0);
@@ -324,7 +330,11 @@ fn slot_limit(key: &'static str, raw: &Quantity) -> Result<Option<u64>, Problem>
     if raw.0.trim() == "-1" { Ok(None) } else { size(key, raw, DISK_BYTES).map(Some) }
 }
 
-fn number<T: TryFrom<i64>>(key: &'static str, raw: i64, range: RangeInclusive<i64>) -> Result<T, Problem> {
+pub(super) fn number<T: TryFrom<i64>>(
+    key: &'static str,
+    raw: i64,
+    range: RangeInclusive<i64>,
+) -> Result<T, Problem> {
     let in_range = Some(raw).filter(|raw| range.contains(raw));
     in_range.and_then(|raw| T::try_from(raw).ok()).ok_or_else(|| Problem::OutOfRange {
         key,

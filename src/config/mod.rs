@@ -18,6 +18,7 @@ mod listen;
 mod patroni;
 mod raw;
 mod standbys;
+mod tcp;
 #[cfg(test)]
 mod tests;
 mod tls;
@@ -46,6 +47,7 @@ pub use error::{ConfigError, FileKind, Place, Problem};
 pub use links::RateLimit;
 pub use listen::ListenAddress;
 pub use patroni::PatroniUrl;
+pub use tcp::ClientTcp;
 pub use tls::{Tls, TlsVersion};
 
 use access::AccessError;
@@ -171,6 +173,8 @@ pub struct Downstream {
     pub unauthenticated_connections_max: usize,
     /// The same for one address.
     pub unauthenticated_connections_per_address_max: usize,
+    /// Options of accepted TCP connections.
+    pub tcp: ClientTcp,
 }
 
 /// How WAL is sent to relays that want it compressed.

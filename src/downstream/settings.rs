@@ -35,8 +35,8 @@ pub struct DownstreamSettings {
 }
 
 impl DownstreamSettings {
-    /// As the configuration has it, with `tcp` for accepted connections.
-    pub fn of(config: &Config, tcp: TcpOptions) -> Self {
+    /// As the configuration has it.
+    pub fn of(config: &Config) -> Self {
         let Config { downstream, store, .. } = config;
         Self {
             max_wal_senders: downstream.max_wal_senders,
@@ -48,7 +48,7 @@ impl DownstreamSettings {
             create_slots: downstream.create_slots,
             wal_keep_size: store.wal_keep_size,
             max_replication_slots: store.max_replication_slots,
-            tcp,
+            tcp: TcpOptions::from(&downstream.tcp),
         }
     }
 

@@ -21,7 +21,7 @@ use tokio::{
 use tokio_rustls::TlsStream;
 
 use crate::access::Origin;
-use crate::config::ListenAddress;
+use crate::config::{self, ListenAddress};
 use crate::net::TlsFacts;
 use crate::net::rewound::Rewound;
 use crate::net::tls::{ClientTls, ServerTls, ServerTlsFacts, TlsError, TlsStart};
@@ -92,6 +92,18 @@ impl Default for TcpOptions {
             keepalives_interval: None,
             keepalives_count: None,
             tcp_user_timeout: None,
+        }
+    }
+}
+
+impl From<&config::ClientTcp> for TcpOptions {
+    fn from(tcp: &config::ClientTcp) -> Self {
+        Self {
+            keepalives: true,
+            keepalives_idle: tcp.keepalives_idle,
+            keepalives_interval: tcp.keepalives_interval,
+            keepalives_count: tcp.keepalives_count,
+            tcp_user_timeout: tcp.user_timeout,
         }
     }
 }
@@ -384,3 +396,30 @@ impl Listener {
 
 /// PostgreSQL's default `unix_socket_permissions`.
 const SOCKET_FILE_MODE: u32 = 0o777;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_whose_machine_vanished_is_asked_for_by_the_kernel() {
+        let address = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
+        let listener = Listener::bind(&address).await.unwrap();
+        let client = TcpStream::connect(listener.tcp_address().unwrap()).await.unwrap();
+        let configured = config::ClientTcp {
+            keepalives_idle: Some(Duration::from_secs(60)),
+            keepalives_interval: Some(Duration::from_secs(10)),
+            keepalives_count: Some(6),
+            user_timeout: Some(Duration::from_secs(30)),
+        };
+        let (socket, _) = listener.accept(&TcpOptions::from(&configured)).await.unwrap();
+        let Socket::Tcp(stream) = &socket else { panic!("{socket:?}") };
+        let asked = SockRef::from(stream);
+        assert!(asked.keepalive().unwrap());
+        assert_eq!(asked.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+        assert_eq!(asked.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
+        assert_eq!(asked.tcp_keepalive_retries().unwrap(), 6);
+        assert_eq!(asked.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
+        drop(client);
+    }
+}

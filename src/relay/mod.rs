@@ -31,7 +31,7 @@ use crate::admin::Admin;
 use crate::config::{self, Config};
 use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry};
 use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
-use crate::net::{Listener, TcpOptions, tls::TlsError};
+use crate::net::{Listener, tls::TlsError};
 use crate::protocol::acknowledge_policy::AcknowledgePolicy;
 use crate::protocol::instances::Instances;
 use crate::relay::descriptors::TooFewDescriptors;
@@ -339,7 +339,7 @@ fn store_settings(config: &Config) -> StoreSettings {
 fn downstream_settings(config: &Config) -> Result<DownstreamSettings, TooFewDescriptors> {
     let allowed = descriptors::raise_limit();
     let set_aside = descriptors::set_aside(config.store.spare_segments, config.downstream.listen.len());
-    let mut settings = DownstreamSettings::of(config, CLIENT_TCP_OPTIONS);
+    let mut settings = DownstreamSettings::of(config);
     descriptors::fit(&mut settings, allowed, set_aside)?;
     Ok(settings)
 }
@@ -419,34 +419,5 @@ impl StopSignals {
     }
 }
 
-/// A client whose machine vanished is noticed within a few minutes even when it is not sent anything.
-const CLIENT_TCP_OPTIONS: TcpOptions = TcpOptions {
-    keepalives: true,
-    keepalives_idle: Some(Duration::from_secs(60)),
-    keepalives_interval: Some(Duration::from_secs(10)),
-    keepalives_count: Some(6),
-    tcp_user_timeout: None,
-};
-
 /// Time in which everything stops after a signal.
 const STOP_TIME_MAX: Duration = Duration::from_secs(8);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_client_whose_machine_vanished_is_asked_for_by_the_kernel() {
-        let address = crate::config::ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
-        let listener = Listener::bind(&address).await.unwrap();
-        let client = tokio::net::TcpStream::connect(listener.tcp_address().unwrap()).await.unwrap();
-        let (socket, _) = listener.accept(&CLIENT_TCP_OPTIONS).await.unwrap();
-        let crate::net::Socket::Tcp(stream) = &socket else { panic!("{socket:?}") };
-        let asked = socket2::SockRef::from(stream);
-        assert!(asked.keepalive().unwrap());
-        assert_eq!(asked.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
-        assert_eq!(asked.tcp_keepalive_interval().unwrap(), Duration::from_secs(10));
-        assert_eq!(asked.tcp_keepalive_retries().unwrap(), 6);
-        drop(client);
-    }
-}

@@ -163,19 +163,9 @@ fn check_report(relay: &Relay, fork: u64, end: u64, commits: u64, transactions: 
 
 /// The old primary is rewound and streams from the relay.
 fn rewind(old: &mut Postgres, new: &mut Postgres, relay: &Relay) {
-    // pg_rewind wants a server that was shut down, and goes by the source's last checkpoint.
-    new.checkpoint();
+    // It was not shut down.
     old.start();
-    old.stop(Stop::Fast);
-    crate::support::process::Program::new(old.installation.program("pg_rewind"))
-        .args(["-D", old.data().to_str().unwrap(), "--source-server", &new.conninfo()])
-        .for_server_user()
-        .run();
-    old.add_settings(&format!(
-        "port = {}\nunix_socket_directories = '{}'",
-        old.port,
-        old.socket_folder().display()
-    ));
+    old.rewind_to(new);
     old.make_standby_of(relay.port, "rewound");
     old.start();
     write_wal(new, MB);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::support::MB;
+use crate::support::{MB, lsn_text};
 use crate::support::compare::{assert_equal_clusters, primary_bytes_of};
 use crate::support::lab::Installation;
 use crate::support::patroni::Cluster;
@@ -14,8 +14,8 @@ use crate::support::postgres::Postgres;
 use crate::support::proxy::Proxy;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
-use crate::support::wait::wait_until;
-use crate::timelines::{fork_of, primary, relay_of, wait_timeline};
+use crate::support::wait::{wait_for, wait_until};
+use crate::timelines::{dead_branches, fork_of, primary, relay_of, wait_timeline};
 
 /// Commits one id after the other, wherever writes are taken, until dropped.
 struct Commits {
@@ -83,6 +83,27 @@ fn wait_host(relay: &Relay, port: u16) {
     });
 }
 
+/// A standby that replayed what only the dead leader and the relay had (it was confirmed to nobody) says that it cannot
+/// follow, and is rewound; any other follows by itself.
+fn rejoin(behind: &mut Postgres, leader: &Postgres, relay: &Relay) {
+    let end = leader.flushed();
+    let follows = wait_for("the standby to follow or to say that it cannot", || {
+        let refuses = behind
+            .log()
+            .contains("forked off current database system timeline 2 before current recovery point");
+        if refuses { Some(false) } else { (behind.replayed() >= end).then_some(true) }
+    });
+    println!("the standby behind the relay follows by itself: {follows}");
+    if !follows {
+        let fork = fork_of(leader, 3);
+        let told = dead_branches(relay);
+        assert!(told.iter().any(|branch| branch["fork"] == lsn_text(fork)), "{told:?}");
+        behind.rewind_to(leader);
+        behind.make_standby_of(relay.port, "behind");
+        behind.start();
+    }
+}
+
 #[test]
 fn a_switchover_and_a_failover_by_patroni_lose_no_commit_and_no_member() {
     let Some(mut cluster) = Cluster::start(&["a", "b"], "relay") else { return };
@@ -94,7 +115,7 @@ fn a_switchover_and_a_failover_by_patroni_lose_no_commit_and_no_member() {
     relay.set("upstream.patroni", &format!("{:?}", cluster.urls()));
     relay.start();
     wait_host(&relay, a);
-    let behind = cluster.members[0].server.standby("behind", relay.port, "");
+    let mut behind = cluster.members[0].server.standby("behind", relay.port, "");
     cluster.members[0].server.sql("create table kept (id bigint)");
     // Whoever leads waits for the other member and for the relay.
     cluster.control(&[
@@ -129,6 +150,7 @@ fn a_switchover_and_a_failover_by_patroni_lose_no_commit_and_no_member() {
 
     let leader = &cluster.members[0];
     assert!(confirmed.is_subset(&ids(&leader.server)), "the leader lacks confirmed commits");
+    rejoin(&mut behind, &leader.server, &relay);
     assert_equal_clusters(&leader.server, &behind);
     assert!(confirmed.is_subset(&ids(&behind)), "the standby behind the relay lacks confirmed commits");
     let upto = leader.flushed();

@@ -11,8 +11,8 @@ use crate::support::compare::{assert_equal_clusters, assert_same_wal};
 use crate::support::lab::{self, Installation, chosen_majors};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings};
-use crate::support::process::{Process, Program};
 use crate::support::psql::run_psql;
+use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
 
@@ -59,6 +59,20 @@ impl Site {
             run_psql(client, &conninfo, "IDENTIFY_SYSTEM").map(|row| row.split('|').take(2).collect())
         };
         (ask(self.primary.port), ask(self.relay.port))
+    }
+
+    /// pg_receivewal over TLS.
+    fn archive(&self, installation: &Installation, arguments: &[&str]) -> PgReceivewal {
+        let conninfo =
+            format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", self.relay.port);
+        PgReceivewal::start(installation, self.relay.port, &[&["-d", &conninfo], arguments].concat())
+    }
+
+    /// Waits until all complete segments up to `upto` are there, and compares them.
+    fn wait_archived(&self, archive: &PgReceivewal, upto: u64) {
+        let end = upto - upto % MB;
+        wait_until("pg_receivewal to have all complete segments", || archive.completed(MB) >= end);
+        assert_same_wal(archive.folder(), &self.primary, end);
     }
 }
 
@@ -141,17 +155,8 @@ fn standbys_and_archives_stream_over_bound_connections() {
             root.display()
         ));
         standby.reload();
-        let folder = lab::scratch();
-        let received = folder.path().join("received");
-        std::fs::create_dir(&received).unwrap();
-        let program = Program::new(installation.program("pg_receivewal")).args([
-            "-D",
-            received.to_str().unwrap(),
-            "-d",
-            &format!("host=127.0.0.1 port={} {tls}", site.relay.port),
-            "--synchronous",
-        ]);
-        let archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
+        let conninfo = format!("host=127.0.0.1 port={} {tls}", site.relay.port);
+        let archive = site.archive(&installation, &["-d", &conninfo, "--synchronous"]);
         site.relay.wait_downstream("bound", "streaming");
         site.relay.wait_downstream("pg_receivewal", "streaming");
         // What is cold must be read, and not touched, to be encrypted.
@@ -159,11 +164,7 @@ fn standbys_and_archives_stream_over_bound_connections() {
         let upto = site.primary.flushed();
         standby.wait_replayed(upto);
         assert_equal_clusters(&site.primary, &standby);
-        wait_until("pg_receivewal to have all complete segments", || {
-            crate::support::compare::completed_end(&received, MB) >= upto - upto % MB
-        });
-        assert_same_wal(&received, &site.primary, upto - upto % MB);
-        drop(archive);
+        site.wait_archived(&archive, upto);
     }
 }
 
@@ -172,29 +173,17 @@ fn who_is_far_behind_catches_up_from_files_over_tls() {
     let Some(installation) = Installation::any() else { return };
     let authority = Authority::new("root");
     let site = Site::new(&installation, &authority.issue("server", "IP:127.0.0.1"), None);
-    let folder = lab::scratch();
-    let received = folder.path().join("received");
-    std::fs::create_dir(&received).unwrap();
-    let conninfo =
-        format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", site.relay.port);
-    let program =
-        || Program::new(installation.program("pg_receivewal")).args(["-d", &conninfo, "--slot=cold"]);
-    program().arg("--create-slot").run();
+    site.archive(&installation, &["--slot=cold", "--create-slot"]).process.wait_for_end();
     // More than is kept in memory.
     write_wal(&site.primary, 96 * MB);
     let upto = site.primary.flushed();
     site.relay.wait_flushed(upto);
-    let program = program().args(["-D", received.to_str().unwrap()]);
-    let archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
-    wait_until("pg_receivewal to have caught up", || {
-        crate::support::compare::completed_end(&received, MB) >= upto - upto % MB
-    });
-    assert_same_wal(&received, &site.primary, upto - upto % MB);
+    let archive = site.archive(&installation, &["--slot=cold"]);
+    site.wait_archived(&archive, upto);
     assert!(
         site.relay.metric("walrelay_downstream_cold_bytes_total").unwrap() > 0.0,
         "nothing was read from files"
     );
-    drop(archive);
 }
 
 #[test]
@@ -218,19 +207,7 @@ fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
     let Some(installation) = Installation::any() else { return };
     let (first, second) = (Authority::new("first"), Authority::new("second"));
     let mut site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
-    let conninfo =
-        format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", site.relay.port);
-    let folder = lab::scratch();
-    let received = folder.path().join("received");
-    std::fs::create_dir(&received).unwrap();
-    let program = Program::new(installation.program("pg_receivewal")).args([
-        "-D",
-        received.to_str().unwrap(),
-        "-d",
-        &conninfo,
-        "--no-loop",
-    ]);
-    let mut archive = Process::spawn("pg_receivewal", &program, &folder.path().join("log"));
+    let mut archive = site.archive(&installation, &["--no-loop"]);
     site.relay.wait_downstream("pg_receivewal", "streaming");
     let believes = |authority: &Authority, relay: &Relay| {
         let rest = format!(
@@ -253,7 +230,7 @@ fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
     site.relay.write_file("server.key", &read(&renewed.key));
     wait_until("the new certificate to be seen", || believes(&second, &site.relay));
     assert!(!believes(&first, &site.relay));
-    assert!(archive.is_running(), "{}", archive.log());
+    assert!(archive.process.is_running(), "{}", archive.log());
     site.relay.process_mut().signal(Signal::HUP);
     assert!(believes(&second, &site.relay));
     site.relay.assert_running();

@@ -287,6 +287,23 @@ impl Postgres {
         lab::give_all_to_server(&self.data().join("postgresql.conf"));
     }
 
+    /// Stops this server, takes what it has alone back to where the source forked off, and leaves it down.
+    pub(crate) fn rewind_to(&mut self, source: &Self) {
+        self.stop(Stop::Fast);
+        // pg_rewind goes by the source's last checkpoint.
+        source.checkpoint();
+        Program::new(self.installation.program("pg_rewind"))
+            .args(["-D", self.data().to_str().unwrap(), "--source-server", &source.conninfo()])
+            .for_server_user()
+            .run();
+        // What it wrote over came from the source.
+        self.add_settings(&format!(
+            "port = {}\nunix_socket_directories = '{}'",
+            self.port,
+            self.socket_folder().display()
+        ));
+    }
+
     /// The timeline that this primary writes.
     pub(crate) fn timeline(&self) -> u32 {
         let name = self.sql("select pg_walfile_name(pg_current_wal_insert_lsn())");

@@ -187,9 +187,12 @@ impl RawClient {
     pub(crate) fn read_wal(&mut self, from: u64, upto: u64) -> Vec<u8> {
         let mut wal = Vec::new();
         let mut position = from;
+        // Keepalives alone do not prolong it.
+        let mut deadline = Instant::now() + READ_LIMIT;
         while position < upto {
-            match self.next_event(READ_LIMIT) {
+            match self.next_event(deadline.saturating_duration_since(Instant::now())) {
                 Event::Wal { start, bytes, .. } => {
+                    deadline = Instant::now() + READ_LIMIT;
                     assert_eq!(
                         start,
                         position,

@@ -282,8 +282,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_handshake(TlsSignature::V1_2, message, certificate, signed, algorithms)
+        verify_handshake(TlsSignature::V1_2, message, certificate, signed, &self.provider)
     }
 
     fn verify_tls13_signature(
@@ -292,8 +291,7 @@ impl ServerCertVerifier for Verifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_handshake(TlsSignature::V1_3, message, certificate, signed, algorithms)
+        verify_handshake(TlsSignature::V1_3, message, certificate, signed, &self.provider)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -242,8 +242,7 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_handshake(TlsSignature::V1_2, message, certificate, signed, algorithms)
+        verify_handshake(TlsSignature::V1_2, message, certificate, signed, &self.provider)
     }
 
     fn verify_tls13_signature(
@@ -252,8 +251,7 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        verify_handshake(TlsSignature::V1_3, message, certificate, signed, algorithms)
+        verify_handshake(TlsSignature::V1_3, message, certificate, signed, &self.provider)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

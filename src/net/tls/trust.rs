@@ -13,7 +13,7 @@ use rustls::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerifier},
     },
-    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime},
     server::{WebPkiClientVerifier, danger::ClientCertVerifier},
 };
@@ -289,8 +289,9 @@ pub(super) fn verify_handshake(
     message: &[u8],
     certificate: &CertificateDer<'_>,
     signed: &DigitallySignedStruct,
-    algorithms: &WebPkiSupportedAlgorithms,
+    provider: &CryptoProvider,
 ) -> Result<HandshakeSignatureValid, Error> {
+    let algorithms = &provider.signature_verification_algorithms;
     let by_webpki = match version {
         TlsSignature::V1_2 => verify_tls12_signature(message, certificate, signed, algorithms),
         TlsSignature::V1_3 => verify_tls13_signature(message, certificate, signed, algorithms),
