@@ -89,11 +89,16 @@ fn write_incompressible_wal(primary: &Postgres, bytes: u64) -> u64 {
     primary.flushed()
 }
 
+/// How often both catch up, one after the other.
+fn rounds() -> u32 {
+    std::env::var("WALRELAY_FAR_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
+}
+
 #[test]
 fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
     let Some(installation) = Installation::in_turn(1) else { return };
     let Some(mut sites) = TwoSites::new(&installation, ROUND_TRIP) else { return };
-    pgbench_tables(&sites.primary, 10);
+    pgbench_tables(&sites.primary, 4);
     sites.near.wait_flushed(sites.primary.flushed());
     sites.far.start();
     sites.far.wait_flushed(sites.primary.flushed());
@@ -102,7 +107,7 @@ fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
     println!("| WAL | MB | direct s | link s | faster | on the wire: direct MB | link MB | ratio |");
     let cases = [
         // Several times: when a packet is lost is chance, and decides how fast PostgreSQL's stream gets.
-        (Kind::Pgbench, 3, LOST_PPM),
+        (Kind::Pgbench, rounds(), LOST_PPM),
         // Without loss, so that nothing is chance.
         (Kind::Incompressible, 1, 0),
     ];
@@ -112,7 +117,7 @@ fn catching_up_is_faster_by_what_the_wal_shrinks_and_never_slower() {
             direct.stop(Stop::Fast);
             sites.far.terminate();
             let from = sites.primary.flushed();
-            let to = kind.write(&sites.primary, 16 * MB);
+            let to = kind.write(&sites.primary, 10 * MB);
             sites.near.wait_flushed(to);
             sites.wan.cable.set_rate(RATE_BITS);
             sites.wan.cable.set_lost_ppm(lost_ppm);
