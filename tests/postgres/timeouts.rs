@@ -118,11 +118,14 @@ fn a_silent_client_is_asked_once_and_dropped_without_an_error() {
 
 #[test]
 fn a_half_open_client_frees_its_slot_for_its_successor() {
-    let Some((_primary, _proxy, relay)) =
+    let Some((primary, _proxy, relay)) =
         chain(|relay| relay.with("downstream.wal_sender_timeout", "\"6s\""))
     else {
         return;
     };
+    // What the successor is to get.
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
     let between = Proxy::to(relay.port);
     let mut client = RawClient::replication(between.port).unwrap();
     client.rows("CREATE_REPLICATION_SLOT standby PHYSICAL RESERVE_WAL").unwrap();

@@ -151,7 +151,11 @@ fn certificates_of_every_making_are_believed_as_libpq_believes_them() {
             authority.path("p384.crt"),
         ),
         ("Ed25519", own("ed25519", "ed25519"), authority.path("ed25519.crt")),
-        ("RSA-PSS", own("pss", "rsa-pss -pkeyopt rsa_keygen_bits:2048"), authority.path("pss.crt")),
+        (
+            "signed by RSASSA-PSS",
+            own("pss", "rsa:2048 -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:digest"),
+            authority.path("pss.crt"),
+        ),
     ];
     for (what, server, root) in servers {
         println!("server certificate: {what}");
