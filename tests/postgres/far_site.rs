@@ -78,7 +78,7 @@ fn write_pgbench_wal(primary: &Postgres, bytes: u64) -> u64 {
 }
 
 /// WAL that nothing makes smaller.
-fn write_incompressible_wal(primary: &Postgres, bytes: u64) -> u64 {
+pub(crate) fn write_incompressible_wal(primary: &Postgres, bytes: u64) -> u64 {
     primary.sql("create table if not exists noise (filling bytea)");
     primary.sql("alter table noise alter column filling set storage external");
     for _ in 0..bytes / MB {

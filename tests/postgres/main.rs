@@ -34,6 +34,7 @@ mod killed_switch;
 mod link;
 mod live_switch;
 mod logins;
+mod long_pipe;
 mod lost_wal;
 mod operations;
 mod patroni;

@@ -77,6 +77,24 @@ impl Wan {
         Some(wan)
     }
 
+    /// Packets of this size at most, at both ends.
+    pub(crate) fn set_packet_bytes(&self, bytes: u32) {
+        for namespace in [&self.near, &self.far] {
+            run(&["-n", namespace, "link", "set", DEVICE, "mtu", &bytes.to_string()]);
+        }
+    }
+
+    /// How far the kernel lets the buffers of new connections grow, at both ends.
+    pub(crate) fn set_buffer_limits(&self, send: u64, receive: u64) {
+        for namespace in [&self.near, &self.far] {
+            place::within(namespace, move || {
+                std::fs::write("/proc/sys/net/ipv4/tcp_wmem", format!("4096 16384 {send}"))?;
+                std::fs::write("/proc/sys/net/ipv4/tcp_rmem", format!("4096 131072 {receive}"))
+            })
+            .unwrap();
+        }
+    }
+
     /// Bytes of packets that have left for the far end.
     pub(crate) fn bytes_to_far(&self) -> u64 {
         self.to_far.load(Relaxed)
