@@ -168,7 +168,8 @@ fn downstream(raw: &RawDownstream, path: &Path, upstream: &Upstream) -> Result<D
     };
     const ALL: &str = "downstream.unauthenticated_connections_max";
     const PER_ADDRESS: &str = "downstream.unauthenticated_connections_per_address_max";
-    let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 1..=100_000)?;
+    // One place for this machine, and one for all others.
+    let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 2..=100_000)?;
     let unauthenticated_connections_per_address_max: usize =
         number(PER_ADDRESS, raw.unauthenticated_connections_per_address_max, 1..=100_000)?;
     if unauthenticated_connections_per_address_max > unauthenticated_connections_max {

@@ -171,7 +171,7 @@ pub struct Downstream {
     pub authentication_timeout: Duration,
     /// Most connections that are not authenticated yet.
     pub unauthenticated_connections_max: usize,
-    /// The same for one address.
+    /// The same for one address; of IPv6 for one network.
     pub unauthenticated_connections_per_address_max: usize,
     /// Options of accepted TCP connections.
     pub tcp: ClientTcp,

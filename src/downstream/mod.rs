@@ -63,6 +63,7 @@ pub use link::{LinkRates, Links, link_status};
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicies, SendPolicy};
+pub use strangers::STRANGERS_MIN;
 
 /// What every connection shares.
 pub struct DownstreamContext {
