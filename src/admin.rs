@@ -79,15 +79,15 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Binds. With a token, `/metrics` and `/status` want `Authorization: Bearer TOKEN`; `/livez` and `/readyz` tell no
-    /// more than yes or no to those without it. What changes something wants it always: without a token it is refused.
-    pub async fn bind(
-        address: SocketAddr,
+    /// Serves whoever comes to `listener`, once it runs. With a token, `/metrics` and `/status` want `Authorization: Bearer
+    /// TOKEN`; `/livez` and `/readyz` tell no more than yes or no to those without it. What changes something wants it always:
+    /// without a token it is refused.
+    pub fn new(
+        listener: TcpListener,
         token: Option<SecretString>,
         pages: Arc<dyn Pages>,
         operations: Arc<dyn Operations>,
-    ) -> std::io::Result<Self> {
-        let listener = TcpListener::bind(address).await?;
+    ) -> Self {
         let shared = Arc::new(Shared { token, pages, operations });
         let operations = Router::new()
             .route("/fence", post(fence))
@@ -100,7 +100,7 @@ impl Admin {
             .route("/status", get(status))
             .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_token));
         let open = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(readyz));
-        Ok(Self { listener, router: open.merge(guarded).merge(operations).with_state(shared) })
+        Self { listener, router: open.merge(guarded).merge(operations).with_state(shared) }
     }
 
     /// The address that was bound, with the port that the system chose.
@@ -326,8 +326,8 @@ mod tests {
 
     async fn start(token: Option<&str>) -> SocketAddr {
         let token = token.map(|text| SecretString::from(text.to_owned()));
-        let address = "127.0.0.1:0".parse().unwrap();
-        let admin = Admin::bind(address, token, Arc::new(Fake), Arc::new(Fake)).await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin = Admin::new(listener, token, Arc::new(Fake), Arc::new(Fake));
         let address = admin.address().unwrap();
         tokio::spawn(admin.run(CancellationToken::new()));
         address

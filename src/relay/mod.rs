@@ -21,6 +21,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tokio::{
+    net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinHandle,
@@ -114,11 +115,13 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
+    /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet. The HTTP listener comes
+    /// before the store: while a relay has its data directory nobody else can have its port, and see what is sent there.
     pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
         let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
+        let admin = bind_admin(&config.admin).await?;
         let (store, writer, notices) = open_store(&config, &metrics).await?;
         let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
@@ -162,8 +165,8 @@ impl Relay {
             reloader: Arc::clone(&reloader),
             log_lines_dropped,
         });
-        let operations = RelayOperations { fence, links, reloader: Arc::clone(&reloader) };
-        let admin = listen_for_admin(&config.admin, pages, operations).await?;
+        let operations = Arc::new(RelayOperations { fence, links, reloader: Arc::clone(&reloader) });
+        let admin = admin.map(|listener| Admin::new(listener, config.admin.token.clone(), pages, operations));
         Ok(Self {
             config,
             metrics,
@@ -277,13 +280,9 @@ async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, Re
     Ok(listeners)
 }
 
-async fn listen_for_admin(
-    admin: &config::Admin,
-    pages: Arc<RelayPages>,
-    operations: RelayOperations,
-) -> Result<Option<Admin>, RelayError> {
+async fn bind_admin(admin: &config::Admin) -> Result<Option<TcpListener>, RelayError> {
     let Some(address) = admin.listen else { return Ok(None) };
-    let bound = Admin::bind(address, admin.token.clone(), pages, Arc::new(operations)).await;
+    let bound = TcpListener::bind(address).await;
     bound.map(Some).map_err(|source| RelayError::Listen { address: address.to_string(), source })
 }
 

@@ -189,7 +189,7 @@ pub use control::{Identity, ServerFacts, unique_name};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
-pub use fence::{Fence, FencedDirectory, MustHold, fence_directory};
+pub use fence::{Fence, FencedDirectory, MustHold, durable_fence, fence_directory, is_open};
 pub use health::{Observer, SlotCause, SlotNotice};
 pub use only_copy::OnlyCopySince;
 pub use positions::Positions;
