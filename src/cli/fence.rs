@@ -136,7 +136,7 @@ fn ask(address: SocketAddr, stream: TcpStream, config: &Config, wish: Wish) -> a
         200 => bail!("the answer of the relay at {address} to {path} is not understood: {text}"),
         409 => bail!("another relay than \"{}\" listens at {address}: {}", config.relay.name, why(text)),
         401 => bail!("the relay at {address} does not accept the token of admin.token_file"),
-        403 => bail!("the relay at {address} was started without a token: {text}"),
+        403 => bail!("the relay at {address} does not let its fence be changed: {text}"),
         status => bail!("the relay at {address} answered with status {status}: {}", why(text)),
     }
 }

@@ -28,7 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Admin;
+use crate::admin::{Admin, Tokens};
 use crate::config::{self, Config};
 use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry};
 use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};

@@ -336,7 +336,10 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     relay.start();
     let (status, _, complaint) = command("fence", &relay);
     assert_eq!(status, Some(1));
-    assert!(complaint.contains("was started without a token: admin.token_file must be set"), "{complaint}");
+    assert!(
+        complaint.contains("does not let its fence be changed: admin.token_file must be set"),
+        "{complaint}"
+    );
 }
 
 /// A process that listens where a relay should, says that all is done, and keeps what it hears.

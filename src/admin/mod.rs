@@ -1,13 +1,16 @@
 //! The HTTP listener: `/livez`, `/readyz`, `/metrics`, `/status`, and `POST` to `/fence`, `/unfence`, `/links` and
 //! `/reload`.
 //!
-//! Owns HTTP and its authentication. Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
+//! Owns HTTP and its authentication (`tokens`). Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
 //! the [`Pages`] and the [`Operations`]; nothing is changed without a token, from wherever it is asked for. Every connection
 //! costs a bounded amount of memory and time, whoever opens it.
 
+#[cfg(test)]
+mod tests;
+mod tokens;
+
 use std::{collections::BTreeMap, future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
-use aws_lc_rs::constant_time::verify_slices_are_equal;
 use axum::{
     Router,
     body::Bytes,
@@ -21,7 +24,6 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use secrecy::{ExposeSecret, SecretString};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -29,7 +31,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::tokens::Standing;
 use crate::config::RateLimit;
+
+pub use tokens::Tokens;
 
 /// What the pages show.
 pub trait Pages: Send + Sync + 'static {
@@ -79,28 +84,30 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Serves whoever comes to `listener`, once it runs. With a token, `/metrics` and `/status` want `Authorization: Bearer
-    /// TOKEN`; `/livez` and `/readyz` tell no more than yes or no to those without it. What changes something wants it always:
-    /// without a token it is refused.
+    /// Serves whoever comes to `listener`, once it runs. With tokens, `/metrics` and `/status` want one of them in
+    /// `Authorization: Bearer TOKEN`; `/livez` and `/readyz` tell no more than yes or no to those without. What changes
+    /// something wants the one that may do that always: where there is none it is refused.
     pub fn new(
         listener: TcpListener,
-        token: Option<SecretString>,
+        tokens: Tokens,
         pages: Arc<dyn Pages>,
         operations: Arc<dyn Operations>,
     ) -> Self {
-        let shared = Arc::new(Shared { token, pages, operations });
+        let shared = Arc::new(Shared { tokens, pages, operations });
         let operations = Router::new()
             .route("/fence", post(fence))
             .route("/unfence", post(unfence))
             .route("/links", post(links).layer(DefaultBodyLimit::max(OPERATION_BYTES_MAX)))
             .route("/reload", post(reload))
-            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_set_token));
+            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_operator));
         let guarded = Router::new()
             .route("/metrics", get(metrics))
             .route("/status", get(status))
-            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_token));
+            .route_layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), require_reader));
         let open = Router::new().route("/livez", get(|| async { "ok\n" })).route("/readyz", get(readyz));
-        Self { listener, router: open.merge(guarded).merge(operations).with_state(shared) }
+        let routes = open.merge(guarded).merge(operations);
+        let recognized = routes.layer(axum::middleware::from_fn_with_state(Arc::clone(&shared), recognize));
+        Self { listener, router: recognized.with_state(shared) }
     }
 
     /// The address that was bound, with the port that the system chose.
@@ -147,33 +154,42 @@ async fn serve_connection(stream: TcpStream, router: Router) {
 }
 
 struct Shared {
-    token: Option<SecretString>,
+    tokens: Tokens,
     pages: Arc<dyn Pages>,
     operations: Arc<dyn Operations>,
 }
 
-impl Shared {
-    fn is_authorized(&self, request: &Request) -> bool {
-        let Some(token) = &self.token else { return true };
-        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        given.and_then(|value| value.strip_prefix("Bearer ")).is_some_and(|given| {
-            verify_slices_are_equal(given.as_bytes(), token.expose_secret().as_bytes()).is_ok()
-        })
-    }
+/// Sees who asks, before anything else.
+async fn recognize(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
+    let standing = shared.tokens.standing(request.headers());
+    request.extensions_mut().insert(standing);
+    next.run(request).await
 }
 
 /// For what changes something: nobody may who is not known, from this machine neither.
-async fn require_set_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    if shared.token.is_none() {
+async fn require_operator(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    if !shared.tokens.has_operators() {
         return (StatusCode::FORBIDDEN, "admin.token_file must be set for this\n").into_response();
     }
-    require_token(State(shared), request, next).await
+    match standing_of(&request) {
+        Standing::Operator => next.run(request).await,
+        Standing::Reader => {
+            (StatusCode::FORBIDDEN, "the token of admin.read_token_file may only read\n").into_response()
+        }
+        Standing::Stranger => unauthorized(),
+    }
 }
 
-async fn require_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
-    if shared.is_authorized(&request) {
-        return next.run(request).await;
-    }
+/// For what is shown to those who are known; where nobody can be, to all.
+async fn require_reader(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    if shared.tokens.may_read(standing_of(&request)) { next.run(request).await } else { unauthorized() }
+}
+
+fn standing_of(request: &Request) -> Standing {
+    request.extensions().get().copied().unwrap_or(Standing::Stranger)
+}
+
+fn unauthorized() -> Response {
     (StatusCode::UNAUTHORIZED, [(header::WWW_AUTHENTICATE, "Bearer")], "a token is required\n")
         .into_response()
 }
@@ -181,7 +197,7 @@ async fn require_token(State(shared): State<Arc<Shared>>, request: Request, next
 async fn readyz(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     match shared.pages.readiness() {
         Ok(()) => "ok\n".into_response(),
-        Err(why) if shared.is_authorized(&request) => {
+        Err(why) if shared.tokens.may_read(standing_of(&request)) => {
             (StatusCode::SERVICE_UNAVAILABLE, why + "\n").into_response()
         }
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n").into_response(),
@@ -291,158 +307,3 @@ const CONNECTION_TIME_MAX: Duration = Duration::from_secs(120);
 
 /// Pause after a failed accept, which would otherwise spin when descriptors are exhausted.
 const ACCEPT_RETRY_INTERVAL: Duration = Duration::from_millis(100);
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    use super::*;
-
-    struct Fake;
-
-    impl Pages for Fake {
-        fn readiness(&self) -> Result<(), String> {
-            Err("no upstream yet".to_owned())
-        }
-        fn metrics(&self) -> String {
-            "walrelay_x 1\n".to_owned()
-        }
-        fn status(&self) -> serde_json::Value {
-            serde_json::json!({"name": "dc1_a"})
-        }
-    }
-
-    impl Operations for Fake {
-        fn set_fence(&self, fence: FenceWish) -> OperationFuture<'_> {
-            Box::pin(async move { Ok(serde_json::json!({"fenced": fence == FenceWish::Fence})) })
-        }
-        fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_> {
-            Box::pin(async move { Ok(serde_json::json!(format!("{wish:?}"))) })
-        }
-        fn reload(&self) -> OperationFuture<'_> {
-            Box::pin(async { Err("line 2 is wrong".to_owned()) })
-        }
-    }
-
-    async fn start(token: Option<&str>) -> SocketAddr {
-        let token = token.map(|text| SecretString::from(text.to_owned()));
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let admin = Admin::new(listener, token, Arc::new(Fake), Arc::new(Fake));
-        let address = admin.address().unwrap();
-        tokio::spawn(admin.run(CancellationToken::new()));
-        address
-    }
-
-    async fn get(address: SocketAddr, path: &str, header: &str) -> String {
-        ask(address, "GET", path, header).await
-    }
-
-    async fn ask(address: SocketAddr, method: &str, path: &str, header: &str) -> String {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    }
-
-    #[tokio::test]
-    async fn pages_are_served_without_a_token_when_none_is_set() {
-        let address = start(None).await;
-        assert!(get(address, "/livez", "").await.starts_with("HTTP/1.1 200"));
-        assert!(get(address, "/metrics", "").await.ends_with("walrelay_x 1\n"));
-        assert!(get(address, "/status", "").await.ends_with("{\"name\":\"dc1_a\"}"));
-        let ready = get(address, "/readyz", "").await;
-        assert!(ready.starts_with("HTTP/1.1 503") && ready.ends_with("no upstream yet\n"), "{ready}");
-    }
-
-    /// Every route, and its status: without a token set; with one that is not given, given wrong, and given right.
-    const ROUTES: [(&str, &str, [u16; 4]); 14] = [
-        ("GET", "/livez", [200, 200, 200, 200]),
-        ("GET", "/readyz", [503, 503, 503, 503]),
-        ("GET", "/metrics", [200, 401, 401, 200]),
-        ("GET", "/status", [200, 401, 401, 200]),
-        ("POST", "/status", [405, 401, 401, 405]),
-        ("POST", "/fence", [403, 401, 401, 200]),
-        ("POST", "/unfence", [403, 401, 401, 200]),
-        ("POST", "/reload", [403, 401, 401, 422]),
-        ("GET", "/reload", [403, 401, 401, 405]),
-        ("GET", "/fence", [403, 401, 401, 405]),
-        ("PUT", "/unfence", [403, 401, 401, 405]),
-        ("POST", "/links", [403, 401, 401, 400]),
-        ("GET", "/links", [403, 401, 401, 405]),
-        ("GET", "/", [404, 404, 404, 404]),
-    ];
-
-    #[tokio::test]
-    async fn every_route_wants_the_token_it_should() {
-        let (open, guarded) = (start(None).await, start(Some("canary")).await);
-        let wrong = ["Bearer canar", "Bearer canary2", "Bearer", "Basic canary", "canary", "bearer  canary"];
-        for (method, path, [unset, absent, refused, right]) in ROUTES {
-            let status = async |address, header: &str| {
-                let answer = ask(address, method, path, header).await;
-                answer.split(' ').nth(1).unwrap().parse::<u16>().unwrap()
-            };
-            let of = format!("{method} {path}");
-            assert_eq!(status(open, "").await, unset, "{of}, no token is set");
-            assert_eq!(
-                status(open, "Authorization: Bearer canary\r\n").await,
-                unset,
-                "{of}, no token is set"
-            );
-            assert_eq!(status(guarded, "").await, absent, "{of}, none given");
-            for wrong in wrong {
-                let header = format!("Authorization: {wrong}\r\n");
-                assert_eq!(status(guarded, &header).await, refused, "{of}, {wrong}");
-            }
-            assert_eq!(status(guarded, "Authorization: Bearer canary\r\n").await, right, "{of}");
-        }
-    }
-
-    #[tokio::test]
-    async fn nothing_is_told_to_those_without_the_token() {
-        let address = start(Some("canary")).await;
-        assert!(get(address, "/readyz", "").await.ends_with("not ready\n"));
-        assert!(get(address, "/status", "").await.ends_with("a token is required\n"));
-        let right = "Authorization: Bearer canary\r\n";
-        assert!(ask(address, "POST", "/fence", right).await.ends_with("{\"fenced\":true}"));
-        assert!(ask(address, "POST", "/unfence", right).await.ends_with("{\"fenced\":false}"));
-        assert!(ask(address, "POST", "/reload", right).await.ends_with("{\"error\":\"line 2 is wrong\"}"));
-    }
-
-    #[test]
-    fn rates_are_read_as_in_the_settings_and_nothing_else_is() {
-        let rate = |bytes| RateLimit::parse(bytes).unwrap();
-        let read = |text: &str| rates_wish(text.as_bytes());
-        let both = RatesWish { link_rate_max: Some(rate("10MB")), links_rate_max: Some(rate("0")) };
-        assert_eq!(read(r#"{"link_rate_max": "10MB", "links_rate_max": 0}"#), Ok(both));
-        let one = RatesWish { link_rate_max: Some(rate("65536B")), links_rate_max: None };
-        assert_eq!(read(r#"{"link_rate_max": 65536}"#), Ok(one));
-        assert_eq!(read("{}"), Ok(RatesWish::default()));
-        for wrong in [
-            "",
-            "[]",
-            r#"{"link_rate_max": "fast"}"#,
-            r#"{"link_rate_max": 5}"#,
-            r#"{"link_rate_max": -1}"#,
-            r#"{"link_rate_max": null}"#,
-            r#"{"rate": 1}"#,
-        ] {
-            assert!(read(wrong).is_err(), "{wrong}");
-        }
-        assert_eq!(read(r#"{"rate": 0}"#).unwrap_err(), "unknown member \"rate\"");
-    }
-
-    #[tokio::test]
-    async fn a_relay_that_was_not_meant_changes_nothing() {
-        let address = start(Some("canary")).await;
-        let meant = |name: &str| format!("Authorization: Bearer canary\r\n{RELAY_HEADER}: {name}\r\n");
-        for (path, status) in [("/fence", "200"), ("/unfence", "200"), ("/reload", "422")] {
-            let answer = ask(address, "POST", path, &meant("dc1_a")).await;
-            assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{answer}");
-            let answer = ask(address, "POST", path, &meant("dc1_b")).await;
-            assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
-            assert!(answer.ends_with("{\"error\":\"this is relay \\\"dc1_a\\\"\"}"), "{answer}");
-        }
-    }
-}
