@@ -3,8 +3,10 @@
 //!
 //! Owns HTTP and its authentication (`tokens`). Serves no WAL. What the pages show, and what the operations do, comes from whoever builds
 //! the [`Pages`] and the [`Operations`]; nothing is changed without a token, from wherever it is asked for. Every connection
-//! costs a bounded amount of memory and time, whoever opens it.
+//! costs a bounded amount of memory and time, whoever opens it, and nobody without a token keeps anybody with one out
+//! (`guests`).
 
+mod guests;
 #[cfg(test)]
 mod tests;
 mod tokens;
@@ -15,10 +17,14 @@ use axum::{
     Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Request, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     middleware::Next,
     response::{IntoResponse, Response},
     routing::{get, post},
+};
+use hyper::{
+    body::Incoming,
+    service::{Service, service_fn},
 };
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
@@ -27,12 +33,13 @@ use hyper_util::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
-    time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::admin::guests::{GUESTS_MAX, Guest, Guests};
 use crate::admin::tokens::Standing;
 use crate::config::RateLimit;
+use crate::net::Network;
 
 pub use tokens::Tokens;
 
@@ -117,39 +124,64 @@ impl Admin {
 
     /// Serves until `shutdown`. Requests under way then have a few seconds left.
     pub async fn run(self, shutdown: CancellationToken) {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let guests = Arc::<Guests>::default();
+        // One more than there are guests: he who leaves for the next one may still be on his way out.
+        let connections = Arc::new(Semaphore::new(GUESTS_MAX + 1));
         loop {
             let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return };
             let accepted = tokio::select! {
                 () = shutdown.cancelled() => return,
                 accepted = self.listener.accept() => accepted,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "could not accept an HTTP connection");
                     tokio::time::sleep(ACCEPT_RETRY_INTERVAL).await;
                     continue;
                 }
             };
+            let guest = Arc::new(guests.admit(Network::of(address.ip())));
             let router = self.router.clone();
             tokio::spawn(async move {
-                // A client that is too slow is dropped; there is nobody to tell.
-                let _ = timeout(CONNECTION_TIME_MAX, serve_connection(stream, router)).await;
-                drop(permit);
+                // Whoever is dropped is too slow, or unknown: there is nobody to tell.
+                tokio::select! {
+                    () = serve_connection(stream, router, &guest) => {}
+                    () = has_to_go(&guest) => {}
+                }
+                drop((guest, permit));
             });
         }
     }
 }
 
-async fn serve_connection(stream: TcpStream, router: Router) {
+async fn serve_connection(stream: TcpStream, router: Router, guest: &Arc<Guest>) {
+    let (service, guest) = (TowerToHyperService::new(router), Arc::clone(guest));
+    let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        request.extensions_mut().insert(Arc::clone(&guest));
+        service.call(request)
+    });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(REQUEST_TIME_MAX)
+        .header_read_timeout(IDLE_TIME_MAX)
         .max_buf_size(REQUEST_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(stream), service);
     if let Err(error) = connection.await {
         tracing::debug!(%error, "HTTP connection ended");
+    }
+}
+
+/// Comes back when somebody has to go: his time is over, or another one needs the place.
+async fn has_to_go(guest: &Guest) {
+    let time_is_over = async {
+        tokio::time::sleep(STRANGER_TIME_MAX).await;
+        if !guest.is_stranger() {
+            tokio::time::sleep(CONNECTION_TIME_MAX.saturating_sub(STRANGER_TIME_MAX)).await;
+        }
+    };
+    tokio::select! {
+        () = guest.must_leave() => {}
+        () = time_is_over => {}
     }
 }
 
@@ -159,11 +191,20 @@ struct Shared {
     operations: Arc<dyn Operations>,
 }
 
-/// Sees who asks, before anything else.
+/// Sees who asks, before anything else. Whoever could have shown a token and has not is answered once.
 async fn recognize(State(shared): State<Arc<Shared>>, mut request: Request, next: Next) -> Response {
     let standing = shared.tokens.standing(request.headers());
+    let guest = request.extensions().get::<Arc<Guest>>().cloned();
+    let answer = guest.as_ref().and_then(|guest| guest.answer(standing));
     request.extensions_mut().insert(standing);
-    next.run(request).await
+    let mut response = match answer {
+        Some(_) => next.run(request).await,
+        None => (StatusCode::SERVICE_UNAVAILABLE, "too many requests are being answered\n").into_response(),
+    };
+    if answer.is_none() || shared.tokens.are_set() && standing == Standing::Stranger {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// For what changes something: nobody may who is not known, from this machine neither.
@@ -290,8 +331,8 @@ fn another_is_meant(shared: &Shared, headers: &HeaderMap) -> Option<Response> {
 /// Header of a request that changes something: the name of the relay that is meant. Another one that is reached does nothing.
 pub const RELAY_HEADER: &str = "walrelay-name";
 
-/// HTTP connections served at a time; further ones wait in the listen queue.
-pub const CONNECTIONS_MAX: usize = 16;
+/// Most descriptors that the listener and its connections have: one beside those of the guests is for who is at the door.
+pub const DESCRIPTORS_MAX: usize = GUESTS_MAX + 2;
 
 /// Longest body of a request that changes something.
 const OPERATION_BYTES_MAX: usize = 4 << 10;
@@ -299,10 +340,13 @@ const OPERATION_BYTES_MAX: usize = 4 << 10;
 /// Longest request head.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
 
-/// Time for the head of a request to arrive.
-const REQUEST_TIME_MAX: Duration = Duration::from_secs(5);
+/// Time for the head of a request to arrive, the first one or another.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(5);
 
-/// Longest life of a connection, also of an idle one.
+/// Longest life of a connection over which no token was shown.
+const STRANGER_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Longest life of a connection.
 const CONNECTION_TIME_MAX: Duration = Duration::from_secs(120);
 
 /// Pause after a failed accept, which would otherwise spin when descriptors are exhausted.

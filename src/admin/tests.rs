@@ -1,8 +1,10 @@
 //! The HTTP listener as clients meet it: who may ask for what, and what those cost who may not.
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
 use secrecy::SecretString;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpSocket,
+};
 
 use super::*;
 
@@ -186,5 +188,57 @@ async fn a_relay_that_was_not_meant_changes_nothing() {
         let answer = ask(address, "POST", path, &meant("dc1_b")).await;
         assert!(answer.starts_with("HTTP/1.1 409"), "{answer}");
         assert!(answer.ends_with("{\"error\":\"this is relay \\\"dc1_a\\\"\"}"), "{answer}");
+    }
+}
+
+/// An idle connection from one of this machine's own addresses.
+async fn idle_from(address: [u8; 4], to: SocketAddr) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((address, 0).into()).unwrap();
+    socket.connect(to).await.unwrap()
+}
+
+#[tokio::test]
+async fn whoever_holds_many_idle_connections_keeps_nobody_out() {
+    let address = start(Some("canary"), None).await;
+    // From elsewhere, and from where the operator is, too.
+    for crowd in [[127, 0, 0, 2], [127, 0, 0, 1]] {
+        let mut idle = Vec::new();
+        for _ in 0..16 + 200 {
+            idle.push(idle_from(crowd, address).await);
+        }
+        let begun = std::time::Instant::now();
+        let answer = ask(address, "POST", "/fence", &bearer("canary")).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_says_nothing_is_left_soon() {
+    let address = start(None, None).await;
+    let begun = tokio::time::Instant::now();
+    let mut idle = TcpStream::connect(address).await.unwrap();
+    idle.read_to_end(&mut Vec::new()).await.unwrap();
+    assert_eq!(begun.elapsed().as_secs(), IDLE_TIME_MAX.as_secs());
+}
+
+#[tokio::test]
+async fn where_a_token_is_set_only_those_who_show_it_may_ask_again() {
+    let (open, guarded) = (start(None, None).await, start(Some("canary"), Some("reader")).await);
+    let ask_twice = async |address, header: &str| {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET /livez HTTP/1.1\r\nHost: x\r\n{header}\r\n");
+        let last = format!("GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\n");
+        stream.write_all((request + &last).as_bytes()).await.unwrap();
+        let mut answers = Vec::new();
+        stream.read_to_end(&mut answers).await.unwrap();
+        String::from_utf8(answers).unwrap().matches("HTTP/1.1 200").count()
+    };
+    assert_eq!(ask_twice(open, "").await, 2);
+    assert_eq!(ask_twice(guarded, "").await, 1);
+    assert_eq!(ask_twice(guarded, &bearer("wrong")).await, 1);
+    for token in ["reader", "canary"] {
+        assert_eq!(ask_twice(guarded, &bearer(token)).await, 2, "{token}");
     }
 }

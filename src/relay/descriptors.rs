@@ -35,7 +35,7 @@ pub(super) fn raise_limit() -> usize {
 pub(super) fn set_aside(spare_segments: u32, listeners: usize) -> usize {
     // Of segments that are no longer needed, twice as many are kept.
     let spares = 2 * spare_segments as usize;
-    let admin = admin::CONNECTIONS_MAX + 1;
+    let admin = admin::DESCRIPTORS_MAX;
     PROCESS_DESCRIPTORS + STORE_DESCRIPTORS + spares + admin + REFUSALS_MAX + listeners
 }
 
