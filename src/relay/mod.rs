@@ -28,6 +28,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::access::MockNonce;
 use crate::admin::{Admin, Tokens};
 use crate::config::{self, Config};
 use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry};
@@ -45,7 +46,9 @@ use crate::relay::reload::{Reloader, access_part, reload_on};
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
-use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
+use crate::store::{
+    self, Condition, MOCK_NONCE_BYTES, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter,
+};
 use crate::upstream::{Acknowledging, Fencing, LinkSettings, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
@@ -70,6 +73,9 @@ pub enum RelayError {
         /// The directory.
         directory: String,
     },
+    /// The system has no random numbers.
+    #[error("could not generate secret authorization token")]
+    Random,
     /// What TLS needs cannot be used.
     #[error("could not set up TLS: {0}")]
     Tls(TlsError),
@@ -123,6 +129,7 @@ impl Relay {
         let metrics = AllMetrics::default();
         let admin = bind_admin(&config.admin).await?;
         let (store, writer, notices) = open_store(&config, &metrics).await?;
+        let mock_nonce = mock_nonce(&config, &store).await?;
         let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
@@ -137,6 +144,7 @@ impl Relay {
             registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
             access: ArcSwap::from_pointee(std::mem::take(&mut config.downstream.access)),
+            mock_nonce,
             tls: config.downstream.tls.as_ref().map(|tls| tls::read(tls, &metrics.downstream)).transpose()?,
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
@@ -166,7 +174,8 @@ impl Relay {
             log_lines_dropped,
         });
         let operations = Arc::new(RelayOperations { fence, links, reloader: Arc::clone(&reloader) });
-        let admin = admin.map(|listener| Admin::new(listener, config.admin.token.clone(), pages, operations));
+        let tokens = Tokens::new(config.admin.token.clone(), config.admin.read_token.clone());
+        let admin = admin.map(|listener| Admin::new(listener, tokens, pages, operations));
         Ok(Self {
             config,
             metrics,
@@ -269,6 +278,26 @@ async fn open_store(
         tracing::warn!(note, "recovery of the store");
     }
     Ok((store, writer, notices))
+}
+
+/// What users that do not exist get their salts from: as old as the data directory.
+async fn mock_nonce(config: &Config, store: &Store) -> Result<MockNonce, RelayError> {
+    let mut fresh = [0; MOCK_NONCE_BYTES];
+    aws_lc_rs::rand::fill(&mut fresh).map_err(|_| RelayError::Random)?;
+    let store = store.clone();
+    let keeping = tokio::task::spawn_blocking(move || store.mock_nonce(fresh));
+    match keeping.await.map_err(|_| RelayError::TaskEnded("recovery"))? {
+        Ok(kept) => Ok(kept.into()),
+        // What is held is to be served also from a full disk.
+        Err(error) if error.is_no_space() => {
+            tracing::warn!(%error, "what clients see of users that do not exist will change with the next start");
+            Ok(fresh.into())
+        }
+        Err(source) => {
+            let directory = config.relay.data_dir.display().to_string();
+            Err(RelayError::OpenStore { directory, source })
+        }
+    }
 }
 
 async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, RelayError> {

@@ -85,8 +85,7 @@ pub(super) fn access_part(context: &Arc<DownstreamContext>, config: &Config) -> 
             for warning in &loaded.warnings {
                 tracing::warn!("{warning}");
             }
-            let next = loaded.access.succeeding(&context.access.load());
-            context.access.store(Arc::new(next));
+            context.access.store(Arc::new(loaded.access));
         }))
     })
 }
