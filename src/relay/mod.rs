@@ -42,7 +42,8 @@ use crate::relay::only_copy::OnlyCopyAlarm;
 use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
-use crate::relay::reload::{Reloader, access_part, reload_on};
+use crate::relay::reload::{Reloader, Watched, access_part, reload_on};
+use crate::relay::tls::TlsFiles;
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
@@ -157,9 +158,10 @@ impl Relay {
         let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
-        let mut parts = vec![access_part(&downstream, &config)];
-        parts.extend(downstream.tls.as_ref().map(|tls| tls::part(tls, &metrics.downstream)));
-        let reloader = Reloader::new(parts, metrics.process.clone());
+        let tls_files = downstream.tls.as_ref().map(|tls| TlsFiles::new(tls, &metrics.downstream));
+        let tls_files = tls_files.map(|files| Box::new(files) as Box<dyn Watched>);
+        let parts = vec![access_part(&downstream, &config)];
+        let reloader = Reloader::new(parts, tls_files, metrics.process.clone());
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -229,12 +231,12 @@ impl Relay {
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
         }
-        tokio::spawn(reload_on(self.hangups, self.reloader, shutdown.clone()));
+        tokio::spawn(reload_on(self.hangups, Arc::clone(&self.reloader), shutdown.clone()));
         let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
         let until = shutdown.clone();
         tokio::spawn(async move { until.run_until_cancelled(reminder).await });
-        if let Some(tls) = &self.downstream.tls {
-            let watch = tls::watch(Arc::clone(tls), self.metrics.downstream.clone());
+        if self.downstream.tls.is_some() {
+            let watch = tls::watch(self.reloader);
             let until = shutdown.clone();
             tokio::spawn(async move { until.run_until_cancelled(watch).await });
         }
