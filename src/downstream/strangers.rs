@@ -37,7 +37,7 @@ impl Strangers {
         let from_network = network.and_then(|network| counts.by_network.get(&network)).copied();
         let is_full = counts.in_all >= self.in_all_max
             || from_network.unwrap_or(0) >= self.per_network_max
-            || !is_local && counts.from_elsewhere >= self.from_elsewhere_max();
+            || !is_local && counts.from_elsewhere >= self.elsewhere_max();
         if is_full {
             return None;
         }
@@ -49,7 +49,7 @@ impl Strangers {
         Some(Stranger { strangers: Arc::clone(self), network, is_local })
     }
 
-    fn from_elsewhere_max(&self) -> usize {
+    fn elsewhere_max(&self) -> usize {
         self.in_all_max.saturating_sub((self.in_all_max / LOCAL_SHARE).max(1))
     }
 }

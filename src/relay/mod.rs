@@ -158,10 +158,7 @@ impl Relay {
         let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
-        let tls_files = downstream.tls.as_ref().map(|tls| TlsFiles::new(tls, &metrics.downstream));
-        let tls_files = tls_files.map(|files| Box::new(files) as Box<dyn Watched>);
-        let parts = vec![access_part(&downstream, &config)];
-        let reloader = Reloader::new(parts, tls_files, metrics.process.clone());
+        let reloader = reloader(&downstream, &config, &metrics);
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -315,6 +312,13 @@ async fn bind_admin(admin: &config::Admin) -> Result<Option<TcpListener>, RelayE
     let Some(address) = admin.listen else { return Ok(None) };
     let bound = TcpListener::bind(address).await;
     bound.map(Some).map_err(|source| RelayError::Listen { address: address.to_string(), source })
+}
+
+/// Everything that can be read again.
+fn reloader(downstream: &Arc<DownstreamContext>, config: &Config, metrics: &AllMetrics) -> Arc<Reloader> {
+    let tls = downstream.tls.as_ref().map(|tls| TlsFiles::new(tls, &metrics.downstream));
+    let tls = tls.map(|files| Box::new(files) as Box<dyn Watched>);
+    Reloader::new(vec![access_part(downstream, config)], tls, metrics.process.clone())
 }
 
 /// Starts to look for WAL that is nowhere else, and returns what is found.

@@ -47,7 +47,8 @@ const MOCK_NONCE_FILE: StateFile =
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
-    use crate::store::small;
+    use crate::store::disk::replace_durably;
+    use crate::store::{RealDisk, small};
 
     #[test]
     fn what_was_kept_first_is_kept_over_restarts_and_by_the_owner_alone() {
@@ -59,7 +60,7 @@ mod tests {
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(open().mock_nonce([2; 32]).unwrap(), [1; 32]);
         // One that is damaged is made anew, and keeps nobody from his WAL.
-        std::fs::write(&file, b"rotten").unwrap();
+        replace_durably(&RealDisk, &dir, "walrelay.mock_nonce", b"rotten").unwrap();
         assert_eq!(open().mock_nonce([3; 32]).unwrap(), [3; 32]);
         assert_eq!(open().mock_nonce([4; 32]).unwrap(), [3; 32]);
     }

@@ -315,7 +315,11 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(false)));
     relay.start();
     assert!(!is_fenced(&relay));
-    // Somebody else listens where it should.
+    assert_others_are_not_taken_for_it(&primary, &mut relay);
+}
+
+/// Somebody else listens where the relay should, or the relay runs and cannot be asked.
+fn assert_others_are_not_taken_for_it(primary: &Postgres, relay: &mut Relay) {
     let other = Relay::new("other", primary.port)
         .with_token()
         .with_data_dir(relay.data_dir())
@@ -325,7 +329,7 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
         assert_eq!(status, Some(1), "{complaint}");
         assert!(complaint.contains("another relay than \"other\" listens at"), "{complaint}");
     }
-    assert!(!is_fenced(&relay));
+    assert!(!is_fenced(relay));
     // The relay runs, and cannot be asked.
     let without_token = Relay::new("relay", primary.port).with_data_dir(relay.data_dir());
     let (status, _, complaint) = command("fence", &without_token);
@@ -334,7 +338,7 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     relay.terminate();
     relay.unset("admin.token_file");
     relay.start();
-    let (status, _, complaint) = command("fence", &relay);
+    let (status, _, complaint) = command("fence", relay);
     assert_eq!(status, Some(1));
     assert!(
         complaint.contains("does not let its fence be changed: admin.token_file must be set"),
