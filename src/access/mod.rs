@@ -27,7 +27,7 @@ pub use ident::{NoMatch, UserMaps};
 pub use network::Interface;
 pub use regex::{PatternError, Regex};
 pub use tokens::{INCLUDE_DEPTH_MAX, IncludedFiles, NoFiles};
-pub use users::{Challenge, Grant, Permission, Permissions, Secret, User, Users};
+pub use users::{Challenge, Grant, MockNonce, Permission, Permissions, Secret, User, Users};
 
 use crate::protocol::ServerError;
 use crate::wal::PgTimestamp;
@@ -74,10 +74,10 @@ impl Access {
     }
 
     /// How a user proves that he knows his password. One that does not exist, or whose password has expired by `now`, is
-    /// asked all the same, and fails.
-    pub fn challenge(&self, user: &str, method: Method, now: PgTimestamp) -> Challenge {
+    /// asked all the same, and fails; `nonce` must be the same each time.
+    pub fn challenge(&self, user: &str, method: Method, now: PgTimestamp, nonce: &MockNonce) -> Challenge {
         let nobody = Users::default();
-        self.users.as_ref().unwrap_or(&nobody).challenge(user, method, now)
+        self.users.as_ref().unwrap_or(&nobody).challenge(user, method, now, nonce)
     }
 
     /// What somebody may do who has proved that he is `user`; an error when there is no such user.
@@ -86,15 +86,5 @@ impl Access {
             Some(users) => users.grant(user),
             None => Ok(Grant::of_everybody()),
         }
-    }
-
-    /// Goes on where `previous` was: what an unknown user is asked stays the same, so that it does not tell him from others
-    /// when the users change.
-    #[must_use]
-    pub fn succeeding(mut self, previous: &Self) -> Self {
-        if let (Some(users), Some(before)) = (&mut self.users, &previous.users) {
-            users.keep_mocking_as(before);
-        }
-        self
     }
 }

@@ -1,15 +1,13 @@
 //! The users: their secrets, what they may do, and for how long.
 //!
 //! Owns what `pg_authid` is to a server. A user that does not exist, or whose password has expired, is asked as any other and
-//! fails at the end, with a salt that stays the same over restarts, so that nobody learns who exists.
+//! fails at the end, with a salt that stays the same over restarts, whatever else changes, so that nobody learns who exists.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     num::NonZeroU32,
 };
-
-use aws_lc_rs::digest;
 
 use crate::access::hba::Method;
 use crate::protocol::md5::StoredHash;
@@ -122,11 +120,26 @@ pub enum Challenge {
     },
 }
 
+/// Random bytes of this installation, from which users that do not exist get their salts; as secret as a password.
+#[derive(Clone)]
+pub struct MockNonce([u8; 32]);
+
+impl From<[u8; 32]> for MockNonce {
+    fn from(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for MockNonce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MockNonce(hidden)")
+    }
+}
+
 /// The users by name.
 #[derive(Clone)]
 pub struct Users {
     by_name: BTreeMap<String, User>,
-    mock_secret: digest::Digest,
     mock_kind: MockKind,
 }
 
@@ -146,20 +159,8 @@ impl Default for Users {
 impl Users {
     /// These users and no others.
     pub fn new(by_name: BTreeMap<String, User>) -> Self {
-        // What only the owner of the users file knows, and what changes only with it.
-        let mut context = digest::Context::new(&digest::SHA256);
-        for (name, user) in &by_name {
-            let secret = zeroize::Zeroizing::new(match &user.secret {
-                Some(Secret::Scram(verifier)) => verifier.to_string(),
-                Some(Secret::Md5(stored)) => stored.digits().to_owned(),
-                None => String::new(),
-            });
-            for part in [name.as_bytes(), b"\0", secret.as_bytes(), b"\0"] {
-                context.update(part);
-            }
-        }
         let mock_kind = MockKind::like_most_of(by_name.values());
-        Self { by_name, mock_secret: context.finish(), mock_kind }
+        Self { by_name, mock_kind }
     }
 
     /// A user.
@@ -190,7 +191,13 @@ impl Users {
         false
     }
 
-    pub(super) fn challenge(&self, user: &str, method: Method, now: PgTimestamp) -> Challenge {
+    pub(super) fn challenge(
+        &self,
+        user: &str,
+        method: Method,
+        now: PgTimestamp,
+        nonce: &MockNonce,
+    ) -> Challenge {
         let known = self.by_name.get(user);
         let is_valid = |user: &&User| user.valid_until.is_none_or(|until| until >= now);
         match known.filter(is_valid).and_then(|user| user.secret.as_ref()) {
@@ -199,32 +206,28 @@ impl Users {
                 Challenge::Md5 { stored: stored.clone(), is_real: true }
             }
             // A secret for MD5 is of no use elsewhere.
-            Some(Secret::Md5(_)) => self.mock_scram(user),
-            None => self.mock(user, method, known.and_then(|user| user.secret.as_ref())),
+            Some(Secret::Md5(_)) => self.mock_scram(user, nonce),
+            None => self.mock(user, method, known.and_then(|user| user.secret.as_ref()), nonce),
         }
     }
 
     /// What somebody is asked who cannot be right. Somebody whose password has expired is asked as before.
-    fn mock(&self, user: &str, method: Method, expired: Option<&Secret>) -> Challenge {
+    fn mock(&self, user: &str, method: Method, expired: Option<&Secret>, nonce: &MockNonce) -> Challenge {
         match (expired, self.mock_kind) {
             (Some(Secret::Scram(verifier)), _) => Challenge::Scram(Credentials::Mock(verifier.clone())),
             (Some(Secret::Md5(_)), _) | (None, MockKind::Md5) if method == Method::Md5 => {
-                Challenge::Md5 { stored: StoredHash::mock(self.mock_secret.as_ref(), user), is_real: false }
+                Challenge::Md5 { stored: StoredHash::mock(&nonce.0, user), is_real: false }
             }
-            _ => self.mock_scram(user),
+            _ => self.mock_scram(user, nonce),
         }
     }
 
-    fn mock_scram(&self, user: &str) -> Challenge {
+    fn mock_scram(&self, user: &str, nonce: &MockNonce) -> Challenge {
         let iterations = match self.mock_kind {
             MockKind::Scram(iterations) => iterations,
             MockKind::Md5 => ITERATIONS_DEFAULT,
         };
-        Challenge::Scram(Credentials::mock(self.mock_secret.as_ref(), user, iterations))
-    }
-
-    pub(super) fn keep_mocking_as(&mut self, previous: &Self) {
-        self.mock_secret = previous.mock_secret;
+        Challenge::Scram(Credentials::mock(&nonce.0, user, iterations))
     }
 
     pub(super) fn grant(&self, name: &str) -> Result<Grant, ServerError> {
@@ -265,6 +268,7 @@ mod tests {
     use super::*;
 
     const NOW: PgTimestamp = PgTimestamp(1_000_000);
+    const NONCE: MockNonce = MockNonce([7; 32]);
 
     fn scram(iterations: u32) -> Secret {
         let iterations = NonZeroU32::new(iterations).unwrap();
@@ -291,7 +295,7 @@ mod tests {
 
     /// What a client is asked, and whether a right answer would let it in.
     fn asked(users: &Users, name: &str, method: Method) -> (&'static str, bool) {
-        match users.challenge(name, method, NOW) {
+        match users.challenge(name, method, NOW, &NONCE) {
             Challenge::Scram(Credentials::Known(_)) => ("scram", true),
             Challenge::Scram(Credentials::Mock(_)) => ("scram", false),
             Challenge::Md5 { is_real, .. } => ("md5", is_real),
@@ -327,7 +331,8 @@ mod tests {
         assert_eq!(asked(&mostly_md5, "unknown", Method::ScramSha256), ("scram", false));
         let slow =
             users([("a", user(Some(scram(77)))), ("b", user(Some(scram(77)))), ("c", user(Some(scram(2))))]);
-        let Challenge::Scram(Credentials::Mock(mock)) = slow.challenge("unknown", Method::ScramSha256, NOW)
+        let Challenge::Scram(Credentials::Mock(mock)) =
+            slow.challenge("unknown", Method::ScramSha256, NOW, &NONCE)
         else {
             panic!("not a mock")
         };
@@ -342,7 +347,9 @@ mod tests {
         assert_eq!(asked(&users, "s", Method::ScramSha256), ("scram", false));
         assert_eq!(asked(&users, "m", Method::Md5), ("md5", false));
         assert_eq!(asked(&users, "v", Method::ScramSha256), ("scram", true));
-        let Challenge::Scram(Credentials::Mock(same)) = users.challenge("s", Method::ScramSha256, NOW) else {
+        let Challenge::Scram(Credentials::Mock(same)) =
+            users.challenge("s", Method::ScramSha256, NOW, &NONCE)
+        else {
             panic!("not a mock")
         };
         assert_eq!(same.iterations().get(), 5);
@@ -362,16 +369,23 @@ mod tests {
     }
 
     #[test]
-    fn what_the_unknown_are_asked_stays_when_the_users_change() {
-        let salt = |users: &Users| match users.challenge("unknown", Method::ScramSha256, NOW) {
+    fn what_the_unknown_are_asked_depends_on_their_name_and_on_a_secret_and_on_nothing_else() {
+        let salt = |users: &Users, name: &str, nonce: &MockNonce| match users.challenge(
+            name,
+            Method::ScramSha256,
+            NOW,
+            nonce,
+        ) {
             Challenge::Scram(Credentials::Mock(mock)) => mock.to_string(),
             other => panic!("{other:?}"),
         };
         let before = users([("a", user(Some(scram(2))))]);
-        let mut after = users([("b", user(Some(scram(2))))]);
-        assert_ne!(salt(&before), salt(&after));
-        after.keep_mocking_as(&before);
-        assert_eq!(salt(&before), salt(&after));
+        let after = users([("b", user(Some(scram(2)))), ("c", user(Some(scram(2))))]);
+        let asked = salt(&before, "unknown", &NONCE);
+        assert_eq!(asked, salt(&after, "unknown", &NONCE), "whoever else is there");
+        assert_ne!(asked, salt(&before, "another", &NONCE));
+        assert_ne!(asked, salt(&before, "unknown", &MockNonce([8; 32])));
+        assert!(!format!("{NONCE:?}").contains('7'));
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //!
 //! Owns the words and the way: a relay that runs is asked over HTTP, with the token of its configuration; where none runs,
 //! the fence is set in its data directory, under the lock that keeps a relay from starting meanwhile. Success means that it is
-//! durable, and nothing else does.
+//! durable, and nothing else does. Believes no process for listening on the relay's port, and shows it nothing: a relay has its
+//! port before it has its data directory, so that the port is a relay's for certain while one has the directory.
 
-use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -13,8 +14,9 @@ use anyhow::{Context, anyhow, bail};
 
 use crate::cli::http::{self, Request};
 use crate::config::Config;
+use crate::net::interfaces;
 use crate::status::{FenceStatus, Timestamp};
-use crate::store::{Fence, MustHold, RealDisk, StoreError, fence_directory};
+use crate::store::{Fence, MustHold, RealDisk, StoreError, durable_fence, fence_directory, is_open};
 use crate::upstream::FENCE_TIME_MAX;
 use crate::wal::PgTimestamp;
 
@@ -28,6 +30,10 @@ pub struct Options {
     /// disk is not mounted.
     #[arg(long)]
     empty: bool,
+    /// Show the token to whoever listens on admin.listen, and believe him, where the data directory is on another machine or cannot
+    /// be read, so that it cannot be checked that he is the relay.
+    #[arg(long)]
+    unchecked: bool,
 }
 
 /// What is wanted.
@@ -43,38 +49,106 @@ pub enum Wish {
 pub fn run(options: &Options, wish: Wish) -> anyhow::Result<()> {
     let config = Config::load(&options.config)?;
     let running = match config.admin.listen {
-        Some(address) => ask(reachable(address), &config, wish)?,
+        Some(address) => {
+            let address = reachable(address);
+            match http::connect(address, FENCE_TIME_MAX + ANSWER_TIME) {
+                Ok(stream) => Some((address, stream)),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => None,
+                Err(error) => bail!(could_not_ask(address, error.into())),
+            }
+        }
         None => None,
     };
     let told = match running {
-        Some(told) => told,
+        Some((address, stream)) => change_running(address, stream, (&config, options), wish)?,
         None => change_directory(&config, options, wish)?,
     };
-    writeln!(std::io::stdout(), "{told}")?;
+    writeln!(io::stdout(), "{told}")?;
     Ok(())
 }
 
-/// The answer of the relay; `None` when nobody listens there.
-fn ask(address: SocketAddr, config: &Config, wish: Wish) -> anyhow::Result<Option<String>> {
+/// Where somebody listens.
+fn change_running(
+    address: SocketAddr,
+    stream: TcpStream,
+    (config, options): (&Config, &Options),
+    wish: Wish,
+) -> anyhow::Result<String> {
+    let directory = config.relay.data_dir.display();
+    match has_directory(address, &config.relay.data_dir) {
+        Ok(true) => {
+            let told = ask(address, stream, config, wish)?;
+            check_directory(&config.relay.data_dir, wish)?;
+            Ok(told)
+        }
+        Ok(false) => bail!(
+            "somebody listens at {address}, but no relay has data directory \"{directory}\" open: he was asked nothing, and \
+             did not see the token (end that process, and run this again)"
+        ),
+        Err(why) if options.unchecked => {
+            writeln!(
+                io::stderr(),
+                "walrelay: warning: not checked: whether the relay is what listens at {address}, and whether what it says is \
+                 durable in its data directory: {why}"
+            )?;
+            ask(address, stream, config, wish)
+        }
+        Err(why) => bail!(
+            "could not check that the relay is what listens at {address}, so it did not see the token: {why} (run this on the \
+             relay's machine as the user who owns its data directory, or add --unchecked)"
+        ),
+    }
+}
+
+/// Whether the relay that listens at this address has the directory open, or why that cannot be known.
+fn has_directory(address: SocketAddr, data_dir: &Path) -> Result<bool, String> {
+    let ip = address.ip().to_canonical();
+    let is_here = ip.is_loopback() || interfaces().iter().any(|interface| interface.address == ip);
+    if !is_here {
+        return Err("that is not an address of this machine".to_owned());
+    }
+    is_open(data_dir, &RealDisk).map_err(|error| format!("{:#}", anyhow!(error)))
+}
+
+/// Whether what was answered is so, by the directory itself.
+fn check_directory(data_dir: &Path, wish: Wish) -> anyhow::Result<()> {
+    let fence = durable_fence(data_dir, &RealDisk)
+        .context("the relay says that it is done, but its data directory could not be read")?;
+    if fence.is_some() == (wish == Wish::Fence) {
+        return Ok(());
+    }
+    let (shown, is) = (data_dir.display(), if fence.is_some() { "is still fenced" } else { "is not fenced" });
+    bail!("the relay says that it is done, but its data directory \"{shown}\" {is}")
+}
+
+/// The answer of the relay.
+fn ask(address: SocketAddr, stream: TcpStream, config: &Config, wish: Wish) -> anyhow::Result<String> {
     let path = match wish {
         Wish::Fence => "/fence",
         Wish::Unfence => "/unfence",
     };
     let request =
         Request { method: "POST", path, token: config.admin.token.as_ref(), relay: Some(&config.relay.name) };
-    let answer = match request.send(address, FENCE_TIME_MAX + ANSWER_TIME) {
-        Ok(answer) => answer,
-        Err(error) if http::is_refused(&error) => return Ok(None),
-        Err(error) => return Err(error.context(format!("could not ask the relay at {address}"))),
-    };
+    let answer = request.send_over(stream).map_err(|error| could_not_ask(address, error))?;
     let text = answer.body.trim_end();
     match answer.status {
-        200 => Ok(Some(text.to_owned())),
+        200 if is_as_wished(text, wish) => Ok(text.to_owned()),
+        200 => bail!("the answer of the relay at {address} to {path} is not understood: {text}"),
         409 => bail!("another relay than \"{}\" listens at {address}: {}", config.relay.name, why(text)),
         401 => bail!("the relay at {address} does not accept the token of admin.token_file"),
-        403 => bail!("the relay at {address} was started without a token: {text}"),
+        403 => bail!("the relay at {address} does not let its fence be changed: {text}"),
         status => bail!("the relay at {address} answered with status {status}: {}", why(text)),
     }
+}
+
+fn could_not_ask(address: SocketAddr, error: anyhow::Error) -> anyhow::Error {
+    error.context(format!("could not ask the relay at {address}"))
+}
+
+/// Whether the answer says that it is done.
+fn is_as_wished(answer: &str, wish: Wish) -> bool {
+    let told: Option<serde_json::Value> = serde_json::from_str(answer).ok();
+    told.and_then(|told| told.get("fenced")?.as_bool()) == Some(wish == Wish::Fence)
 }
 
 /// Why it was not done, as the relay says it.

@@ -39,9 +39,12 @@ pub(super) struct Answer {
 impl Request<'_> {
     /// Asks the relay at `address`. No read or write takes longer than `wait`.
     pub(super) fn send(&self, address: SocketAddr, wait: Duration) -> Result<Answer> {
-        let mut stream = TcpStream::connect_timeout(&address, wait)?;
-        stream.set_read_timeout(Some(wait))?;
-        stream.set_write_timeout(Some(wait))?;
+        self.send_over(connect(address, wait)?)
+    }
+
+    /// Asks whoever is at the other end.
+    pub(super) fn send_over(&self, mut stream: TcpStream) -> Result<Answer> {
+        let address = stream.peer_addr()?;
         let authorization = self
             .token
             .map_or_else(String::new, |token| format!("Authorization: Bearer {}\r\n", token.expose_secret()));
@@ -60,9 +63,12 @@ impl Request<'_> {
     }
 }
 
-/// Whether nobody listens there.
-pub(super) fn is_refused(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+/// A connection that has said nothing. No read or write over it takes longer than `wait`.
+pub(super) fn connect(address: SocketAddr, wait: Duration) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, wait)?;
+    stream.set_read_timeout(Some(wait))?;
+    stream.set_write_timeout(Some(wait))?;
+    Ok(stream)
 }
 
 /// An answer that ends with the connection; `None` if it is cut off.

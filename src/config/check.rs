@@ -1,10 +1,10 @@
 //! From what is written to what can be relied on: every check of every setting, and of those that depend on each other.
 //!
-//! Reads no file: the token has been read before, and who may connect is read after.
+//! Reads no file: the tokens have been read before, and who may connect is read after.
 
 use std::{collections::BTreeMap, ops::RangeInclusive, path::Path, time::Duration};
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::access::Access;
 use crate::config::{
@@ -23,6 +23,7 @@ use crate::protocol::acknowledge_policy::AcknowledgePolicyError;
 pub(crate) struct Loaded<'a> {
     pub(crate) raw: Raw,
     pub(crate) token: Option<SecretString>,
+    pub(crate) read_token: Option<SecretString>,
     /// Relative paths start at the directory of the configuration file.
     pub(crate) path: &'a Path,
     pub(crate) surroundings: &'a dyn Surroundings,
@@ -32,13 +33,13 @@ impl TryFrom<Loaded<'_>> for Config {
     type Error = Problem;
 
     fn try_from(loaded: Loaded<'_>) -> Result<Self, Problem> {
-        let Loaded { raw, token, path, surroundings } = loaded;
+        let Loaded { raw, token, read_token, path, surroundings } = loaded;
         let directory = path.parent().unwrap_or(Path::new(""));
         let relay = relay(&raw.relay, directory)?;
         let upstream = upstream(&raw.upstream, &relay.name, surroundings)?;
         let downstream = downstream(&raw.downstream, path, &upstream)?;
         let store = store(&raw.store)?;
-        let admin = admin(&raw.admin, token)?;
+        let admin = admin(&raw.admin, token, read_token)?;
         if let Some(address) = admin.listen.map(ListenAddress::Tcp)
             && downstream.listen.contains(&address)
             && !is_chosen_by_the_system(&address)
@@ -168,7 +169,8 @@ fn downstream(raw: &RawDownstream, path: &Path, upstream: &Upstream) -> Result<D
     };
     const ALL: &str = "downstream.unauthenticated_connections_max";
     const PER_ADDRESS: &str = "downstream.unauthenticated_connections_per_address_max";
-    let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 1..=100_000)?;
+    // One place for this machine, and one for all others.
+    let unauthenticated_connections_max = number(ALL, raw.unauthenticated_connections_max, 2..=100_000)?;
     let unauthenticated_connections_per_address_max: usize =
         number(PER_ADDRESS, raw.unauthenticated_connections_per_address_max, 1..=100_000)?;
     if unauthenticated_connections_per_address_max > unauthenticated_connections_max {
@@ -254,16 +256,30 @@ fn store(raw: &RawStore) -> Result<Store, Problem> {
     })
 }
 
-fn admin(raw: &RawAdmin, token: Option<SecretString>) -> Result<Admin, Problem> {
+fn admin(
+    raw: &RawAdmin,
+    token: Option<SecretString>,
+    read_token: Option<SecretString>,
+) -> Result<Admin, Problem> {
+    if let (Some(token), Some(read_token)) = (&token, &read_token)
+        && token.expose_secret() == read_token.expose_secret()
+    {
+        return Err(Problem::SameToken);
+    }
     if raw.listen.is_empty() {
-        return Ok(Admin { listen: None, token });
+        return Ok(Admin { listen: None, token, read_token });
     }
     let address = listen::parse_tcp(&raw.listen)
         .ok_or_else(|| Problem::invalid("admin.listen", &raw.listen, listen::TCP_ADVICE))?;
-    if token.is_none() && !ListenAddress::Tcp(address).is_local() {
-        return Err(Problem::TokenRequired(raw.listen.clone()));
+    if !ListenAddress::Tcp(address).is_local() {
+        if !raw.allow_plaintext {
+            return Err(Problem::AdminPlaintext(raw.listen.clone()));
+        }
+        if token.is_none() && read_token.is_none() {
+            return Err(Problem::TokenRequired(raw.listen.clone()));
+        }
     }
-    Ok(Admin { listen: Some(address), token })
+    Ok(Admin { listen: Some(address), token, read_token })
 }
 
 fn log(raw: &RawLog) -> Result<Log, Problem> {

@@ -58,7 +58,7 @@ pub enum FileKind {
     Hba,
     /// `downstream.ident`, or a file that it includes.
     Ident,
-    /// `admin.token_file`.
+    /// `admin.token_file` and `admin.read_token_file`.
     Token,
 }
 
@@ -190,11 +190,25 @@ pub enum Problem {
     /// Local connections are not trusted, and nothing else is configured.
     #[error("parameter \"downstream.users\" must be set when \"downstream.trust_local\" is false")]
     UsersRequired,
+    /// Pages and tokens in clear on the network.
+    #[error(
+        "parameter \"admin.listen\" names \"{0}\", which is reachable by others, but pages and tokens are not encrypted there \
+         (listen on 127.0.0.1 or [::1], behind a proxy that speaks TLS, or set \"admin.allow_plaintext\" to true where the network \
+         is private)"
+    )]
+    AdminPlaintext(String),
     /// Pages open to the network without authentication.
     #[error(
-        "parameter \"admin.token_file\" must be set when \"admin.listen\" (\"{0}\") is not a loopback address"
+        "parameter \"admin.token_file\" or \"admin.read_token_file\" must be set when \"admin.listen\" (\"{0}\") is not a \
+         loopback address"
     )]
     TokenRequired(String),
+    /// One token for both.
+    #[error(
+        "parameter \"admin.read_token_file\" names a file with the token of \"admin.token_file\", so that whoever may only read \
+         could change something (write another token into it)"
+    )]
+    SameToken,
     /// Two listeners on one address.
     #[error("parameter \"{key}\" names \"{address}\" twice")]
     AddressTwice {
@@ -246,7 +260,8 @@ impl Problem {
             Self::Conninfo(_) => vec!["upstream.conninfo"],
             Self::Unauthenticated(_) | Self::Plaintext(_) => vec!["downstream.listen"],
             Self::UsersRequired => vec!["downstream.trust_local"],
-            Self::TokenRequired(_) => vec!["admin.listen"],
+            Self::TokenRequired(_) | Self::AdminPlaintext(_) => vec!["admin.listen"],
+            Self::SameToken => vec!["admin.read_token_file"],
             Self::InvalidVerifier(user) | Self::InvalidUser { user, .. } => vec![user],
             Self::Syntax(_) | Self::Missing { .. } | Self::NoUsers | Self::InvalidToken { .. } => Vec::new(),
             // These come with their lines.

@@ -171,7 +171,7 @@ pub struct Downstream {
     pub authentication_timeout: Duration,
     /// Most connections that are not authenticated yet.
     pub unauthenticated_connections_max: usize,
-    /// The same for one address.
+    /// The same for one address; of IPv6 for one network.
     pub unauthenticated_connections_per_address_max: usize,
     /// Options of accepted TCP connections.
     pub tcp: ClientTcp,
@@ -254,8 +254,10 @@ pub struct Store {
 pub struct Admin {
     /// Where to listen, if at all.
     pub listen: Option<SocketAddr>,
-    /// What a client must show to see more than whether we live.
+    /// What a client must show to change something.
     pub token: Option<SecretString>,
+    /// What suffices to see more than whether we live; never the same.
+    pub read_token: Option<SecretString>,
 }
 
 /// Log lines.
@@ -323,8 +325,11 @@ impl Config {
         };
         let raw: Raw = document.read(&Raw::default()).map_err(hide_secrets).map_err(with_line)?;
         let directory = path.parent().unwrap_or(Path::new(""));
-        let token = raw.admin.token_file.as_ref().map(|name| read_token(&directory.join(name), surroundings));
-        let loaded = Loaded { raw, token: token.transpose()?, path, surroundings };
+        let token = |name: &Option<String>| {
+            name.as_ref().map(|name| read_token(&directory.join(name), surroundings)).transpose()
+        };
+        let (token, read_token) = (token(&raw.admin.token_file)?, token(&raw.admin.read_token_file)?);
+        let loaded = Loaded { raw, token, read_token, path, surroundings };
         let mut config = Self::try_from(loaded).map_err(with_line)?;
         let read = config.downstream.access_files.read(surroundings);
         let LoadedAccess { access, warnings } = read.map_err(|error| match error {

@@ -109,7 +109,9 @@ pub(crate) struct RawStore {
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RawAdmin {
     pub(crate) listen: String,
+    pub(crate) allow_plaintext: bool,
     pub(crate) token_file: Option<String>,
+    pub(crate) read_token_file: Option<String>,
 }
 
 /// `[log]`
@@ -196,7 +198,12 @@ impl Default for RawStore {
 
 impl Default for RawAdmin {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:9588".to_owned(), token_file: None }
+        Self {
+            listen: "127.0.0.1:9588".to_owned(),
+            allow_plaintext: false,
+            token_file: None,
+            read_token_file: None,
+        }
     }
 }
 

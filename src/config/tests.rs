@@ -115,7 +115,8 @@ fn commented_samples_of_the_example_are_good() {
         .with_file("/etc/walrelay/users.toml", 0o600, &format!("standby = \"{VERIFIER}\""))
         .with_file("/etc/walrelay/pg_hba.conf", 0o644, "host replication all 10.1.0.0/16 scram-sha-256")
         .with_file("/etc/walrelay/pg_ident.conf", 0o644, "map root standby")
-        .with_file("/etc/walrelay/admin.token", 0o600, "0123456789abcdef\n");
+        .with_file("/etc/walrelay/admin.token", 0o600, "0123456789abcdef\n")
+        .with_file("/etc/walrelay/read.token", 0o600, "fedcba9876543210\n");
     let config = load_in(&text, surroundings).unwrap();
     assert_eq!(config.upstream.slot.as_deref(), Some("walrelay_dc1"));
     let access = config.downstream.access;
@@ -127,6 +128,7 @@ fn commented_samples_of_the_example_are_good() {
     assert_eq!(access.rules.iter().count(), 1);
     assert_eq!(config.downstream.tls.unwrap().cert, Path::new("/etc/walrelay/server.crt"));
     assert_eq!(config.admin.token.unwrap().expose_secret(), "0123456789abcdef");
+    assert_eq!(config.admin.read_token.unwrap().expose_secret(), "fedcba9876543210");
 }
 
 #[test]
@@ -487,23 +489,59 @@ fn sockets_are_where_libpq_looks_for_them() {
 }
 
 #[test]
-fn pages_that_others_can_reach_want_a_token() {
-    assert_eq!(
-        complaint("[admin]\nlisten = \"0.0.0.0:9588\""),
-        "line 2: parameter \"admin.token_file\" must be set when \"admin.listen\" (\"0.0.0.0:9588\") is not a loopback address"
-    );
-    let with_token = |text: &str| {
-        let surroundings = surroundings().with_file("/t", 0o600, text);
-        load_in(&format!("{LEAST}[admin]\nlisten = \"0.0.0.0:9588\"\ntoken_file = \"/t\"\n"), surroundings)
-    };
-    assert!(with_token("0123456789abcdef\n").is_ok());
-    for bad in ["", "short", "0123456789 abcdef", "0123456789abcdef\nsecond"] {
+fn pages_that_others_can_reach_want_a_word_about_that_and_a_token() {
+    for address in ["0.0.0.0:9588", "[::]:9588", "10.0.0.1:9588", "[::ffff:10.0.0.1]:9588"] {
         assert_eq!(
-            with_token(bad).unwrap_err(),
-            "token file \"/t\": the token must be one line of 16 to 1024 printable ASCII characters without spaces"
+            complaint(&format!("[admin]\nlisten = \"{address}\"")),
+            format!(
+                "line 2: parameter \"admin.listen\" names \"{address}\", which is reachable by others, but pages and tokens are \
+                 not encrypted there (listen on 127.0.0.1 or [::1], behind a proxy that speaks TLS, or set \
+                 \"admin.allow_plaintext\" to true where the network is private)"
+            )
         );
     }
+    assert_eq!(
+        complaint("[admin]\nlisten = \"0.0.0.0:9588\"\nallow_plaintext = true"),
+        "line 2: parameter \"admin.token_file\" or \"admin.read_token_file\" must be set when \"admin.listen\" \
+         (\"0.0.0.0:9588\") is not a loopback address"
+    );
+    let with_token = |lines: &str, text: &str| {
+        let surroundings = surroundings().with_file("/t", 0o600, text);
+        load_in(&format!("{LEAST}[admin]\nlisten = \"0.0.0.0:9588\"\n{lines}\n"), surroundings)
+    };
+    for key in ["token_file", "read_token_file"] {
+        let lines = format!("{key} = \"/t\"\nallow_plaintext = true");
+        assert!(with_token(&lines, "0123456789abcdef\n").is_ok());
+        for bad in ["", "short", "0123456789 abcdef", "0123456789abcdef\nsecond"] {
+            assert_eq!(
+                with_token(&lines, bad).unwrap_err(),
+                "token file \"/t\": the token must be one line of 16 to 1024 printable ASCII characters without spaces"
+            );
+        }
+        let in_clear = with_token(&format!("{key} = \"/t\""), "0123456789abcdef\n").unwrap_err();
+        assert!(in_clear.contains("line 7: parameter \"admin.listen\" names"), "{in_clear}");
+    }
     assert_eq!(load(&format!("{LEAST}[admin]\nlisten = \"\"\n")).unwrap().admin.listen, None);
+}
+
+#[test]
+fn a_token_to_read_is_another_one() {
+    let files = |read: &str| {
+        let surroundings = surroundings().with_file("/t", 0o600, "0123456789abcdef\n").with_file(
+            "/r",
+            0o600,
+            &format!("{read}\n"),
+        );
+        load_in(&format!("{LEAST}[admin]\ntoken_file = \"/t\"\nread_token_file = \"/r\"\n"), surroundings)
+    };
+    let admin = files("fedcba9876543210").unwrap().admin;
+    assert_eq!(admin.token.unwrap().expose_secret(), "0123456789abcdef");
+    assert_eq!(admin.read_token.unwrap().expose_secret(), "fedcba9876543210");
+    assert_eq!(
+        files("0123456789abcdef").unwrap_err(),
+        "configuration file \"/etc/walrelay/w.toml\", line 8: parameter \"admin.read_token_file\" names a file with the token of \
+         \"admin.token_file\", so that whoever may only read could change something (write another token into it)"
+    );
 }
 
 #[test]

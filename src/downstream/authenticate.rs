@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use bytes::Bytes;
 
-use crate::access::{Access, CertificateDemand, Challenge, Method, Rule};
+use crate::access::{Access, CertificateDemand, Challenge, Method, MockNonce, Rule};
 use crate::conninfo::ProcessSurroundings;
 use crate::downstream::{
     attempt::Attempt,
@@ -33,6 +33,8 @@ pub(super) struct Authenticator<'a, S> {
     pub(super) encryption: &'a Encryption,
     /// The operating system's user at the other end of a Unix socket.
     pub(super) peer_user_id: Option<u32>,
+    /// For users that do not exist.
+    pub(super) mock_nonce: &'a MockNonce,
     pub(super) connection: &'a mut Connection<S>,
     pub(super) attempt: &'a mut Attempt,
 }
@@ -57,7 +59,7 @@ impl<S: Stream> Authenticator<'_, S> {
 
     async fn password(&mut self) -> Result<(), HandshakeError> {
         let now = PgTimestamp::from_system_time(SystemTime::now());
-        match self.access.challenge(self.user, self.rule.method, now) {
+        match self.access.challenge(self.user, self.rule.method, now, self.mock_nonce) {
             Challenge::Scram(credentials) => self.scram(credentials).await,
             Challenge::Md5 { stored, is_real } => self.md5(&stored, is_real).await,
         }
@@ -215,12 +217,14 @@ mod tests {
             let _ = client.read_buf(&mut said).await;
             backend::Message::decode(&mut said).unwrap()
         });
+        let mock_nonce = [7; 32].into();
         let authenticator = Authenticator {
             access: &access,
             rule: access.rule_for(&applicant, &Vec::new).unwrap(),
             user,
             encryption,
             peer_user_id: None,
+            mock_nonce: &mock_nonce,
             connection: &mut connection,
             attempt: &mut attempt,
         };

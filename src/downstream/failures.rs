@@ -1,6 +1,6 @@
 //! How long somebody waits for a no who has been told it before.
 //!
-//! Owns the count of failed logins by address and by user, in two tables of limited size that forget the oldest first. Only the
+//! Owns the count of failed logins by network and by user, in two tables of limited size that forget the oldest first. Only the
 //! answer to a failure is held back: whoever is right is let in at once, wherever others try to guess. A connection that
 //! waits keeps its place among those that are not authenticated, whether its client is still there or not, so that an address
 //! can guess no faster than its places and these times allow.
@@ -8,18 +8,17 @@
 use std::{
     collections::HashMap,
     hash::Hash,
-    net::{IpAddr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 
-use crate::net::Peer;
+use crate::net::{Network, Peer};
 
 /// The failed logins of late.
 #[derive(Debug, Default)]
 pub(super) struct Failures {
-    by_network: Mutex<Table<IpAddr>>,
+    by_network: Mutex<Table<Network>>,
     /// Names that nobody has are counted as those of users.
     by_user: Mutex<Table<String>>,
 }
@@ -28,26 +27,15 @@ impl Failures {
     /// Takes note of a wrong proof. Returns how long its answer is to be held back.
     pub(super) fn denied(&self, peer: &Peer, user: &str, now: Instant) -> Duration {
         let of_user = self.by_user.lock().count(user.to_owned(), now);
-        let of_network = network(peer).map_or(0, |network| self.by_network.lock().count(network, now));
+        let of_network = peer.network().map_or(0, |network| self.by_network.lock().count(network, now));
         delay_after(of_user.max(of_network))
     }
 
     /// Takes note of somebody who did not come to an end in time.
     pub(super) fn timed_out(&self, peer: &Peer, now: Instant) {
-        if let Some(network) = network(peer) {
+        if let Some(network) = peer.network() {
             self.by_network.lock().count(network, now);
         }
-    }
-}
-
-/// An address, or the part of one that a single machine can have all of. Those on Unix sockets are this machine's users.
-fn network(peer: &Peer) -> Option<IpAddr> {
-    match peer {
-        Peer::Unix => None,
-        Peer::Tcp(address) => Some(match address.ip().to_canonical() {
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into(),
-            address => address,
-        }),
     }
 }
 
@@ -115,6 +103,8 @@ const ENTRIES_MAX: usize = 1024;
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     fn from(address: &str) -> Peer {

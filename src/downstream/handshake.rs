@@ -127,6 +127,7 @@ impl<S: Stream> Handshake<'_, S> {
             user,
             encryption: &encryption,
             peer_user_id: self.peer_user_id,
+            mock_nonce: &self.context.mock_nonce,
             connection: &mut *self.connection,
             attempt: &mut *self.attempt,
         };

@@ -36,7 +36,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};
 
-use crate::access::Access;
+use crate::access::{Access, MockNonce};
 use crate::downstream::{
     attempt::Attempt,
     command::Session,
@@ -63,6 +63,7 @@ pub use link::{LinkRates, Links, link_status};
 pub use refusals::REFUSALS_MAX;
 pub use registry::Registry;
 pub use settings::{DownstreamSettings, SendPolicies, SendPolicy};
+pub use strangers::STRANGERS_MIN;
 
 /// What every connection shares.
 pub struct DownstreamContext {
@@ -76,6 +77,8 @@ pub struct DownstreamContext {
     pub settings: DownstreamSettings,
     /// Who may connect. May be replaced while clients are connected: it holds for those that come after.
     pub access: ArcSwap<Access>,
+    /// What users that do not exist get their salts from: it outlives the process.
+    pub mock_nonce: MockNonce,
     /// What TLS is spoken with; `None`: it is not.
     pub tls: Option<Arc<ServerTls>>,
     /// Whether the upstream that is streamed from now is writable.

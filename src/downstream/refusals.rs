@@ -1,11 +1,10 @@
 //! What those who are turned away may cost.
 //!
 //! Owns two limits: how many clients are being told at a time, because each holds a descriptor meanwhile, and how many log
-//! lines an address can cause. Decides about nobody: whoever comes here was refused already.
+//! lines a network can cause. Decides about nobody: whoever comes here was refused already.
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,17 +12,17 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::net::Peer;
+use crate::net::{Network, Peer};
 
 /// The refusals under way, and what was said of earlier ones.
 #[derive(Debug)]
 pub(super) struct Refusals {
     places: Arc<Semaphore>,
-    /// By address; those on Unix sockets, and whoever is too many to be remembered, share one entry.
-    told: Mutex<HashMap<Option<IpAddr>, Told>>,
+    /// Those on Unix sockets, and whoever is too many to be remembered, share one entry.
+    told: Mutex<HashMap<Option<Network>, Told>>,
 }
 
-/// The lines about one address in the current interval.
+/// The lines about one network in the current interval.
 #[derive(Debug)]
 struct Told {
     since: Instant,
@@ -43,17 +42,14 @@ impl Refusals {
         Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
-    /// Whether a line about this client may be written now, and if so, how many about its address were left out before.
+    /// Whether a line about this client may be written now, and if so, how many about its network were left out before.
     pub(super) fn may_log(&self, peer: &Peer, now: Instant) -> Option<u64> {
-        let address = match peer {
-            Peer::Tcp(address) => Some(address.ip().to_canonical()),
-            Peer::Unix => None,
-        };
+        let network = peer.network();
         let mut told = self.told.lock();
-        if told.len() >= ADDRESSES_MAX && !told.contains_key(&address) {
+        if told.len() >= NETWORKS_MAX && !told.contains_key(&network) {
             told.retain(|_, told| now.duration_since(told.since) < INTERVAL);
         }
-        let key = if told.len() < ADDRESSES_MAX || told.contains_key(&address) { address } else { None };
+        let key = if told.len() < NETWORKS_MAX || told.contains_key(&network) { network } else { None };
         let entry = told.entry(key).or_insert(Told { since: now, lines: 0, left_out: 0 });
         if now.duration_since(entry.since) >= INTERVAL {
             (entry.since, entry.lines) = (now, 0);
@@ -69,12 +65,12 @@ impl Refusals {
 
 /// Clients that are told at a time that they are too many.
 pub const REFUSALS_MAX: usize = 16;
-/// Lines about one address in an interval.
+/// Lines about one network in an interval.
 const LINES_PER_INTERVAL: u32 = 10;
 /// The interval.
 const INTERVAL: Duration = Duration::from_secs(60);
-/// Addresses that are remembered.
-const ADDRESSES_MAX: usize = 1024;
+/// Networks that are remembered.
+const NETWORKS_MAX: usize = 1024;
 
 #[cfg(test)]
 mod tests {
@@ -94,11 +90,21 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_with_a_network_of_ipv6_causes_no_more_lines_than_one_with_one_address() {
+        let (refusals, begin) = (Refusals::default(), Instant::now());
+        let at = |bits: u128| Peer::Tcp((std::net::Ipv6Addr::from_bits(bits), 5432).into());
+        let network = 0x2001_0db8_u128 << 96;
+        let lines = (0..100).filter(|last| refusals.may_log(&at(network | last), begin).is_some()).count();
+        assert_eq!(lines, 10);
+        assert_eq!(refusals.may_log(&at(network | 1 << 64), begin), Some(0), "another network");
+    }
+
+    #[test]
     fn many_addresses_cost_bounded_memory_and_few_lines() {
         let (refusals, begin) = (Refusals::default(), Instant::now());
         let lines = (0..100_000).filter(|number| refusals.may_log(&from(*number), begin).is_some()).count();
-        assert!(lines <= ADDRESSES_MAX + LINES_PER_INTERVAL as usize, "{lines}");
-        assert!(refusals.told.lock().len() <= ADDRESSES_MAX + 1);
+        assert!(lines <= NETWORKS_MAX + LINES_PER_INTERVAL as usize, "{lines}");
+        assert!(refusals.told.lock().len() <= NETWORKS_MAX + 1);
         assert_eq!(refusals.may_log(&from(200_000), begin + INTERVAL), Some(0));
     }
 

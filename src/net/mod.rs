@@ -5,6 +5,7 @@
 
 pub mod blocks;
 pub mod interfaces;
+mod peer;
 mod rewound;
 pub mod socket;
 pub mod tls;
@@ -12,5 +13,6 @@ mod tls_facts;
 
 pub use blocks::{BlockReader, DecodingBlocks};
 pub use interfaces::interfaces;
-pub use socket::{Listener, Peer, ReadHalf, Socket, TcpOptions, WriteHalf, reunite, send_all};
+pub use peer::{Network, Peer};
+pub use socket::{Listener, ReadHalf, Socket, TcpOptions, WriteHalf, reunite, send_all};
 pub use tls_facts::{ClientCertificate, Encryption, TlsFacts};

@@ -20,11 +20,10 @@ use tokio::{
 };
 use tokio_rustls::TlsStream;
 
-use crate::access::Origin;
 use crate::config::{self, ListenAddress};
-use crate::net::TlsFacts;
 use crate::net::rewound::Rewound;
 use crate::net::tls::{ClientTls, ServerTls, ServerTlsFacts, TlsError, TlsStart};
+use crate::net::{Peer, TlsFacts};
 
 /// A connected socket.
 #[derive(Debug)]
@@ -40,34 +39,6 @@ pub enum Socket {
 }
 
 type Encrypted = Box<TlsStream<Rewound<TcpStream>>>;
-
-/// Who is at the other end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Peer {
-    /// A TCP peer.
-    Tcp(SocketAddr),
-    /// A process on this machine.
-    Unix,
-}
-
-impl std::fmt::Display for Peer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix => f.write_str("[local]"),
-        }
-    }
-}
-
-impl Peer {
-    /// As a rule about who may connect sees it.
-    pub fn origin(&self) -> Origin {
-        match self {
-            Self::Tcp(address) => Origin::Tcp(address.ip()),
-            Self::Unix => Origin::Local,
-        }
-    }
-}
 
 /// Options of TCP connections, as libpq and PostgreSQL name them; `None` leaves the system's default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::admin;
-use crate::downstream::{DownstreamSettings, REFUSALS_MAX};
+use crate::downstream::{DownstreamSettings, REFUSALS_MAX, STRANGERS_MIN};
 
 /// The limit leaves nothing for clients.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -35,7 +35,7 @@ pub(super) fn raise_limit() -> usize {
 pub(super) fn set_aside(spare_segments: u32, listeners: usize) -> usize {
     // Of segments that are no longer needed, twice as many are kept.
     let spares = 2 * spare_segments as usize;
-    let admin = admin::CONNECTIONS_MAX + 1;
+    let admin = admin::DESCRIPTORS_MAX;
     PROCESS_DESCRIPTORS + STORE_DESCRIPTORS + spares + admin + REFUSALS_MAX + listeners
 }
 
@@ -45,14 +45,14 @@ pub(super) fn fit(
     allowed: usize,
     set_aside: usize,
 ) -> Result<(), TooFewDescriptors> {
-    let needed = set_aside + SESSION_DESCRIPTORS + 1;
+    let needed = set_aside + SESSION_DESCRIPTORS + STRANGERS_MIN;
     if allowed < needed {
         return Err(TooFewDescriptors { allowed, needed });
     }
     let configured = settings.unauthenticated_max;
     let budget = allowed - set_aside;
     // Strangers must not take the place of standbys, nor keep them out.
-    let strangers = settings.unauthenticated_max.min((budget / STRANGERS_SHARE).max(1));
+    let strangers = settings.unauthenticated_max.min((budget / STRANGERS_SHARE).max(STRANGERS_MIN));
     let sessions = (budget - strangers) / SESSION_DESCRIPTORS;
     settings.unauthenticated_max = strangers;
     settings.unauthenticated_per_address_max = settings.unauthenticated_per_address_max.min(strangers);
@@ -127,7 +127,7 @@ mod tests {
     #[test]
     fn clients_share_what_is_left_and_the_rest_is_not_touched() {
         assert_eq!(fitted(148), Ok([9, 12, 12]));
-        assert_eq!(fitted(105), Ok([1, 1, 1]));
-        assert_eq!(fitted(104), Err(TooFewDescriptors { allowed: 104, needed: 105 }));
+        assert_eq!(fitted(106), Ok([1, 2, 2]));
+        assert_eq!(fitted(105), Err(TooFewDescriptors { allowed: 105, needed: 106 }));
     }
 }

@@ -21,13 +21,15 @@ use std::{
 
 use arc_swap::ArcSwap;
 use tokio::{
+    net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::admin::Admin;
+use crate::access::MockNonce;
+use crate::admin::{Admin, Tokens};
 use crate::config::{self, Config};
 use crate::downstream::{self, ColdReads, DownstreamContext, DownstreamSettings, Links, Registry};
 use crate::metrics::{AllMetrics, LinkTraffic, Metrics, UPKEEP_INTERVAL};
@@ -40,11 +42,14 @@ use crate::relay::only_copy::OnlyCopyAlarm;
 use crate::relay::operations::RelayOperations;
 pub use crate::relay::pages::LinesDropped;
 use crate::relay::pages::RelayPages;
-use crate::relay::reload::{Reloader, access_part, reload_on};
+use crate::relay::reload::{Reloader, Watched, access_part, reload_on};
+use crate::relay::tls::TlsFiles;
 use crate::session::acknowledge::{Acknowledger, Standbys};
 use crate::session::feedback::Feedbacks;
 use crate::status::{OnlyCopyStatus, RemovedWal, UpstreamStatus};
-use crate::store::{self, Condition, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter};
+use crate::store::{
+    self, Condition, MOCK_NONCE_BYTES, RealDisk, RetentionLimits, Store, StoreError, StoreSettings, WalWriter,
+};
 use crate::upstream::{Acknowledging, Fencing, LinkSettings, Upstream, UpstreamSettings, fence_status};
 
 /// The relay could not start, or had to end.
@@ -69,6 +74,9 @@ pub enum RelayError {
         /// The directory.
         directory: String,
     },
+    /// The system has no random numbers.
+    #[error("could not generate secret authorization token")]
+    Random,
     /// What TLS needs cannot be used.
     #[error("could not set up TLS: {0}")]
     Tls(TlsError),
@@ -114,12 +122,15 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet.
+    /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet. The HTTP listener comes
+    /// before the store: while a relay has its data directory nobody else can have its port, and see what is sent there.
     pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
         let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
+        let admin = bind_admin(&config.admin).await?;
         let (store, writer, notices) = open_store(&config, &metrics).await?;
+        let mock_nonce = mock_nonce(&config, &store).await?;
         let listeners = listen(&config.downstream.listen).await?;
         let fence = fence_status(&store);
         let status = watch::Sender::new(UpstreamStatus { fence, ..UpstreamStatus::default() });
@@ -134,6 +145,7 @@ impl Relay {
             registry: Arc::new(Registry::new(&config.upstream.acknowledge_users)),
             settings: downstream_settings,
             access: ArcSwap::from_pointee(std::mem::take(&mut config.downstream.access)),
+            mock_nonce,
             tls: config.downstream.tls.as_ref().map(|tls| tls::read(tls, &metrics.downstream)).transpose()?,
             upstream_writable: Arc::clone(&upstream_writable),
             upstream_removed,
@@ -146,9 +158,7 @@ impl Relay {
         let links = Arc::clone(&downstream.links);
         tokio::spawn(mirror_upstream(status.subscribe(), upstream_writable, removed));
         let only_copy = watch_only_copy(&downstream, status.subscribe(), &metrics);
-        let mut parts = vec![access_part(&downstream, &config)];
-        parts.extend(downstream.tls.as_ref().map(|tls| tls::part(tls, &metrics.downstream)));
-        let reloader = Reloader::new(parts, metrics.process.clone());
+        let reloader = reloader(&downstream, &config, &metrics);
         let pages = Arc::new(RelayPages {
             only_copy,
             name: config.relay.name.clone(),
@@ -162,8 +172,9 @@ impl Relay {
             reloader: Arc::clone(&reloader),
             log_lines_dropped,
         });
-        let operations = RelayOperations { fence, links, reloader: Arc::clone(&reloader) };
-        let admin = listen_for_admin(&config.admin, pages, operations).await?;
+        let operations = Arc::new(RelayOperations { fence, links, reloader: Arc::clone(&reloader) });
+        let tokens = Tokens::new(config.admin.token.clone(), config.admin.read_token.clone());
+        let admin = admin.map(|listener| Admin::new(listener, tokens, pages, operations));
         Ok(Self {
             config,
             metrics,
@@ -217,12 +228,12 @@ impl Relay {
         if let Some(admin) = self.admin {
             tokio::spawn(admin.run(admin_shutdown.clone()));
         }
-        tokio::spawn(reload_on(self.hangups, self.reloader, shutdown.clone()));
+        tokio::spawn(reload_on(self.hangups, Arc::clone(&self.reloader), shutdown.clone()));
         let reminder = remind_of_damage(self.store.clone(), self.notices.damage.clone());
         let until = shutdown.clone();
         tokio::spawn(async move { until.run_until_cancelled(reminder).await });
-        if let Some(tls) = &self.downstream.tls {
-            let watch = tls::watch(Arc::clone(tls), self.metrics.downstream.clone());
+        if self.downstream.tls.is_some() {
+            let watch = tls::watch(self.reloader);
             let until = shutdown.clone();
             tokio::spawn(async move { until.run_until_cancelled(watch).await });
         }
@@ -268,6 +279,26 @@ async fn open_store(
     Ok((store, writer, notices))
 }
 
+/// What users that do not exist get their salts from: as old as the data directory.
+async fn mock_nonce(config: &Config, store: &Store) -> Result<MockNonce, RelayError> {
+    let mut fresh = [0; MOCK_NONCE_BYTES];
+    aws_lc_rs::rand::fill(&mut fresh).map_err(|_| RelayError::Random)?;
+    let store = store.clone();
+    let keeping = tokio::task::spawn_blocking(move || store.mock_nonce(fresh));
+    match keeping.await.map_err(|_| RelayError::TaskEnded("recovery"))? {
+        Ok(kept) => Ok(kept.into()),
+        // What is held is to be served also from a full disk.
+        Err(error) if error.is_no_space() => {
+            tracing::warn!(%error, "what clients see of users that do not exist will change with the next start");
+            Ok(fresh.into())
+        }
+        Err(source) => {
+            let directory = config.relay.data_dir.display().to_string();
+            Err(RelayError::OpenStore { directory, source })
+        }
+    }
+}
+
 async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, RelayError> {
     let mut listeners = Vec::new();
     for address in addresses {
@@ -277,14 +308,17 @@ async fn listen(addresses: &[config::ListenAddress]) -> Result<Vec<Listener>, Re
     Ok(listeners)
 }
 
-async fn listen_for_admin(
-    admin: &config::Admin,
-    pages: Arc<RelayPages>,
-    operations: RelayOperations,
-) -> Result<Option<Admin>, RelayError> {
+async fn bind_admin(admin: &config::Admin) -> Result<Option<TcpListener>, RelayError> {
     let Some(address) = admin.listen else { return Ok(None) };
-    let bound = Admin::bind(address, admin.token.clone(), pages, Arc::new(operations)).await;
+    let bound = TcpListener::bind(address).await;
     bound.map(Some).map_err(|source| RelayError::Listen { address: address.to_string(), source })
+}
+
+/// Everything that can be read again.
+fn reloader(downstream: &Arc<DownstreamContext>, config: &Config, metrics: &AllMetrics) -> Arc<Reloader> {
+    let tls = downstream.tls.as_ref().map(|tls| TlsFiles::new(tls, &metrics.downstream));
+    let tls = tls.map(|files| Box::new(files) as Box<dyn Watched>);
+    Reloader::new(vec![access_part(downstream, config)], tls, metrics.process.clone())
 }
 
 /// Starts to look for WAL that is nowhere else, and returns what is found.

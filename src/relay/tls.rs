@@ -1,18 +1,17 @@
 //! The certificate that clients see, and its renewal while the relay runs.
 //!
 //! Owns the look at its files from time to time: whoever renews a certificate replaces files and may forget to say so. A
-//! look, and no notice from the file system, because such files are often links that are exchanged as a whole.
+//! look, and no notice from the file system, because such files are often links that are exchanged as a whole. Exchanges
+//! nothing itself: that is for the [`Reloader`], which knows what else was to be exchanged.
 
 use std::{sync::Arc, time::Duration};
-
-use tracing::{error, info};
 
 use crate::config;
 use crate::conninfo::ProcessSurroundings;
 use crate::metrics::DownstreamMetrics;
-use crate::net::tls::{Reloaded, ServerTls};
+use crate::net::tls::{Changes, ServerTls};
 use crate::relay::RelayError;
-use crate::relay::reload::Part;
+use crate::relay::reload::{Reloader, Replace, Watched};
 
 /// Reads the files for the first time.
 pub(super) fn read(
@@ -24,50 +23,42 @@ pub(super) fn read(
     Ok(Arc::new(tls))
 }
 
-/// Reads them again when they have changed; what cannot be used is told once, and changes nothing. Never comes back.
-pub(super) async fn watch(tls: Arc<ServerTls>, metrics: DownstreamMetrics) {
-    let mut told = None;
+/// Lets them be looked at. Never comes back.
+pub(super) async fn watch(reloader: Arc<Reloader>) {
     loop {
         tokio::time::sleep(CHECK_INTERVAL).await;
-        let own = Arc::clone(&tls);
-        let reloading = tokio::task::spawn_blocking(move || own.reload(&ProcessSurroundings));
-        match reloading.await {
-            Ok(Ok(reloaded)) => {
-                told = None;
-                if reloaded == Reloaded::Changed {
-                    info!("TLS files have changed: new connections see the new certificate");
-                    show_expiry(&tls, &metrics);
-                }
-            }
-            Ok(Err(failure)) => {
-                let text = failure.to_string();
-                if told.as_ref() != Some(&text) {
-                    error!(
-                        error = text,
-                        "TLS files have changed and cannot be used: what was read before stays"
-                    );
-                    told = Some(text);
-                }
-            }
-            // The task panicked, which has told of itself.
-            Err(_) => return,
-        }
+        reloader.look().await;
     }
 }
 
-/// The same files among those that are read again on request.
-pub(super) fn part(tls: &Arc<ServerTls>, metrics: &DownstreamMetrics) -> Part {
-    let (tls, metrics) = (Arc::clone(tls), metrics.clone());
-    Box::new(move || {
-        let renewed = tls.read_again(&ProcessSurroundings).map_err(|failure| failure.to_string())?;
-        let (tls, metrics) = (Arc::clone(&tls), metrics.clone());
-        Ok(Box::new(move || {
-            if let Some(renewed) = renewed {
-                tls.replace(renewed);
-                show_expiry(&tls, &metrics);
-            }
-        }))
-    })
+/// The files among those that are read again.
+pub(super) struct TlsFiles {
+    tls: Arc<ServerTls>,
+    metrics: DownstreamMetrics,
+}
+
+impl TlsFiles {
+    pub(super) fn new(tls: &Arc<ServerTls>, metrics: &DownstreamMetrics) -> Self {
+        Self { tls: Arc::clone(tls), metrics: metrics.clone() }
+    }
+}
+
+impl Watched for TlsFiles {
+    fn changes(&self) -> Changes {
+        self.tls.changes(&ProcessSurroundings)
+    }
+
+    fn read(&self) -> Result<Option<(Changes, Replace)>, String> {
+        let renewed = self.tls.read_again(&ProcessSurroundings).map_err(|failure| failure.to_string())?;
+        let Some(renewed) = renewed else { return Ok(None) };
+        let (tls, metrics, changes) =
+            (Arc::clone(&self.tls), self.metrics.clone(), renewed.changes().clone());
+        let replace = move || {
+            tls.replace(renewed);
+            show_expiry(&tls, &metrics);
+        };
+        Ok(Some((changes, Box::new(replace))))
+    }
 }
 
 fn show_expiry(tls: &ServerTls, metrics: &DownstreamMetrics) {

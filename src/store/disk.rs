@@ -35,6 +35,8 @@ pub trait Disk: Send + Sync {
     /// Takes the lock file at `path` for this process and writes `content` into it. [`io::ErrorKind::WouldBlock`] when
     /// another holder exists. The lock ends when the value is dropped, or the process.
     fn lock(&self, path: &Path, content: &str) -> io::Result<Box<dyn Any + Send + Sync>>;
+    /// Whether somebody holds the lock file at `path`; makes none.
+    fn is_locked(&self, path: &Path) -> io::Result<bool>;
     /// Maps the first `bytes` of a file for reading; the file must have them and must never get shorter.
     fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>>;
     /// Bytes that can still be allocated in the file system of `path`.
@@ -173,6 +175,18 @@ impl Disk for RealDisk {
         let _ =
             file.set_len(0).and_then(|()| file.rewind()).and_then(|()| file.write_all(content.as_bytes()));
         Ok(Box::new(file))
+    }
+
+    fn is_locked(&self, path: &Path) -> io::Result<bool> {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            opened => opened?,
+        };
+        match file.try_lock_shared() {
+            Ok(()) => Ok(false),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
     }
 
     fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
@@ -498,9 +512,12 @@ mod tests {
     fn a_second_lock_is_refused_until_the_first_is_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
+        assert!(!RealDisk.is_locked(&path).unwrap() && !path.exists(), "looking makes no file");
         let held = RealDisk.lock(&path, "1\n").unwrap();
         assert_eq!(RealDisk.lock(&path, "2\n").err().unwrap().kind(), io::ErrorKind::WouldBlock);
+        assert!(RealDisk.is_locked(&path).unwrap());
         drop(held);
+        assert!(!RealDisk.is_locked(&path).unwrap());
         RealDisk.lock(&path, "3\n").unwrap();
     }
 

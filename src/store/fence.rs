@@ -107,6 +107,19 @@ pub fn fence_directory(
     Ok(FencedDirectory { fence, holds: control.map(|control| (control.system_id, control.timeline)) })
 }
 
+/// Whether a process has the directory open. An error where that cannot be seen.
+pub fn is_open(data_dir: &Path, disk: &dyn Disk) -> Result<bool, StoreError> {
+    // One that is not there, or closed to us, is not one that nobody has open.
+    disk.list(data_dir).map_err(StoreError::io("list", data_dir))?;
+    let lock = Layout::new(data_dir).lock();
+    disk.is_locked(&lock).map_err(StoreError::io("look at", &lock))
+}
+
+/// The fence that is durable in a directory, whoever has it open.
+pub fn durable_fence(data_dir: &Path, disk: &dyn Disk) -> Result<Option<Fence>, StoreError> {
+    read(disk, &Layout::new(data_dir))
+}
+
 /// What is in a directory, if that is what must be there.
 fn found(
     disk: &dyn Disk,
@@ -175,12 +188,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("data");
         assert!(fence_in(&dir, Some(FENCE)).is_err(), "it was never made");
+        assert!(is_open(&dir, &RealDisk).is_err(), "nor can anybody say who has it open");
         let store = open_in(&dir);
         let error = fence_in(&dir, Some(FENCE)).unwrap_err();
         assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+        assert!(is_open(&dir, &RealDisk).unwrap());
         drop(store);
+        assert!(!is_open(&dir, &RealDisk).unwrap());
         let told = fence_in(&dir, Some(FENCE)).unwrap();
         assert_eq!(told, FencedDirectory { fence: Some(FENCE), holds: None });
+        assert_eq!(durable_fence(&dir, &RealDisk).unwrap(), Some(FENCE));
         let again = fence_in(&dir, Some(Fence { since: PgTimestamp(5) })).unwrap();
         assert_eq!(again, told);
         assert_eq!(open_in(&dir).fence(), Some(FENCE));

@@ -14,6 +14,7 @@
 //!                                what the upstream is, dead branches; a state file (see `state`)
 //!   walrelay.slots               permanent replication slots; a state file
 //!   walrelay.fence               whether the relay is fenced; a state file
+//!   walrelay.mock_nonce          what salts of users that do not exist come from; a state file, made once
 //!   walrelay.consumers           consumers without a slot for which WAL is kept; a state file
 //!   walrelay.checkpoint          the newest checkpoint in the WAL that is held; a state file
 //!   walrelay.xids                the next transaction id at some place in it; a state file
@@ -150,6 +151,7 @@ mod initialize;
 mod inventory;
 mod keeper;
 mod mapping;
+mod mock_nonce;
 mod only_copy;
 mod open;
 mod overlap;
@@ -189,8 +191,9 @@ pub use control::{Identity, ServerFacts, unique_name};
 pub use dead_branch::DeadBranch;
 pub use disk::{Disk, RealDisk};
 pub use error::{AppendError, Condition, NO_SPACE_RETRY_INTERVAL, ReadError, StoreError};
-pub use fence::{Fence, FencedDirectory, MustHold, fence_directory};
+pub use fence::{Fence, FencedDirectory, MustHold, durable_fence, fence_directory, is_open};
 pub use health::{Observer, SlotCause, SlotNotice};
+pub use mock_nonce::MOCK_NONCE_BYTES;
 pub use only_copy::OnlyCopySince;
 pub use positions::Positions;
 pub use reader::{Access, ColdRead, Read, WalReader};

@@ -98,7 +98,9 @@ fn a_proof_of_nobody_takes_as_long_to_be_refused() {
     let all = users([("standby", user(Some(scram_secret("pencil"))))]);
     let access = access("host replication all all scram-sha-256", Some(all));
     let refuse = |name: &str| {
-        let Challenge::Scram(credentials) = access.challenge(name, Method::ScramSha256, PgTimestamp(0))
+        let nonce = [7; 32].into();
+        let Challenge::Scram(credentials) =
+            access.challenge(name, Method::ScramSha256, PgTimestamp(0), &nonce)
         else {
             panic!("not SCRAM")
         };

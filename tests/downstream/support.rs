@@ -194,6 +194,7 @@ impl Relay {
             settings: options.settings,
             tls: options.tls,
             access: ArcSwap::from_pointee(options.access),
+            mock_nonce: [7; 32].into(),
             upstream_writable: Arc::clone(&writable),
             upstream_removed,
             instances: watch::Sender::default().subscribe(),

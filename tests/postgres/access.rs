@@ -496,3 +496,46 @@ fn a_standby_comes_through_a_socket_as_its_own_user() {
     assert!(!attempt(&owner) && !attempt("other"), "as somebody that the map does not name");
     relay.wait_logged("no match in usermap");
 }
+
+/// Salt and iterations that a client is told who asks for this user.
+fn asked_of(port: u16, user: &str) -> String {
+    let mut client = RawClient::connect(port).unwrap();
+    client.send_startup(&[("user", user), ("replication", "true")]).unwrap();
+    let mut next = || client.read_message(std::time::Duration::from_secs(10)).unwrap().unwrap();
+    assert_eq!(next().kind, b'R');
+    let first = b"n,,n=,r=rOprNGfwEbeRWgbNEkqO";
+    let body = [&b"SCRAM-SHA-256\0"[..], &(first.len() as u32).to_be_bytes(), first].concat();
+    client.send(b'p', &body).unwrap();
+    let answer = client.read_message(std::time::Duration::from_secs(10)).unwrap().unwrap();
+    let text = String::from_utf8_lossy(&answer.body[4..]).into_owned();
+    text.split_once(",s=").unwrap_or_else(|| panic!("{text}")).1.to_owned()
+}
+
+#[test]
+fn whoever_does_not_exist_is_asked_the_same_after_a_restart_with_other_users() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let user = |name: &str| Relay::command_with_input(&["scram", "--user", name], "pencil\n");
+    let with_users = |name: &str, text: &str| {
+        let mut relay = Relay::new(name, primary.port);
+        let users = relay.file("users.toml", 0o600, text);
+        relay.set("downstream.users", &format!("{users:?}"));
+        relay.start();
+        relay
+    };
+    let (first, second) = (user("standby"), user("added"));
+    let mut relay = with_users("relay", &first);
+    let [nobody, standby] = ["nobody", "standby"].map(|name| asked_of(relay.port, name));
+    assert_ne!(nobody, standby);
+    assert_eq!(asked_of(relay.port, "nobody"), nobody);
+    relay.terminate();
+    relay.file("users.toml", 0o600, &format!("{first}{second}"));
+    relay.start();
+    assert_eq!(asked_of(relay.port, "standby"), standby);
+    assert_eq!(asked_of(relay.port, "nobody"), nobody, "one who does not exist is not asked as others are");
+    // It is the directory's secret, and no other's.
+    let file = relay.data_dir().join("walrelay.mock_nonce");
+    let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(file).unwrap());
+    assert_eq!(mode & 0o777, 0o600);
+    assert_ne!(asked_of(with_users("other", &first).port, "nobody"), nobody);
+}

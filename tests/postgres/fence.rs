@@ -1,5 +1,10 @@
 //! Fencing: once it is confirmed nothing more is acknowledged, whatever happens, and everything that was can be fetched.
 
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -12,7 +17,7 @@ use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::Proxy;
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
-use crate::support::wait::{hold, wait_until};
+use crate::support::wait::{hold, wait_for, wait_until};
 use crate::support::{MB, lsn, lsn_text};
 
 /// A primary whose commits wait for the relay, a proxy that sees what the relay says, and the relay.
@@ -310,16 +315,21 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(false)));
     relay.start();
     assert!(!is_fenced(&relay));
-    // Somebody else listens where it should.
+    assert_others_are_not_taken_for_it(&primary, &mut relay);
+}
+
+/// Somebody else listens where the relay should, or the relay runs and cannot be asked.
+fn assert_others_are_not_taken_for_it(primary: &Postgres, relay: &mut Relay) {
     let other = Relay::new("other", primary.port)
         .with_token()
+        .with_data_dir(relay.data_dir())
         .with("admin.listen", &format!("\"127.0.0.1:{}\"", relay.admin_port));
     for name in ["fence", "unfence"] {
         let (status, _, complaint) = command(name, &other);
         assert_eq!(status, Some(1), "{complaint}");
         assert!(complaint.contains("another relay than \"other\" listens at"), "{complaint}");
     }
-    assert!(!is_fenced(&relay));
+    assert!(!is_fenced(relay));
     // The relay runs, and cannot be asked.
     let without_token = Relay::new("relay", primary.port).with_data_dir(relay.data_dir());
     let (status, _, complaint) = command("fence", &without_token);
@@ -328,7 +338,89 @@ fn the_commands_ask_a_relay_that_runs_and_change_the_directory_of_one_that_does_
     relay.terminate();
     relay.unset("admin.token_file");
     relay.start();
-    let (status, _, complaint) = command("fence", &relay);
+    let (status, _, complaint) = command("fence", relay);
     assert_eq!(status, Some(1));
-    assert!(complaint.contains("was started without a token: admin.token_file must be set"), "{complaint}");
+    assert!(
+        complaint.contains("does not let its fence be changed: admin.token_file must be set"),
+        "{complaint}"
+    );
+}
+
+/// A process that listens where a relay should, says that all is done, and keeps what it hears.
+struct Impostor(Arc<Mutex<VecDeque<String>>>);
+
+impl Impostor {
+    fn at(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let heard = Arc::<Mutex<VecDeque<String>>>::default();
+        let keeps = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                let mut head = [0; 4096];
+                let length = stream.read(&mut head).unwrap_or(0);
+                let head = String::from_utf8_lossy(&head[..length]).into_owned();
+                let body = format!("{{\"fenced\":{},\"flushed\":\"F/F\"}}", !head.contains("/unfence"));
+                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+                // Whoever has asked nothing is gone.
+                let _ = stream.write_all(answer.as_bytes());
+                keeps.lock().unwrap().push_back(head);
+            }
+        });
+        Self(heard)
+    }
+
+    /// What the next one said who came.
+    fn heard(&self) -> String {
+        wait_for("somebody to have come", || self.0.lock().unwrap().pop_front())
+    }
+}
+
+#[test]
+fn whoever_listens_in_the_place_of_a_relay_is_neither_believed_nor_shown_the_token() {
+    let relay = Relay::new("relay", 1).with_token();
+    let impostor = Impostor::at(relay.admin_port);
+    let refused = |arguments: &[&str], words: &str| {
+        let (status, told, complaint) = command_with(arguments, &relay);
+        assert_eq!((status, &told), (Some(1), &Value::Null), "{arguments:?} {complaint}");
+        assert!(complaint.contains(words), "{arguments:?} {complaint}");
+    };
+    // There is no data directory here: it may be on another machine.
+    for name in ["fence", "unfence"] {
+        refused(&[name], "did not see the token: could not list");
+        assert_eq!(impostor.heard(), "");
+    }
+    // Whoever says so is let alone with it, and told what is not known.
+    let (status, told, complaint) = command_with(&["fence", "--unchecked"], &relay);
+    assert_eq!((status, &told["fenced"]), (Some(0), &Value::Bool(true)), "{complaint}");
+    assert!(complaint.contains("warning: not checked: whether the relay is what listens at"), "{complaint}");
+    assert!(impostor.heard().contains(relay.token().unwrap()));
+    std::fs::create_dir(relay.data_dir()).unwrap();
+    std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(0o700)).unwrap();
+    let lock = std::fs::File::create(relay.data_dir().join("walrelay.lock")).unwrap();
+    for arguments in [&["fence"][..], &["unfence"], &["fence", "--empty"], &["fence", "--unchecked"]] {
+        refused(arguments, "somebody listens at 127.0.0.1");
+        assert_eq!(impostor.heard(), "", "{arguments:?}");
+    }
+    // A process has the directory open, but what was answered is not so.
+    lock.lock().unwrap();
+    refused(&["fence"], "the relay says that it is done, but its data directory");
+    assert!(impostor.heard().contains(relay.token().unwrap()), "a relay would have been asked");
+    lock.unlock().unwrap();
+    let elsewhere = Relay::new("relay", 1).with_token().with_data_dir(relay.data_dir());
+    let (status, _, complaint) = command_with(&["fence", "--empty"], &elsewhere);
+    assert_eq!(status, Some(0), "{complaint}");
+    lock.lock().unwrap();
+    refused(&["unfence"], "is still fenced");
+}
+
+#[test]
+fn a_relay_that_does_not_get_its_port_has_not_opened_its_directory() {
+    let mut relay = Relay::new("relay", 1).with_token();
+    let _impostor = Impostor::at(relay.admin_port);
+    relay.launch();
+    assert!(!relay.wait_for_end().success());
+    assert!(relay.log().contains("could not listen on"), "{}", relay.log());
+    assert!(!relay.data_dir().exists(), "the token would be shown while it recovers");
 }

@@ -34,9 +34,8 @@ impl Site {
         primary.restart(crate::support::postgres::Stop::Fast);
         primary.sql("create role standby replication login password 'secret'");
         primary.demand("host replication standby 127.0.0.1/32 scram-sha-256", "standby");
-        let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'standby'");
-        let mut relay = Relay::new("tls_site", primary.port);
-        let users = relay.write_file("users.toml", &format!("standby = \"{verifier}\"\n"));
+        let mut relay = Relay::new("tls_site", primary.port).with_token();
+        let users = relay.write_file("users.toml", &users_of(&primary));
         relay.set("downstream.users", &format!("{users:?}"));
         let (cert, key) = (
             relay.write_file("server.crt", &read(&server.cert)),
@@ -59,6 +58,26 @@ impl Site {
             run_psql(client, &conninfo, "IDENTIFY_SYSTEM").map(|row| row.split('|').take(2).collect())
         };
         (ask(self.primary.port), ask(self.relay.port))
+    }
+
+    /// Whether a client that trusts only this authority is let in.
+    fn is_believed(&self, client: &Installation, authority: &Authority) -> bool {
+        self.lets_in(client, ("standby", "secret"), authority)
+    }
+
+    fn lets_in(&self, client: &Installation, (user, password): (&str, &str), authority: &Authority) -> bool {
+        let conninfo = format!(
+            "host=127.0.0.1 port={} user={user} password={password} replication=true sslmode=verify-full sslrootcert={}",
+            self.relay.port,
+            authority.root().display()
+        );
+        run_psql(client, &conninfo, "IDENTIFY_SYSTEM").is_ok()
+    }
+
+    /// The next clients are to see this certificate.
+    fn write_pair(&self, renewed: &Pair) {
+        self.relay.write_file("server.crt", &read(&renewed.cert));
+        self.relay.write_file("server.key", &read(&renewed.key));
     }
 
     /// pg_receivewal over TLS.
@@ -214,31 +233,94 @@ fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
     let mut site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
     let mut archive = site.archive(&installation, &["--no-loop"]);
     site.relay.wait_downstream("pg_receivewal", "streaming");
-    let believes = |authority: &Authority, relay: &Relay| {
-        let rest = format!(
-            "host=127.0.0.1 port={} user=standby password=secret replication=true sslmode=verify-full sslrootcert={}",
-            relay.port,
-            authority.root().display()
-        );
-        run_psql(&installation, &rest, "IDENTIFY_SYSTEM").is_ok()
-    };
-    assert!(believes(&first, &site.relay) && !believes(&second, &site.relay));
+    let believes = |site: &Site, authority: &Authority| site.is_believed(&installation, authority);
+    assert!(believes(&site, &first) && !believes(&site, &second));
     // A half that does not fit changes nothing, and is told.
     let renewed = second.issue("server", "IP:127.0.0.1");
     site.relay.write_file("server.crt", &read(&renewed.cert));
     site.relay.wait_logged("TLS files have changed and cannot be used");
-    assert!(believes(&first, &site.relay));
+    assert!(believes(&site, &first));
     let expires = |relay: &Relay| {
         relay.metric("walrelay_downstream_tls_certificate_expires_timestamp_seconds").unwrap()
     };
     assert!(expires(&site.relay) > 1.7e9);
     site.relay.write_file("server.key", &read(&renewed.key));
-    wait_until("the new certificate to be seen", || believes(&second, &site.relay));
-    assert!(!believes(&first, &site.relay));
+    wait_until("the new certificate to be seen", || believes(&site, &second));
+    assert!(!believes(&site, &first));
     assert!(archive.process.is_running(), "{}", archive.log());
-    site.relay.process_mut().signal(Signal::HUP);
-    assert!(believes(&second, &site.relay));
     site.relay.assert_running();
+}
+
+#[test]
+fn a_signal_reads_new_certificates_at_once() {
+    let Some(installation) = Installation::any() else { return };
+    let site = Site::new(&installation, &Authority::new("first").issue("server", "IP:127.0.0.1"), None);
+    let looked = || site.relay.times_logged("TLS files have changed");
+    let read_at = || site.relay.status()["reload"]["at"].clone();
+    // Where the look from time to time came before the signal nothing is proved, and other files are tried.
+    let is_proved = (0..5).any(|attempt| {
+        let next = Authority::new(&format!("next_{attempt}"));
+        let (before, times) = (read_at(), looked());
+        site.write_pair(&next.issue("server", "IP:127.0.0.1"));
+        site.relay.process().signal(Signal::HUP);
+        wait_until("the files to be read again", || read_at() != before);
+        let is_believed = site.is_believed(&installation, &next);
+        if looked() != times {
+            return false;
+        }
+        assert!(is_believed, "the signal did not read the TLS files");
+        true
+    });
+    assert!(is_proved, "the look from time to time always came first");
+}
+
+#[test]
+fn a_refused_reload_changes_neither_tls_nor_anything_else() {
+    let Some(installation) = Installation::any() else { return };
+    let (first, second, third) = (Authority::new("first"), Authority::new("second"), Authority::new("third"));
+    let site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
+    let believes = |authority: &Authority| site.is_believed(&installation, authority);
+    let relay = &site.relay;
+    let refused = |words: &str| {
+        let (status, told) = relay.post("/reload").unwrap();
+        assert!(status == 422 && told["error"].as_str().unwrap().contains(words), "{status} {told}");
+    };
+    let reloaded = || assert_eq!(relay.post("/reload").unwrap().0, 200);
+    let users = users_of(&site.primary);
+    // The first half of a pair, which by itself is of no use, and users that are wrong.
+    let renewed = second.issue("server", "IP:127.0.0.1");
+    relay.write_file("server.crt", &read(&renewed.cert));
+    relay.write_file("users.toml", "standby = \"hush\"\n");
+    refused("user \"standby\" has no SCRAM-SHA-256 verifier");
+    // Now the pair could be used, but it was to come with those users.
+    relay.write_file("server.key", &read(&renewed.key));
+    relay.wait_logged("they were part of a reload that was refused");
+    assert!(believes(&first) && !believes(&second));
+    relay.write_file("users.toml", &users);
+    reloaded();
+    assert!(believes(&second) && !believes(&first));
+    // A wrong certificate keeps a new user out.
+    let added = Relay::command_with_input(&["scram", "--user", "added"], "pencil\n");
+    let is_let_in = || site.lets_in(&installation, ("added", "pencil"), &second);
+    relay.write_file("users.toml", &format!("{users}{added}"));
+    relay.write_file("server.crt", "nonsense");
+    refused("no certificate in it");
+    assert!(!is_let_in() && believes(&second));
+    relay.write_file("server.crt", &read(&renewed.cert));
+    reloaded();
+    assert!(is_let_in());
+    // What is changed after a reload was refused is nobody's but its own.
+    relay.write_file("users.toml", "standby = \"hush\"\n");
+    refused("user \"standby\" has no SCRAM-SHA-256 verifier");
+    site.write_pair(&third.issue("server", "IP:127.0.0.1"));
+    wait_until("the new certificate to be seen", || believes(&third));
+    assert!(relay.status()["reload"]["error"].is_string(), "the users are still wrong");
+}
+
+/// The users file for the one that there is.
+fn users_of(primary: &Postgres) -> String {
+    let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'standby'");
+    format!("standby = \"{verifier}\"\n")
 }
 
 #[test]

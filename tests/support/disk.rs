@@ -61,6 +61,10 @@ impl<H: Hooks> Disk for HookedDisk<H> {
         RealDisk.lock(path, content)
     }
 
+    fn is_locked(&self, path: &Path) -> io::Result<bool> {
+        RealDisk.is_locked(path)
+    }
+
     fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
         Ok(Arc::new(HookedMapping(RealDisk.map(path, bytes)?, self.0.clone())))
     }

@@ -30,7 +30,7 @@ use x509_cert::der::Encode;
 
 pub use client::{ClientTls, ServerTlsFacts};
 pub use files::TlsFileError;
-pub use server::{Reloaded, Renewed, ServerTls, TlsStart};
+pub use server::{Changes, Renewed, ServerTls, TlsStart};
 pub use trust::UnusableTrust;
 
 use crate::net::tls::certificate::Parsed;

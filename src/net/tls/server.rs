@@ -56,20 +56,18 @@ struct Loaded {
 
 /// What was read again.
 #[derive(Debug)]
-pub struct Renewed(Loaded);
+pub struct Renewed {
+    loaded: Loaded,
+    changes: Changes,
+}
 
 /// What stood in the files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Content(Vec<(PathBuf, [u8; 32])>);
 
-/// What a reload did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reloaded {
-    /// The files are as before.
-    Unchanged,
-    /// New connections see what is new.
-    Changed,
-}
+/// The files that are not as they were when what holds was read, each with what is in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Changes(Content);
 
 /// How a client began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,28 +85,23 @@ impl ServerTls {
         Ok(Self { settings: settings.clone(), current })
     }
 
-    /// Reads the files again if they have changed. What cannot be used changes nothing.
-    pub fn reload(&self, surroundings: &dyn Surroundings) -> Result<Reloaded, TlsError> {
-        match self.read_again(surroundings)? {
-            None => Ok(Reloaded::Unchanged),
-            Some(renewed) => {
-                self.replace(renewed);
-                Ok(Reloaded::Changed)
-            }
-        }
-    }
-
     /// Reads the files again, and changes nothing; `None`: they are as before.
     pub fn read_again(&self, surroundings: &dyn Surroundings) -> Result<Option<Renewed>, TlsError> {
-        if Content::of(&self.settings, surroundings) == self.current.load().content {
+        let changes = self.changes(surroundings);
+        if changes.is_empty() {
             return Ok(None);
         }
-        Ok(Some(Renewed(Loaded::read(&self.settings, surroundings)?)))
+        Ok(Some(Renewed { loaded: Loaded::read(&self.settings, surroundings)?, changes }))
+    }
+
+    /// The files that are not as before.
+    pub fn changes(&self, surroundings: &dyn Surroundings) -> Changes {
+        Content::of(&self.settings, surroundings).without(&self.current.load().content)
     }
 
     /// New connections begin with what was read.
     pub fn replace(&self, renewed: Renewed) {
-        self.current.store(Arc::new(renewed.0));
+        self.current.store(Arc::new(renewed.loaded));
     }
 
     /// Last second of the certificate's validity, since 1970.
@@ -177,6 +170,36 @@ impl Content {
         let optional = settings.client_ca.iter().chain(&settings.client_crl);
         let paths = [&settings.cert, &settings.key].into_iter().chain(optional);
         Self(paths.map(|path| (path.clone(), files::fingerprint(surroundings, path))).collect())
+    }
+
+    fn without(mut self, before: &Self) -> Changes {
+        self.0.retain(|file| !before.0.contains(file));
+        Changes(self)
+    }
+}
+
+impl Changes {
+    /// Whether all is as before.
+    pub fn is_empty(&self) -> bool {
+        self.0.0.is_empty()
+    }
+
+    /// Whether one of the files is among others, with the same in it.
+    pub fn has_one_of(&self, others: &Self) -> bool {
+        self.0.0.iter().any(|file| others.0.0.contains(file))
+    }
+}
+
+impl FromIterator<(PathBuf, [u8; 32])> for Changes {
+    fn from_iter<I: IntoIterator<Item = (PathBuf, [u8; 32])>>(files: I) -> Self {
+        Self(Content(files.into_iter().collect()))
+    }
+}
+
+impl Renewed {
+    /// What is new in it.
+    pub fn changes(&self) -> &Changes {
+        &self.changes
     }
 }
 

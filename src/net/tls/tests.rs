@@ -411,13 +411,20 @@ async fn new_files_are_seen_by_new_connections_and_bad_ones_change_nothing() {
     let client = files.client("host=db sslmode=require").unwrap();
     let binding = async || meet(&client, &server, TlsStart::Requested).await.server.unwrap().binding;
     let before = binding().await;
-    assert_eq!(server.reload(&files.0).unwrap(), Reloaded::Unchanged);
+    assert!(server.read_again(&files.0).unwrap().is_none());
     let half = files.clone().with_server((second.0.clone(), first.1));
-    assert!(server.reload(&half.0).is_err());
+    assert!(server.read_again(&half.0).is_err());
+    let of_half = server.changes(&half.0);
     assert_eq!(binding().await, before);
     let whole = files.clone().with_server(second);
-    assert_eq!(server.reload(&whole.0).unwrap(), Reloaded::Changed);
+    let renewed = server.read_again(&whole.0).unwrap().unwrap();
+    assert_eq!(binding().await, before, "reading changes nothing");
+    assert!(renewed.changes().has_one_of(&of_half), "the certificate is the same");
+    let third = files.clone().with_server(issued(&params("db", &["db"]), &ca));
+    assert!(!server.changes(&third.0).has_one_of(&of_half));
+    server.replace(renewed);
     assert_ne!(binding().await, before);
+    assert!(server.changes(&whole.0).is_empty());
 }
 
 #[test]

@@ -100,6 +100,10 @@ impl Disk for SimDisk {
         Ok(Box::new(()))
     }
 
+    fn is_locked(&self, _: &Path) -> io::Result<bool> {
+        Ok(self.0.lock().is_locked)
+    }
+
     fn map(&self, path: &Path, bytes: u64) -> io::Result<Arc<dyn Mapping>> {
         let mut state = self.0.lock();
         state.read_fault()?;
