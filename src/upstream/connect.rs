@@ -347,9 +347,7 @@ pub(crate) fn plan_stream(
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    // What a slot says of a branch that was set aside is not lost: it is set aside.
-    let is_dead = |to: Lsn| store.dead_branches().iter().any(|dead| dead.fork < to && to <= dead.end);
-    let lost = used_until.filter(|&to| had_wal && to > plan.held_end && !is_dead(to));
+    let lost = used_until.filter(|&to| had_wal && to > plan.held_end);
     Ok(StreamPlan { resume: plan, lost, replaces: used_until.filter(|_| begins) })
 }
 
