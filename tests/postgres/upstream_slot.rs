@@ -52,7 +52,7 @@ impl Chain {
 }
 
 /// A primary that keeps next to nothing for slots.
-fn sparing() -> Settings {
+pub(crate) fn sparing() -> Settings {
     Settings::new()
         .line("wal_keep_size = 0")
         .line("max_wal_size = 32MB")
