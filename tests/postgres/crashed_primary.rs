@@ -198,8 +198,9 @@ fn a_primary_that_lost_wal_and_is_idle_is_refused_with_both_positions_and_the_ne
         let (proxy, feed) = (Proxy::to(primary.port), Proxy::to(primary.port));
         let mut good = primary.standby("good", feed.port, "");
         let ports = format!("{},{}", proxy.port, good.port);
-        let mut relay = Relay::new("relay", 1)
-            .with_conninfo(&format!("host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable"));
+        let servers = format!("host=127.0.0.1,127.0.0.1 port={ports} target_session_attrs=any");
+        let mut relay =
+            Relay::new("relay", 1).with_conninfo(&format!("{servers} user=postgres sslmode=disable"));
         relay.start();
         primary.sql("checkpoint");
         primary.stop(Stop::Fast);
