@@ -231,17 +231,22 @@ pub struct UpstreamStatus {
     pub fence: FenceStatus,
     /// WAL that was acknowledged and has been lost here, until it is there again; until then nothing is acknowledged.
     pub lost: Option<LostWal>,
-    /// The newest of it that will not come back, since the process started: the timeline that is followed goes on without it.
+    /// The newest of it that will not come back: the timeline that is followed goes on without it. Until its report is moved out
+    /// of the data directory.
     pub lost_for_good: Option<LostWal>,
     /// WAL that the upstream has removed before it was received, until more than was held then is here.
     pub removed: Option<RemovedWal>,
     /// The data directory was empty when the process started, though the upstream's slot kept WAL already: it had been in use, or
     /// was made beforehand and never used, which servers do not tell apart. Until the next start.
     pub started_empty: bool,
-    /// Since the process started, a server was followed that had less than this relay: see `store.dead_branches`.
+    /// A server was followed that had less than this relay: see `store.dead_branches`. Until the report is moved out of the data
+    /// directory.
     pub diverged: bool,
     /// Why the slot there could not be moved for a while, where SQL moves it: the upstream keeps WAL without limit meanwhile.
     pub slot_error: Option<String>,
+    /// What the last attempt or session ended with needs a person.
+    #[serde(skip)]
+    pub cannot_follow: bool,
     /// Why the last attempt or session ended.
     pub last_error: Option<String>,
     /// Whether a person must look at it: before it can go on, or because something was lost.
@@ -249,11 +254,12 @@ pub struct UpstreamStatus {
 }
 
 impl UpstreamStatus {
-    /// Whether there is something that a person must know of, however well WAL flows now: something was lost or set aside, nobody
-    /// waits for it, or the upstream's disk fills up.
+    /// Whether there is something that a person must know of: it does not go on without one, or, however well WAL flows now,
+    /// something was lost or set aside, nobody waits for it, or the upstream's disk fills up.
     pub fn is_hurt(&self) -> bool {
         let is_lost = self.lost.is_some() || self.lost_for_good.is_some() || self.removed.is_some();
-        is_lost || self.started_empty || self.diverged || self.not_synchronous || self.slot_error.is_some()
+        let is_wrong = self.diverged || self.not_synchronous || self.slot_error.is_some();
+        is_lost || is_wrong || self.started_empty || self.cannot_follow
     }
 }
 

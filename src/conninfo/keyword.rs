@@ -86,7 +86,8 @@ pub(crate) const KEYWORDS: &[Keyword] = &[
     Keyword::new("gsslib", Some("PGGSSLIB"), None),
     Keyword::new("gssdelegation", Some("PGGSSDELEGATION"), Some("0")),
     Keyword::new("replication", None, None),
-    Keyword::new("target_session_attrs", Some("PGTARGETSESSIONATTRS"), Some("any")),
+    // libpq's own default is any; whether somebody has said so makes a difference here.
+    Keyword::new("target_session_attrs", Some("PGTARGETSESSIONATTRS"), None),
     Keyword::new("load_balance_hosts", Some("PGLOADBALANCEHOSTS"), Some("disable")),
     Keyword::secret("scram_client_key", None),
     Keyword::secret("scram_server_key", None),

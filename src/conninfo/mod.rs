@@ -68,8 +68,8 @@ pub struct Conninfo {
     pub replication: Option<String>,
     /// `client_encoding`, as sent.
     pub client_encoding: Option<String>,
-    /// Which of the hosts will do.
-    pub target_session_attrs: TargetSessionAttrs,
+    /// Which of the hosts will do; `None`: it is not said.
+    pub target_session_attrs: Option<TargetSessionAttrs>,
     /// In which order they are tried; see [`Conninfo::attempt_order`].
     pub load_balance_hosts: LoadBalanceHosts,
     /// How long to wait for each address; `None`: as long as it takes.

@@ -41,7 +41,7 @@ pub(crate) fn resolve(
     let ssl = ssl_settings(settings)?;
     check_gssapi(settings)?;
     let target_session_attrs =
-        TargetSessionAttrs::parse(settings.value("target_session_attrs").unwrap_or_default())?;
+        settings.value("target_session_attrs").map(TargetSessionAttrs::parse).transpose()?;
     let scram_client_key = scram_key(settings, "scram_client_key", "client")?;
     let scram_server_key = scram_key(settings, "scram_server_key", "server")?;
     let load_balance_hosts =

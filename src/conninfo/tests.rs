@@ -58,7 +58,7 @@ fn a_primary_conninfo_means_what_it_means_to_a_walreceiver() {
         ("application_name", "dc1_a"),
     ];
     assert_eq!(conninfo.startup_parameters(), parameters);
-    assert_eq!(conninfo.target_session_attrs, TargetSessionAttrs::ReadWrite);
+    assert_eq!(conninfo.target_session_attrs, Some(TargetSessionAttrs::ReadWrite));
     assert_eq!(conninfo.connect_timeout, Some(Duration::from_secs(10)));
     let idle = Some(Duration::from_secs(5));
     assert_eq!(conninfo.keepalives, Some(Keepalives { idle, interval: None, count: None }));

@@ -411,16 +411,6 @@ impl<S: Stream> WalSender<'_, S> {
         }
     }
 
-    /// WAL is kept from no place that is not on the line any more.
-    fn put_back(&self, fork: Lsn) {
-        if let Some(slot) = &self.slot {
-            slot.put_back(fork);
-        }
-        if let Some(consumer) = &self.consumer {
-            consumer.put_back(fork);
-        }
-    }
-
     /// From where on a client without a slot asks for WAL when it comes back. One that never says what it has flushed syncs
     /// each segment when that is complete, and begins again with the one that was not (pg_receivewal).
     fn needed_from(&self, progress: &Progress) -> Option<Lsn> {
@@ -480,6 +470,31 @@ impl<S: Stream> WalSender<'_, S> {
     fn publish(&self) {
         let (state, progress) = (self.sender.state(), self.sender.progress());
         self.registration.update(|live| (live.state, live.progress) = (state, progress));
+    }
+}
+
+impl<S> WalSender<'_, S> {
+    /// WAL is kept from no place that is not on the line any more.
+    fn put_back(&self, fork: Lsn) {
+        if let Some(slot) = &self.slot {
+            slot.put_back(fork);
+        }
+        if let Some(consumer) = &self.consumer {
+            consumer.put_back(fork);
+        }
+    }
+}
+
+impl<S> Drop for WalSender<'_, S> {
+    /// A session may end after the store has gone over to another timeline and before it has heard of that: what was reported
+    /// meanwhile does not count either.
+    fn drop(&mut self) {
+        if self.sender.timeline() == TimelineState::Current
+            && let Some(lineage) = self.context.store.lineage()
+            && let Some((fork, _)) = lineage.left(self.timeline)
+        {
+            self.put_back(fork);
+        }
     }
 }
 

@@ -113,7 +113,8 @@ impl Memory {
         }
         (self.said, self.saved_at) = (wanted, Some(now));
         let (store, Known { elsewhere, age }) = (self.store.clone(), known);
-        self.saving = Some(tokio::task::spawn_blocking(move || store.remember_only_copy(elsewhere, age)));
+        let remember = move || store.remember_only_copy(timeline, elsewhere, age);
+        self.saving = Some(tokio::task::spawn_blocking(remember));
     }
 }
 

@@ -50,6 +50,9 @@ pub(super) const TRANSACTIONS_TOLD_MAX: usize = 10_000;
 /// Branches that are remembered; the files of others stay.
 pub(super) const DEAD_BRANCHES_MAX: usize = 100;
 
+/// What the names of reports begin with.
+pub(super) const DIVERGED_REPORT_PREFIX: &str = "walrelay.diverged.";
+
 /// Suffix of WAL files of a dead branch.
 const DIVERGED_SUFFIX: &str = ".diverged";
 
@@ -121,7 +124,7 @@ impl DeadBranch {
 
     /// The file in the data directory that tells of it.
     pub fn report_name(&self) -> String {
-        format!("walrelay.diverged.{:08X}.{:016X}.json", self.timeline.get(), self.fork.get())
+        format!("{DIVERGED_REPORT_PREFIX}{:08X}.{:016X}.json", self.timeline.get(), self.fork.get())
     }
 
     /// As it is shown to people, and written to the report.

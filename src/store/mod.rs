@@ -23,6 +23,7 @@
 //!   walrelay.upstream            what slots on the upstream do not tell of what was acknowledged; a state file
 //!   walrelay.segments            checksum of every complete segment (see `index`)
 //!   walrelay.diverged.*.json     what was in WAL that a promotion left behind (see `dead_branch`)
+//!   walrelay.lost.*.json         WAL that was acknowledged and will not come back (see `reports`)
 //!   wal/
 //!     000000010000000000000007            a complete segment, exactly as the primary has it
 //!     000000010000000000000008.partial    being written; there can be several
@@ -163,6 +164,7 @@ mod reader;
 mod recovery;
 mod redo;
 mod repair;
+mod reports;
 mod retention;
 mod rewrite;
 mod scrub;
@@ -198,6 +200,7 @@ pub use only_copy::OnlyCopySince;
 pub use positions::Positions;
 pub use reader::{Access, ColdRead, Read, WalReader};
 pub use repair::{DamagedSegment, SegmentRepair};
+pub use reports::Reports;
 pub use slot_limits::{InvalidationReason, RetentionLimits, WalStatus};
 pub use slots::{SlotError, SlotGuard, SlotInfo, SlotKind, SlotTable, WhenInvalid};
 pub use tail::{BlockId, RECEIVE_BLOCK_BYTES};

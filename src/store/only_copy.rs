@@ -72,13 +72,12 @@ impl OnlyCopyFile {
 fn recalled(shared: &Shared, remembered: Option<&Remembered>) -> Option<OnlyCopySince> {
     let positions = (*shared.positions.lock())?;
     let (timeline, end) = (positions.timeline, positions.flushed);
-    let Some(remembered) = remembered else {
-        return Some(OnlyCopySince { timeline, elsewhere: None, end, age: None });
-    };
+    let unknown = OnlyCopySince { timeline, elsewhere: None, end, age: None };
+    let Some(remembered) = remembered else { return Some(unknown) };
     let fork = shared.lineage().ok()?.left(remembered.timeline).map(|(fork, _)| fork);
     if fork.is_none() && remembered.timeline != timeline {
-        // It was of a line that is not held any more.
-        return None;
+        // It was of a line that is not held any more, and says nothing of the one that is.
+        return Some(unknown);
     }
     let had = |had: Lsn| fork.map_or(had, |fork| had.min(fork));
     let age = remembered.since.passed(&Moment::now(&*shared.disk));
@@ -91,16 +90,16 @@ impl Store {
         *self.only_copy.0.lock()
     }
 
-    /// Remembers what standbys have, and how long ago something beyond that was acknowledged, if it was; durable on return.
-    /// Blocks.
+    /// Remembers what standbys have of a timeline, and how long ago something beyond that was acknowledged, if it was; durable on
+    /// return. Which timeline is received by now does not matter. Blocks.
     pub fn remember_only_copy(
         &self,
+        timeline: TimelineId,
         elsewhere: Option<Lsn>,
         age: Option<Duration>,
     ) -> Result<(), StoreError> {
         self.shared.health.check()?;
         let Shared { disk, layout, .. } = &*self.shared;
-        let timeline = self.shared.positions()?.timeline;
         let since = Moment::now(&**disk).before(age.unwrap_or_default());
         let _file = self.shared.control_file.lock();
         if let Some(control) = self.shared.control.lock().clone() {
@@ -196,7 +195,7 @@ mod tests {
         let start = Lsn::new(SegmentSize::DEFAULT.bytes()).unwrap();
         writer.initialize(identity, TimelineId::FIRST, start).unwrap();
         let had = Lsn::new(start.get() - 100);
-        store.remember_only_copy(had, Some(Duration::from_secs(1_000))).unwrap();
+        store.remember_only_copy(TimelineId::FIRST, had, Some(Duration::from_secs(1_000))).unwrap();
         assert_eq!(store.only_copy_before(), None, "it is for the next process");
         drop((store, writer));
         let (store, writer) = small::open_in(&dir);
@@ -208,5 +207,28 @@ mod tests {
         replace_durably(&RealDisk, &dir, ONLY_COPY_FILE.name, b"WRONLYC\0 torn").unwrap();
         let told = small::open_in(&dir).0.only_copy_before().unwrap();
         assert_eq!((told.elsewhere, told.end, told.age), (None, start, None));
+    }
+    #[test]
+    fn what_is_known_of_a_timeline_is_not_told_of_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("data");
+        let (store, mut writer) = small::open_in(&dir);
+        let identity = Identity { system_id: SystemId(7), segment_size: SegmentSize::DEFAULT };
+        let start = Lsn::new(SegmentSize::DEFAULT.bytes()).unwrap();
+        writer.initialize(identity, TimelineId::FIRST, start).unwrap();
+        // It is left, with what standbys have, before that is written down.
+        let next = TimelineId::new(2).unwrap();
+        writer.switch(next, start).unwrap();
+        let age = Some(Duration::from_secs(1_000));
+        store.remember_only_copy(TimelineId::FIRST, Some(start.advance(100)), age).unwrap();
+        drop((store, writer));
+        let (store, writer) = small::open_in(&dir);
+        let told = store.only_copy_before().unwrap();
+        assert_eq!((told.timeline, told.elsewhere, told.end), (next, Some(start), start));
+        // One that is not on the line any more.
+        store.remember_only_copy(TimelineId::new(3).unwrap(), Some(start), None).unwrap();
+        drop((store, writer));
+        let told = small::open_in(&dir).0.only_copy_before().unwrap();
+        assert_eq!((told.timeline, told.elsewhere, told.end, told.age), (next, None, start, None));
     }
 }

@@ -22,6 +22,9 @@ pub struct UpstreamMemory {
     /// Servers where a slot was made that keeps WAL only from beyond what was held, and from where on; `None`: not heard yet.
     #[serde(default)]
     pub made_ahead: BTreeMap<String, Option<Lsn>>,
+    /// Servers where the slot tells of WAL that was set aside here, as long as it is there.
+    #[serde(default)]
+    pub set_aside: BTreeMap<String, Lsn>,
     /// Up to here WAL was acknowledged and has been lost here, unless it is durable again.
     #[serde(default)]
     pub lost_to: Option<Lsn>,
@@ -36,6 +39,21 @@ struct Inner {
     /// Held while the file is written: its own, for what others write must not wait for this.
     file: Mutex<()>,
     memory: Mutex<UpstreamMemory>,
+}
+
+impl UpstreamMemory {
+    /// The slot that was made at this server is there, if the answer was not heard: what is acknowledged from now on moves it, and
+    /// it is as it was made only as long as it is ahead of what is durable here.
+    pub fn note_reached(&mut self, server: &str, reached: Lsn, durable: Lsn) {
+        if self.made_ahead.get(server) != Some(&None) {
+            return;
+        }
+        if reached > durable {
+            self.made_ahead.insert(server.to_owned(), Some(reached));
+        } else {
+            self.made_ahead.remove(server);
+        }
+    }
 }
 
 impl UpstreamMemoryFile {
@@ -84,6 +102,20 @@ mod tests {
     use crate::store::small::open_in;
 
     #[test]
+    fn a_slot_that_is_there_was_heard_of() {
+        let [here, ahead] = [500, 900].map(|raw| Lsn::new(raw).unwrap());
+        let servers = [("a", None), ("b", None), ("c", Some(ahead))].map(|(name, at)| (name.to_owned(), at));
+        let mut memory = UpstreamMemory { made_ahead: servers.into(), ..UpstreamMemory::default() };
+        memory.note_reached("a", ahead, here);
+        memory.note_reached("b", here, here);
+        // What was heard of stands until a stream begins; others are not made up.
+        memory.note_reached("c", here, here);
+        memory.note_reached("d", ahead, here);
+        let known = [("a".to_owned(), Some(ahead)), ("c".to_owned(), Some(ahead))].into();
+        assert_eq!(memory.made_ahead, known);
+    }
+
+    #[test]
     fn it_outlives_the_process_and_a_damaged_file_says_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let at = Lsn::new(900);
@@ -97,7 +129,8 @@ mod tests {
                 .change_upstream_memory(|memory| memory.made_ahead = [("a".to_owned(), None)].into())
                 .unwrap();
         }
-        let remembered = UpstreamMemory { made_ahead: [("a".to_owned(), None)].into(), lost_to: at };
+        let made_ahead = [("a".to_owned(), None)].into();
+        let remembered = UpstreamMemory { made_ahead, lost_to: at, ..UpstreamMemory::default() };
         {
             let (store, _writer) = open_in(dir.path());
             assert_eq!(store.upstream_memory(), remembered);

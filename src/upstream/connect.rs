@@ -93,7 +93,9 @@ pub(crate) async fn connect(
     let mut conninfo = settings.conninfo.clone();
     conninfo.reread_passwords(&ProcessSurroundings);
     let wanted = match conninfo.target_session_attrs {
-        TargetSessionAttrs::PreferStandby => vec![TargetSessionAttrs::Standby, TargetSessionAttrs::Any],
+        Some(TargetSessionAttrs::PreferStandby) => {
+            vec![Some(TargetSessionAttrs::Standby), Some(TargetSessionAttrs::Any)]
+        }
         other => vec![other],
     };
     let leader = patroni::leader(&settings.patroni).await;
@@ -143,7 +145,7 @@ pub(crate) async fn ask_again(
 ) -> Result<(Connected, NewestHistory), UpstreamError> {
     let wanted = match settings.conninfo.target_session_attrs {
         // It was good enough before.
-        TargetSessionAttrs::PreferStandby => TargetSessionAttrs::Any,
+        Some(TargetSessionAttrs::PreferStandby) => Some(TargetSessionAttrs::Any),
         other => other,
     };
     let interrogation = timeout(OPENING_TIME_MAX, interrogate(dialog, wanted, host)).await;
@@ -173,7 +175,7 @@ pub(crate) async fn connect_to(
     conninfo.reread_passwords(&ProcessSurroundings);
     let host = conninfo.hosts.iter().find(|host| host.to_string() == server);
     let host = host.ok_or(UpstreamError::NoHost)?;
-    let connected = connect_to_host(&conninfo, host, TargetSessionAttrs::Any, None).await?;
+    let connected = connect_to_host(&conninfo, host, Some(TargetSessionAttrs::Any), None).await?;
     check_identity(&connected, store)?;
     Ok(connected)
 }
@@ -181,7 +183,7 @@ pub(crate) async fn connect_to(
 async fn connect_to_host(
     conninfo: &Conninfo,
     host: &Host,
-    wanted: TargetSessionAttrs,
+    wanted: Option<TargetSessionAttrs>,
     link: Option<&LinkWish>,
 ) -> Result<Connected, UpstreamError> {
     // As libpq: a server that answers but will not do ends the attempt at this host.
@@ -193,13 +195,20 @@ async fn connect_to_host(
 /// Asks the server what it is, and whether it is of the kind that was asked for.
 async fn interrogate(
     mut dialog: Dialog,
-    wanted: TargetSessionAttrs,
+    wanted: Option<TargetSessionAttrs>,
     host: &str,
 ) -> Result<Connected, UpstreamError> {
     let in_recovery = dialog.introduction.parameters.get("in_hot_standby").cloned();
     let read_only = dialog.show("transaction_read_only").await? == "on";
     let is_standby = in_recovery.map_or(read_only, |value| value == "on");
-    check_session_attributes(wanted, read_only, is_standby)?;
+    match wanted {
+        Some(wanted) => check_session_attributes(wanted, read_only, is_standby)?,
+        // A relay is in recovery as long as its own upstream is away, and has what it had.
+        None if is_standby && !dialog.introduction.parameters.contains_key(PARAMETER) => {
+            return Err(UpstreamError::StandbyUnasked);
+        }
+        None => {}
+    }
     let system = identify_system(&mut dialog).await?;
     let size_text = dialog.show("wal_segment_size").await?;
     let segment_size = size_text.parse().map_err(|_| UpstreamError::InvalidAnswer {
@@ -347,9 +356,7 @@ pub(crate) fn plan_stream(
     }
     block_in_place(|| store.remember_facts(connected.facts.clone()))?;
     let plan = writer.plan().ok_or_else(|| UpstreamError::Unexpected("store without identity".to_owned()))?;
-    // What a slot says of a branch that was set aside is not lost: it is set aside.
-    let is_dead = |to: Lsn| store.dead_branches().iter().any(|dead| dead.fork < to && to <= dead.end);
-    let lost = used_until.filter(|&to| had_wal && to > plan.held_end && !is_dead(to));
+    let lost = used_until.filter(|&to| had_wal && to > plan.held_end);
     Ok(StreamPlan { resume: plan, lost, replaces: used_until.filter(|_| begins) })
 }
 

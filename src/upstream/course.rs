@@ -77,7 +77,7 @@ impl Course {
             fallback_after: None,
             refused: None,
             beginning: Beginning::AsPlanned,
-            slots: SlotMemory::recall(&memory.made_ahead),
+            slots: SlotMemory::recall(&memory.made_ahead, &memory.set_aside),
             losses: Losses::recall(memory.lost_to, durable),
             remembering,
             unfollowed: Unfollowed::default(),
@@ -95,11 +95,12 @@ impl Course {
         }
     }
 
-    /// Has remembered what a later process must know of slots and losses.
-    pub(super) fn remember(&self, held_end: Lsn) {
-        let (made_ahead, lost) = (self.slots.made_ahead(Some(held_end)), self.losses.lost());
-        let lost_to = lost.map(|lost| lost.to);
-        self.remembering.change(|memory| *memory = UpstreamMemory { made_ahead, lost_to });
+    /// Has remembered what a later process must know of slots and losses, when what is held ends there. Returns the number of the
+    /// change.
+    pub(super) fn remember(&self, held_end: Option<Lsn>) -> u64 {
+        let (made_ahead, lost) = (self.slots.made_ahead(held_end), self.losses.lost());
+        let (set_aside, lost_to) = (self.slots.set_aside(), lost.map(|lost| lost.to));
+        self.remembering.change(|memory| *memory = UpstreamMemory { made_ahead, set_aside, lost_to })
     }
 
     /// The upstream streams: what it refused before is settled.

@@ -104,6 +104,11 @@ pub enum UpstreamError {
     /// The session is not of the kind that `target_session_attrs` asks for.
     #[error("{0}")]
     WrongSessionAttributes(&'static str),
+    /// Nobody has said that WAL may come from a standby, which may be anything but what the primary has.
+    #[error(
+        "server is in hot standby mode: set target_session_attrs=any if WAL is to be streamed from a standby"
+    )]
+    StandbyUnasked,
     /// The connection string asks for what this build cannot give.
     #[error("{0}")]
     Unsupported(String),
@@ -355,7 +360,8 @@ impl UpstreamError {
             | Self::OldProtocol { .. }
             | Self::LinkDeclined { .. }
             | Self::OtherServer { .. }
-            | Self::WrongSessionAttributes(_) => Advice::RetryLater,
+            | Self::WrongSessionAttributes(_)
+            | Self::StandbyUnasked => Advice::RetryLater,
             Self::Tls { source, .. } | Self::BrokenTls(source) if source.is_lasting() => Advice::RetryLater,
             Self::Tls { .. } | Self::BrokenTls(_) => Advice::Retry,
             Self::Link(error) if error.needs_a_person() => Advice::TellAHuman,
@@ -412,6 +418,7 @@ impl UpstreamError {
         matches!(
             self,
             Self::WrongSessionAttributes(_)
+                | Self::StandbyUnasked
                 | Self::WrongPageSize { .. }
                 | Self::Refused(_)
                 | Self::Forked { .. }

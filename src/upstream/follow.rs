@@ -51,6 +51,10 @@ impl Upstream {
                     return Ok(());
                 }
                 Route::Follow(fork) | Route::Diverged(fork) => {
+                    if let Some(gone) = course.losses.beyond(fork.at) {
+                        // Before anything is on its way that makes it forgotten.
+                        block_in_place(|| self.store.report_lost(fork.next, gone))?;
+                    }
                     self.go_over(fork)?;
                     if let Some(gone) = course.losses.cut(fork.at) {
                         self.tell_gone(gone, fork);
@@ -99,6 +103,7 @@ impl Upstream {
         self.status.send_modify(|status| {
             status.diverged = true;
             status.needs_attention = true;
+            self.metrics.needs_attention.set(1.0);
         });
     }
 }

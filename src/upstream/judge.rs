@@ -74,7 +74,8 @@ impl Upstream {
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Waiting;
             status.is_writable = false;
-            status.needs_attention = status.is_hurt() || needs_a_person;
+            status.cannot_follow = needs_a_person;
+            status.needs_attention = status.is_hurt();
             self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
             status.last_error = Some(text);
         });

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use crate::conninfo::{Conninfo, ProcessSurroundings};
 use crate::protocol::SqlState;
@@ -31,6 +31,8 @@ pub(super) struct Looking {
     status: watch::Sender<UpstreamStatus>,
     namesakes: Namesakes,
     looks: u64,
+    /// Looks in a row that came to nothing, whoever is to blame.
+    failures: u32,
     /// Whether it was said that nothing can be seen.
     is_blindness_told: bool,
 }
@@ -53,6 +55,7 @@ impl Upstream {
             status: self.status.clone(),
             namesakes: Namesakes::default(),
             looks: 0,
+            failures: 0,
             is_blindness_told: false,
         };
         looking.run()
@@ -66,26 +69,36 @@ impl Looking {
         loop {
             tokio::time::sleep(pause).await;
             self.looks += 1;
-            pause = match self.look().await {
+            let looked = timeout(LOOK_TIME_MAX, self.look()).await;
+            pause = match looked.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
                 Ok(Some(view)) => self.take_in(view),
-                Ok(None) => {
-                    if self.is_relay {
-                        self.expectation.judge(None);
-                    }
+                Ok(None) if self.is_relay => {
+                    self.expectation.judge(None);
                     LOOK_INTERVAL
+                }
+                Ok(None) => {
+                    let (host, process_id) = (self.host.clone(), self.pid.unwrap_or_default());
+                    self.note_failure(&UpstreamError::OtherServer { host, process_id })
                 }
                 Err(error @ UpstreamError::Loop { .. }) => return error,
                 Err(error) if is_refusal(&error) => {
                     self.tell_blind(&error.chain());
                     REFUSED_LOOK_INTERVAL
                 }
-                Err(error) => {
-                    // It may be busy: what was seen last stands.
-                    tracing::debug!(error = %error.chain(), "could not ask the upstream how it sees this relay");
-                    LOOK_INTERVAL
-                }
+                Err(error) => self.note_failure(&error),
             };
         }
+    }
+
+    /// The server may be busy: what was seen last stands until it is looked at once more, and no longer.
+    fn note_failure(&mut self, error: &UpstreamError) -> Duration {
+        tracing::debug!(error = %error.chain(), "could not ask the upstream how it sees this relay");
+        self.failures = self.failures.saturating_add(1);
+        if self.failures < FAILURES_MAX {
+            return SECOND_LOOK_DELAY;
+        }
+        self.tell_blind(&error.chain());
+        LOOK_INTERVAL
     }
 
     async fn look(&self) -> Result<Option<View>, UpstreamError> {
@@ -104,6 +117,7 @@ impl Looking {
 
     /// What was seen, and when to look again.
     fn take_in(&mut self, view: View) -> Duration {
+        self.failures = 0;
         if view.sync_state.is_none() {
             self.tell_blind("the user may not see it: grant pg_read_all_stats or pg_monitor");
             return LOOK_INTERVAL;
@@ -217,3 +231,9 @@ const SECOND_LOOK_DELAY: Duration = Duration::from_secs(11);
 
 /// The same where it does not let us: each attempt is a line in its log.
 const REFUSED_LOOK_INTERVAL: Duration = Duration::from_secs(600);
+
+/// Failures in a row after which nothing is known any more.
+const FAILURES_MAX: u32 = 2;
+
+/// Longest time for one look.
+const LOOK_TIME_MAX: Duration = Duration::from_secs(30);

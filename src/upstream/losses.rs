@@ -35,11 +35,17 @@ impl Losses {
         self.lost
     }
 
-    /// A timeline is followed that left ours at `fork`. Returns what is gone with that.
-    pub(super) fn cut(&mut self, fork: Lsn) -> Option<LostWal> {
+    /// What is gone if a timeline is followed that left ours at `fork`.
+    pub(super) fn beyond(&self, fork: Lsn) -> Option<LostWal> {
         let lost = self.lost.filter(|lost| lost.to > fork)?;
-        let gone = LostWal { from: lost.from.max(fork), to: lost.to };
-        self.lost = (lost.from < fork).then_some(LostWal { from: lost.from, to: fork });
+        Some(LostWal { from: lost.from.max(fork), to: lost.to })
+    }
+
+    /// It is followed. Returns what is gone with that.
+    pub(super) fn cut(&mut self, fork: Lsn) -> Option<LostWal> {
+        let gone = self.beyond(fork)?;
+        let rest = self.lost.filter(|lost| lost.from < fork);
+        self.lost = rest.map(|lost| LostWal { from: lost.from, to: fork });
         self.gone = Some(gone);
         self.gone
     }

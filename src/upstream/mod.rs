@@ -26,6 +26,7 @@ mod patroni;
 mod remembering;
 mod repair;
 mod repair_schedule;
+mod reports;
 mod retained;
 mod seen;
 mod slot;
@@ -67,7 +68,6 @@ use crate::upstream::dialog::{Dialog, Introduction};
 use crate::upstream::histories::NewestHistory;
 use crate::upstream::link::LinkTerms;
 use crate::upstream::retained::{Retained, SlotMover};
-use crate::upstream::slot::SlotOrigin;
 use crate::upstream::slot_use::SlotBeside;
 use crate::upstream::walreceiver::{StreamContext, StreamEnd, Streamed, WalReceiver};
 use crate::wal::{Lsn, SegmentNo};
@@ -145,11 +145,12 @@ pub struct Upstream {
 impl Upstream {
     /// Runs until shutdown. Errors end sessions, not this task.
     pub async fn run(mut self) {
-        let watch = self.expectation().watch();
+        let (watch, reports) = (self.expectation().watch(), self.watch_reports());
         tokio::select! {
             () = self.follow_until_stopped() => {}
             // Only to be heard meanwhile.
             () = watch => {}
+            () = reports => {}
         }
         self.status.send_modify(|status| status.state = WalReceiverState::Stopped);
     }
@@ -348,12 +349,11 @@ impl Upstream {
         // What was acknowledged before an empty store was begun is told as that.
         let told = planned.lost.filter(|to| Some(*to) > course.replaces);
         let lost = course.losses.begin(durable, told);
-        course.remember(plan.held_end);
+        course.remember(Some(plan.held_end));
         let refused = course.refused.take().filter(|(held_end, _)| *held_end == plan.held_end);
         let start = match refused {
             Some((_, start)) => plan.start_after(Some(start)).unwrap_or(plan.start),
-            None if course.corrupt_times(plan.held_end) > 0 => self.wider_start(&plan),
-            None => plan.start,
+            None => self.wider_start(&plan, course.corrupt_times(plan.held_end)),
         };
         if let Some(unproven) = plan.unproven.filter(|unproven| *unproven < start) {
             tracing::warn!(%unproven, %start, "the upstream has no WAL any more to compare with some that a crash may have torn");
@@ -370,8 +370,8 @@ impl Upstream {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
             Arc::new(retained)
         });
-        let is_slot_holding_back =
-            retained.is_some() && mover == SlotMover::Reports && slot.origin != SlotOrigin::Created;
+        let may_hold_back = slot_use::may_hold_back(course, &host, slot.origin);
+        let is_slot_holding_back = retained.is_some() && mover == SlotMover::Reports && may_hold_back;
         let status_interval = status_interval(&self.settings, connected.sender_timeout);
         let streaming =
             connect::start_streaming(connected, &plan, start, &self.settings, course.block).await?;
@@ -414,11 +414,16 @@ impl Upstream {
         self.tell_lost(lost);
         self.status.send_modify(|status| {
             status.state = WalReceiverState::Streaming;
+            if status.host != course.host {
+                // What another server thought of us.
+                (status.sync_state, status.namesakes) = (None, None);
+            }
             status.host.clone_from(&course.host);
             status.timeline = Some(planned.resume.timeline);
             status.is_writable = is_writable;
             status.sessions += 1;
             status.started_empty = course.replaces.is_some();
+            status.cannot_follow = false;
             // Also what was removed: a server lets a stream begin before it looks for the WAL.
             status.needs_attention = status.is_hurt();
             self.metrics.needs_attention.set(f64::from(u8::from(status.needs_attention)));
@@ -435,12 +440,18 @@ impl Upstream {
         });
     }
 
-    /// What the upstream sends does not continue what is held: whether it has other WAL than we do shows only from before
-    /// the first record that differs, so everything in the newest segment is compared.
-    fn wider_start(&self, plan: &ResumePlan) -> Lsn {
-        let size = self.store.identity().map(|identity| identity.segment_size);
-        let segment_start = size.and_then(|size| SegmentNo::ending_at(plan.held_end, size).start(size));
-        let start = segment_start.unwrap_or(plan.start).min(plan.start);
+    /// Where to start when what the upstream sent did not continue what is held, so often in a row: whether it has other WAL
+    /// than we do, and from where on, shows only from before the first record that differs. So everything in the newest segment
+    /// is compared, and then in more and more before it.
+    fn wider_start(&self, plan: &ResumePlan, corrupt_times: u32) -> Lsn {
+        let (Some(identity), Some(doublings)) = (self.store.identity(), corrupt_times.checked_sub(1)) else {
+            return plan.start;
+        };
+        let size = identity.segment_size;
+        let further = WIDENED_SEGMENTS_MAX.min(1_u64.checked_shl(doublings).unwrap_or(u64::MAX)) - 1;
+        let newest = SegmentNo::ending_at(plan.held_end, size).start(size).unwrap_or(plan.start);
+        let widened = newest.get().saturating_sub(further.saturating_mul(size.bytes()));
+        let start = Lsn::new(widened).unwrap_or(Lsn::MIN).min(plan.start);
         self.store.begin().map_or(start, |begin| start.max(begin))
     }
 
@@ -492,6 +503,9 @@ const GOOD_SESSION_TIME_MIN: Duration = Duration::from_secs(10);
 
 /// Status updates where none are asked for; rare enough to count as none.
 const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Most segments that are compared where it does not show from where on the upstream has other WAL.
+const WIDENED_SEGMENTS_MAX: u64 = 64;
 
 /// How often the store is asked whether it has room again, beside its own notices.
 const ROOM_CHECK_INTERVAL: Duration = Duration::from_millis(500);

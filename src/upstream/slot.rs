@@ -41,6 +41,8 @@ pub(crate) enum SlotOrigin {
     Created,
     /// It was there, but is not the one by which WAL was acknowledged: it tells of nothing that was.
     MadeAnew,
+    /// It was there, and tells of WAL that was set aside here: of nothing that is on the line that is held.
+    SetAside,
     /// None is used, or none that is known of.
     Unknown,
 }
@@ -55,40 +57,53 @@ pub(crate) enum WhenAbsent {
     Refuse,
 }
 
-/// Finds the slot, or creates it.
-pub(crate) async fn ensure_slot(
+/// Whether the slot is there.
+pub(crate) enum Presence {
+    /// It is, or none is used.
+    Known(UpstreamSlot),
+    /// It is not, and may be created.
+    Absent,
+    /// The server does not tell before it is asked to create it.
+    NotTold,
+}
+
+/// Looks for the slot.
+pub(crate) async fn find_slot(
     connected: &mut Connected,
     settings: &UpstreamSettings,
-    when_absent: WhenAbsent,
-) -> Result<UpstreamSlot, UpstreamError> {
-    let unknown = UpstreamSlot { origin: SlotOrigin::Unknown, restart_lsn: None };
+) -> Result<Presence, UpstreamError> {
+    let unknown = Presence::Known(UpstreamSlot { origin: SlotOrigin::Unknown, restart_lsn: None });
     let Some(slot) = &settings.slot else { return Ok(unknown) };
     let tells = connected.facts.version_num >= READ_REPLICATION_SLOT_SINCE;
     if tells && let Some(restart_lsn) = read_slot(&mut connected.dialog, slot).await? {
-        return Ok(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn });
+        return Ok(Presence::Known(UpstreamSlot { origin: SlotOrigin::Found, restart_lsn }));
     }
-    if !settings.create_slot {
-        return Ok(unknown);
-    }
-    if when_absent == WhenAbsent::Refuse {
-        return Err(UpstreamError::SlotGone(slot.clone()));
-    }
+    Ok(match (settings.create_slot, tells) {
+        (false, _) => unknown,
+        (true, true) => Presence::Absent,
+        (true, false) => Presence::NotTold,
+    })
+}
+
+/// Creates the slot, which then keeps WAL. Where somebody was quicker it is found.
+pub(crate) async fn create_slot(
+    connected: &mut Connected,
+    settings: &UpstreamSettings,
+) -> Result<SlotOrigin, UpstreamError> {
+    let slot = settings.slot.clone().unwrap_or_default();
     let create = Command::CreateReplicationSlot(CreateReplicationSlot {
         slot: slot.clone(),
         persistence: Persistence::Permanent,
         kind: CreateSlotKind::Physical { reserve_wal: true },
     });
-    let origin = match connected.dialog.query(&create).await {
+    match connected.dialog.query(&create).await {
         Ok(_) => {
             tracing::info!(slot, "created replication slot on the upstream");
-            SlotOrigin::Created
+            Ok(SlotOrigin::Created)
         }
-        // Where the server told that there is none, somebody was quicker.
-        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => SlotOrigin::Found,
-        Err(error) => return Err(error),
-    };
-    let restart_lsn = if tells { read_slot(&mut connected.dialog, slot).await?.flatten() } else { None };
-    Ok(UpstreamSlot { origin, restart_lsn })
+        Err(UpstreamError::Server(error)) if error.is(SqlState::DUPLICATE_OBJECT) => Ok(SlotOrigin::Found),
+        Err(error) => Err(error),
+    }
 }
 
 /// Where the slot keeps WAL from; `None` where there is none, it keeps nothing, or the server does not tell.

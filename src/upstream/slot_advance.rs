@@ -103,6 +103,8 @@ impl SlotAdvance {
         dialog.terminate().await;
         if let Ok(reached) = moved {
             self.made.note_reached(reached, durable);
+            let change = self.remembering.change(|memory| memory.note_reached(&self.host, reached, durable));
+            self.remembering.settled(change).await;
         }
         moved
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::wal::Lsn;
+use crate::wal::{Lsn, LsnRange};
 
 /// What is remembered of the slots on all servers: as many as the connection string names.
 #[derive(Debug, Default)]
@@ -20,6 +20,8 @@ pub(super) struct SlotMemory {
 #[derive(Clone, Copy, Debug, Default)]
 struct Remembered {
     created: Option<Created>,
+    /// That was by an earlier process, in whose time the slot may have been used for anything but to acknowledge that WAL.
+    is_made_earlier: bool,
     /// Where the last session found or made it to keep WAL from.
     restart_lsn: Option<Lsn>,
     /// It keeps nothing that we need, as long as it keeps WAL from there.
@@ -27,6 +29,8 @@ struct Remembered {
     /// None is created while our end is this: the WAL that follows is gone there.
     in_vain_at: Option<Lsn>,
     is_free_of_feedback: bool,
+    /// As long as it is there it tells of WAL that was set aside here, and of no other.
+    set_aside: Option<Lsn>,
     /// All that was ever acknowledged by a slot there is held: this process has seen one that was not ahead, or made it.
     is_all_held: bool,
 }
@@ -111,18 +115,32 @@ impl Created {
 }
 
 impl SlotMemory {
-    /// What an earlier process made, with nothing acknowledged by it.
-    pub(super) fn recall(made_ahead: &BTreeMap<String, Option<Lsn>>) -> Self {
+    /// What an earlier process made, with nothing acknowledged by it, and what it found to tell of WAL that was set aside.
+    pub(super) fn recall(
+        made_ahead: &BTreeMap<String, Option<Lsn>>,
+        set_aside: &BTreeMap<String, Lsn>,
+    ) -> Self {
         let remembered = |kept_from: Option<Lsn>| Remembered {
             created: Some(Created {
                 held_end: None,
                 kept_from: kept_from.map_or(KeptFrom::NotHeard, KeptFrom::At),
             }),
             restart_lsn: kept_from,
+            is_made_earlier: true,
             ..Remembered::default()
         };
         let servers = made_ahead.iter().map(|(server, kept_from)| (server.clone(), remembered(*kept_from)));
-        Self { servers: servers.collect() }
+        let mut memory = Self { servers: servers.collect() };
+        for (server, at) in set_aside {
+            memory.of(server).set_aside = Some(*at);
+        }
+        memory
+    }
+
+    /// Where slots are that tell of WAL that was set aside: a later process must know it, too.
+    pub(super) fn set_aside(&self) -> BTreeMap<String, Lsn> {
+        let servers = self.servers.iter();
+        servers.filter_map(|(server, remembered)| Some((server.clone(), remembered.set_aside?))).collect()
     }
 
     /// What a later process must know: else it would take a slot that is ahead of us for one by which WAL was acknowledged.
@@ -150,8 +168,10 @@ impl SlotMemory {
             KeptFrom::At(from) => Some(from),
             KeptFrom::NotTold | KeptFrom::NotHeard => None,
         };
+        let (is_made_earlier, useless, is_all_held) = (false, None, true);
         let remembered = self.of(server);
-        *remembered = Remembered { created, restart_lsn, useless: None, is_all_held: true, ..*remembered };
+        *remembered =
+            Remembered { created, is_made_earlier, restart_lsn, useless, is_all_held, ..*remembered };
     }
 
     /// The slot was there.
@@ -176,6 +196,25 @@ impl SlotMemory {
         let is_all_held = remembered.is_all_held || (restart_lsn.is_some() && !is_ahead);
         *remembered = Remembered { created, restart_lsn, is_all_held, ..*remembered };
         recognized
+    }
+
+    /// Whether the slot that was found there tells of WAL that was set aside: so it does if it is on one of these branches while
+    /// nothing is held yet of what came in its place, and as long as it has not moved since. Later it may be there because of
+    /// what was acknowledged of that.
+    pub(super) fn note_set_aside(
+        &mut self,
+        server: &str,
+        held_end: Option<Lsn>,
+        found: Option<Lsn>,
+        branches: &[LsnRange],
+    ) -> bool {
+        let is_beyond = |branch: &LsnRange, at: Lsn| branch.start() < at && at <= branch.end();
+        let mut left_now = branches.iter().filter(|branch| held_end == Some(branch.start()));
+        let remembered = self.of(server);
+        let known = remembered.set_aside;
+        let is_aside = |at: &Lsn| known == Some(*at) || left_now.any(|branch| is_beyond(branch, *at));
+        remembered.set_aside = found.filter(is_aside);
+        remembered.set_aside.is_some()
     }
 
     /// No slot is used there, or none that is known of.
@@ -212,6 +251,11 @@ impl SlotMemory {
     pub(super) fn made_in_vain(&self, server: &str) -> Option<Useless> {
         let remembered = self.servers.get(server)?;
         remembered.useless.filter(|_| remembered.in_vain_at.is_some())
+    }
+
+    /// Whether an earlier process made the slot there: what standbys read then may be held back by it still.
+    pub(super) fn was_made_earlier(&self, server: &str) -> bool {
+        self.servers.get(server).is_some_and(|remembered| remembered.is_made_earlier)
     }
 
     /// Whether it is known that no standby's transactions are held back there by what an earlier process said.
@@ -332,17 +376,38 @@ mod tests {
         memory.note_made("not heard", at(500), KeptFrom::NotHeard);
         let known = [("ahead".to_owned(), at(900)), ("not heard".to_owned(), None)].into();
         assert_eq!(memory.made_ahead(at(500)), known);
-        let mut later = SlotMemory::recall(&known);
+        let mut later = SlotMemory::recall(&known, &BTreeMap::new());
         assert_eq!(later.made_ahead(at(500)), known, "no server was asked yet");
         assert_eq!(later.note_found("ahead", at(500), at(900)), Recognized::Ours);
         assert!(later.was_created_at("ahead", at(500)));
+        assert!(later.was_made_earlier("ahead") && !later.was_made_earlier("not ahead"));
+        later.note_created("ahead", at(500), at(900));
+        assert!(!later.was_made_earlier("ahead"), "by this one");
         assert_eq!(later.note_found("not heard", at(500), at(900)), Recognized::Ours);
         assert_eq!(later.note_found("not ahead", at(500), at(900)), Recognized::Used);
         assert!(later.made_ahead(at(900)).is_empty(), "we have come so far");
         // What was reported by it since, and is not held, has been lost.
-        let mut later = SlotMemory::recall(&known);
+        let mut later = SlotMemory::recall(&known, &BTreeMap::new());
         assert_eq!(later.note_found("ahead", at(500), at(600)), Recognized::Used);
         assert_eq!(later.note_found("ahead", at(500), at(901)), Recognized::Used);
+    }
+
+    #[test]
+    fn a_slot_tells_of_what_was_set_aside_as_long_as_it_has_not_moved_since_the_fork() {
+        let branches = [LsnRange::new(lsn(500), lsn(900)).unwrap()];
+        let mut memory = SlotMemory::default();
+        let mut tell = |held_end, found| memory.note_set_aside("a", at(held_end), at(found), &branches);
+        assert!(!tell(400, 800) && !tell(500, 500) && !tell(500, 901));
+        assert!(!tell(600, 800), "WAL of the new timeline may have been acknowledged");
+        assert!(tell(500, 800) && tell(600, 800), "it has not moved");
+        assert!(!tell(600, 700) && !tell(600, 800), "it has");
+        assert!(tell(500, 900));
+        let known = memory.set_aside();
+        assert_eq!(known, [("a".to_owned(), lsn(900))].into());
+        let mut later = SlotMemory::recall(&BTreeMap::new(), &known);
+        assert!(later.note_set_aside("a", at(600), at(900), &branches));
+        assert!(!later.note_set_aside("b", at(600), at(900), &branches), "of another server");
+        assert!(!later.note_set_aside("a", at(600), None, &branches) && later.set_aside().is_empty());
     }
 
     #[test]

@@ -14,11 +14,11 @@ use crate::upstream::course::Course;
 use crate::upstream::dialog::Introduction;
 use crate::upstream::remembering::Remembering;
 use crate::upstream::retained::SlotMover;
-use crate::upstream::slot::{self, SlotOrigin, UpstreamSlot, WhenAbsent};
+use crate::upstream::slot::{self, Presence, SlotOrigin, UpstreamSlot, WhenAbsent};
 use crate::upstream::slot_advance::{SlotAdvance, show_slot_error};
-use crate::upstream::slot_memory::{MadeBeside, Recognized};
+use crate::upstream::slot_memory::{KeptFrom, MadeBeside, Recognized};
 use crate::upstream::{Opened, Upstream, UpstreamError, UpstreamSettings};
-use crate::wal::Lsn;
+use crate::wal::{Lsn, LsnRange};
 
 /// What moves the slot at this server. A relay takes no SQL; WAL that is streamed from it by the slot stays on its disk, and
 /// costs the primary nothing.
@@ -43,19 +43,84 @@ impl Upstream {
         let is_in_vain = course.slots.is_in_vain(&server, held_end);
         course.host = Some(server.clone());
         let when_absent = if is_in_vain { WhenAbsent::Refuse } else { WhenAbsent::Create };
-        let mut slot = slot::ensure_slot(connected, settings, when_absent).await?;
+        let mut slot = self.ensure_slot(connected, course, when_absent).await?;
         if slot.keeps_nothing(connected) && settings.create_slot {
             // It was invalidated, or made by hand and never used: from 16 on the first never keeps anything again.
             slot::drop_slot(connected, settings).await?;
-            slot = slot::ensure_slot(connected, settings, when_absent).await?;
+            slot = self.ensure_slot(connected, course, when_absent).await?;
         }
         match slot.origin {
             SlotOrigin::Created => course.slots.note_created(&server, held_end, slot.restart_lsn),
-            SlotOrigin::Found => slot.origin = recognize(course, &server, held_end, slot.restart_lsn),
-            SlotOrigin::MadeAnew => {}
+            SlotOrigin::Found => slot.origin = self.recognize(course, &server, slot.restart_lsn),
+            SlotOrigin::MadeAnew | SlotOrigin::SetAside => {}
             SlotOrigin::Unknown => course.slots.note_none(&server),
         }
         Ok(slot)
+    }
+
+    fn recognize(&self, course: &mut Course, server: &str, restart_lsn: Option<Lsn>) -> SlotOrigin {
+        let held_end = self.held_end();
+        let recognized = course.slots.note_found(server, held_end, restart_lsn);
+        let branches = self.store.dead_branches();
+        let branches: Vec<_> =
+            branches.iter().filter_map(|dead| LsnRange::new(dead.fork, dead.end)).collect();
+        let is_set_aside = course.slots.note_set_aside(server, held_end, restart_lsn, &branches);
+        match recognized {
+            Recognized::Ours => SlotOrigin::Created,
+            Recognized::Used | Recognized::MadeAnew if is_set_aside => SlotOrigin::SetAside,
+            Recognized::Used => SlotOrigin::Found,
+            Recognized::MadeAnew => {
+                let [restart_lsn, held_end] = [restart_lsn, held_end].map(|at| at.map(|at| at.to_string()));
+                tracing::warn!(
+                    server,
+                    restart_lsn,
+                    held_end,
+                    "the replication slot on the upstream is ahead of this relay, which has lost nothing: somebody else has made \
+                     it anew, or moved it"
+                );
+                SlotOrigin::MadeAnew
+            }
+        }
+    }
+
+    /// Finds the slot, or creates it.
+    async fn ensure_slot(
+        &self,
+        connected: &mut Connected,
+        course: &mut Course,
+        when_absent: WhenAbsent,
+    ) -> Result<UpstreamSlot, UpstreamError> {
+        let settings = &self.settings;
+        let origin = match (slot::find_slot(connected, settings).await?, when_absent) {
+            (Presence::Known(slot), _) => return Ok(slot),
+            (Presence::Absent | Presence::NotTold, WhenAbsent::Refuse) => {
+                return Err(UpstreamError::SlotGone(settings.slot.clone().unwrap_or_default()));
+            }
+            (Presence::Absent, WhenAbsent::Create) => self.create_absent_slot(connected, course).await?,
+            // What was made there before may be there still, and is found by being in the way.
+            (Presence::NotTold, WhenAbsent::Create) => slot::create_slot(connected, settings).await?,
+        };
+        Ok(UpstreamSlot { origin, restart_lsn: slot::look_at_slot(connected, settings).await? })
+    }
+
+    /// Creates a slot that is not there, with the upstream's newest checkpoint for its beginning, however far that is ahead of us.
+    /// Whoever comes after hears of it also when the answer does not come, or the process ends.
+    async fn create_absent_slot(
+        &self,
+        connected: &mut Connected,
+        course: &mut Course,
+    ) -> Result<SlotOrigin, UpstreamError> {
+        let (server, held_end) = (connected.host.clone(), self.held_end());
+        course.slots.note_made(&server, held_end, KeptFrom::NotHeard);
+        let change = course.remember(held_end);
+        course.remembering.settled(change).await;
+        let created = slot::create_slot(connected, &self.settings).await;
+        // Where the server says nothing it may have made it.
+        if matches!(created, Ok(SlotOrigin::Found) | Err(UpstreamError::Server(_))) {
+            course.slots.note_none(&server);
+            course.remember(held_end);
+        }
+        created
     }
 
     /// Takes back what an earlier process said by the slot of the transactions that standbys read, where WAL is not streamed by
@@ -68,7 +133,7 @@ impl Upstream {
     ) -> Result<(), UpstreamError> {
         let mover = mover(&self.settings, &connected.dialog.introduction);
         let server = connected.host.clone();
-        let may_be_held = mover == SlotMover::Sql && slot.origin != SlotOrigin::Created;
+        let may_be_held = mover == SlotMover::Sql && may_hold_back(course, &server, slot.origin);
         if may_be_held && !course.slots.is_free_of_feedback(&server) {
             slot::take_feedback_back(connected, &self.settings).await?;
             course.slots.note_free_of_feedback(&server);
@@ -131,6 +196,12 @@ impl Upstream {
     }
 }
 
+/// Whether the slot there may hold back what standbys read in the time of an earlier process: one that this process made holds
+/// back only what it was told by this process.
+pub(super) fn may_hold_back(course: &Course, server: &str, origin: SlotOrigin) -> bool {
+    origin != SlotOrigin::Created || course.slots.was_made_earlier(server)
+}
+
 /// What moves the slot beside a stream.
 pub(super) struct SlotBeside<F> {
     /// Where it hears what is durable here.
@@ -139,29 +210,6 @@ pub(super) struct SlotBeside<F> {
     pub(super) made: MadeBeside,
     /// Moves it as long as it is polled.
     pub(super) run: F,
-}
-
-fn recognize(
-    course: &mut Course,
-    server: &str,
-    held_end: Option<Lsn>,
-    restart_lsn: Option<Lsn>,
-) -> SlotOrigin {
-    match course.slots.note_found(server, held_end, restart_lsn) {
-        Recognized::Ours => SlotOrigin::Created,
-        Recognized::Used => SlotOrigin::Found,
-        Recognized::MadeAnew => {
-            let [restart_lsn, held_end] = [restart_lsn, held_end].map(|at| at.map(|at| at.to_string()));
-            tracing::warn!(
-                server,
-                restart_lsn,
-                held_end,
-                "the replication slot on the upstream is ahead of this relay, which has lost nothing: somebody else has made \
-                 it anew, or moved it"
-            );
-            SlotOrigin::MadeAnew
-        }
-    }
 }
 
 /// Longest time for dropping a slot before another server is tried.

@@ -159,3 +159,28 @@ async fn what_is_reported_of_a_dead_branch_while_the_relay_leaves_it_moves_no_sl
         assert!(restart_lsn <= Some(fork), "the slot is at {restart_lsn:?}, the fork at {fork}");
     }
 }
+
+#[tokio::test]
+async fn what_is_reported_of_a_dead_branch_moves_no_slot_there_although_the_session_ends_before_it_hears() {
+    // Whether the session hears of the switch before it ends is chance.
+    for _ in 0..12 {
+        let mut relay = Relay::start().await;
+        let fork = relay.grow(100_000);
+        let end = relay.grow(100_000);
+        let start = relay.start_lsn();
+        let mut client = relay.client().await;
+        client.query("CREATE_REPLICATION_SLOT s PHYSICAL").await;
+        client.start_streaming(&format!("START_REPLICATION SLOT s {start} TIMELINE 1")).await;
+        client.receive_wal(start, end).await;
+        client.reply(Some(start), Some(start), false).await;
+        let slot = || relay.store.slots().get("s").unwrap();
+        eventually("the slot is used", || slot().restart_lsn == Some(start)).await;
+        client.reply(Some(end), Some(end), false).await;
+        relay.switch(TimelineId::new(2).unwrap(), fork);
+        drop(client);
+        let slot = || relay.store.slots().get("s").unwrap();
+        eventually("the session to be over", || slot().active_pid.is_none()).await;
+        let restart_lsn = slot().restart_lsn;
+        assert!(restart_lsn <= Some(fork), "the slot is at {restart_lsn:?}, the fork at {fork}");
+    }
+}

@@ -192,6 +192,48 @@ fn last_window(relay: &Relay) -> (u64, u64, bool, bool) {
 }
 
 #[test]
+fn a_relay_that_is_started_again_vouches_for_nothing_before_its_standbys_are_back() {
+    let Some((primary, proxy, mut relay)) =
+        chain(|relay| relay.with("upstream.acknowledge", "\"ANY 1 (far)\""))
+    else {
+        return;
+    };
+    let way = Proxy::to(relay.port);
+    let settings = "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s";
+    let far = primary.standby("far", way.port, settings);
+    let load = Load::start_waiting(&primary);
+    for is_killed in [true, false] {
+        let before = load.committed();
+        wait_until("commits to be confirmed", || load.committed() > before + 10);
+        way.close();
+        if is_killed {
+            relay.kill();
+        } else {
+            relay.terminate();
+        }
+        let (streams, updates) = proxy.passed(|passed| (passed.starts.len(), passed.status_updates));
+        // One may have been confirmed just before.
+        let confirmed = load.committed() + 1;
+        relay.start();
+        let upto = primary.flushed();
+        relay.wait_flushed(upto);
+        wait_until("reports", || proxy.passed(|passed| passed.status_updates) > updates + 2);
+        let vouched = || proxy.passed(|passed| passed.flush_max_of[streams..].iter().max().copied());
+        hold("nothing is vouched for", Duration::from_secs(1), || vouched() == Some(0));
+        assert!(load.committed() <= confirmed, "confirmed without the standby");
+        primary.wait_for_sql(
+            "select coalesce(max(flush_lsn)::text, 'nothing') from pg_stat_replication where application_name = 'relay'",
+            "nothing",
+        );
+        way.open();
+        wait_until("it to be vouched for", || vouched() >= Some(upto));
+    }
+    drop(load);
+    far.wait_replayed(primary.flushed());
+    proxy.assert_honest();
+}
+
+#[test]
 fn a_standby_that_is_dead_costs_the_primary_neither_wal_nor_its_shutdown() {
     let Some((mut primary, proxy, _relay)) = chain(|relay| {
         relay.with("upstream.acknowledge", "\"ANY 1 (far)\"").with("upstream.slot", "\"relay\"")

@@ -5,13 +5,13 @@ use serde_json::Value;
 use crate::support::MB;
 use crate::support::compare::assert_equal_clusters;
 use crate::support::lab::Installation;
-use crate::support::load::write_wal;
+use crate::support::load::{emit_wal, write_wal};
 use crate::support::postgres::{Postgres, Stop};
-use crate::support::proxy::{Proxy, Verdict, wal_in};
+use crate::support::proxy::{Proxy, Verdict, shorten_wal, wal_in};
 use crate::support::raw::{RawClient, error_in, identify_system};
 use crate::support::relay::Relay;
-use crate::support::wait::wait_until;
-use crate::support::{lsn, lsn_text};
+use crate::support::wait::{wait_for, wait_until};
+use crate::support::{PAGE_BYTES, lsn, lsn_text};
 use crate::timelines::{
     Torn, assert_same_timeline, conninfo, dead_branches, end_of_timeline, fork_of, primary, promote_behind,
     relay_of, torn, wait_timeline,
@@ -35,12 +35,15 @@ fn what_a_new_primary_lacks_is_set_aside_told_exactly_and_not_followed() {
         // Both branches are there, and the dead one is served to the fork and no further.
         assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
         assert_eq!(end_of_timeline(relay.port, 1, fork), end_of_timeline(new.port, 1, fork));
-        for port in [relay.port, new.port] {
+        let refused = |port| {
             let mut client = RawClient::replication(port).unwrap();
             identify_system(&mut client);
-            let error = error_in(&client.start_replication(None, end, 1).unwrap()).unwrap();
-            assert!(error.message.contains("on timeline 1 is not in this server's history"), "{error:?}");
-        }
+            error_in(&client.start_replication(None, end, 1).unwrap()).unwrap()
+        };
+        let error = refused(relay.port);
+        assert_eq!(error, refused(new.port));
+        assert!(error.message.contains("on timeline 1 is not in this server's history"), "{error:?}");
+        assert!(error.detail.contains(&lsn_text(fork)), "{error:?}");
         // A standby on the dead branch is not led on; PostgreSQL says so itself.
         wait_until("the standby to see that it is on a dead branch", || {
             behind
@@ -51,6 +54,17 @@ fn what_a_new_primary_lacks_is_set_aside_told_exactly_and_not_followed() {
         relay.restart_after_kill();
         check_report(&relay, fork, end, rows + 3, &[&first_lost, &last_lost]);
         assert_eq!(before["upstream"]["diverged"], false);
+        assert_eq!(relay.status()["upstream"]["diverged"], true);
+        relay.wait_needs_attention();
+        // Until somebody has seen to it, and says so.
+        let report = relay.data_dir().join(dead_branches(&relay)[0]["report"].as_str().unwrap());
+        std::fs::rename(&report, report.with_extension("seen")).unwrap();
+        let is_settled = |relay: &Relay| {
+            !relay.needs_attention() && relay.metric("walrelay_upstream_needs_attention") == Some(0.0)
+        };
+        wait_until("nobody to be needed", || is_settled(&relay));
+        relay.restart_after_kill();
+        assert!(is_settled(&relay) && dead_branches(&relay).len() == 1, "{}", relay.status());
         if installation.has("pg_rewind") {
             rewind(&mut old, &mut new, &relay);
         }
@@ -197,4 +211,111 @@ fn a_relay_that_is_to_stop_at_a_divergence_stops_and_keeps_what_it_has() {
     relay.start();
     wait_timeline(&relay, 2);
     assert_eq!(dead_branches(&relay).len(), 1);
+}
+
+#[test]
+fn the_head_of_a_record_that_the_new_primary_never_got_is_no_divergence() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let mut old = primary(&installation);
+        let mut new = old.standby("next", old.port, "");
+        let proxy = Proxy::to(old.port);
+        let relay = Relay::streaming_from("relay", proxy.port);
+        write_wal(&old, MB);
+        // Both have all that there is, and nothing more comes of itself.
+        let fork = wait_for("the primary to write nothing", || {
+            let fork = old.flushed();
+            relay.wait_flushed(fork);
+            new.wait_replayed(fork);
+            new.stop(Stop::Fast);
+            let is_end = old.insert_position() == fork;
+            if !is_end {
+                new.start();
+            }
+            is_end.then_some(fork)
+        });
+        // Some pages of the record get to the relay, and the primary dies.
+        let limit = fork.next_multiple_of(PAGE_BYTES) + 3 * PAGE_BYTES;
+        proxy.edit(move |message| match wal_in(message).map(|(start, wal)| (start, wal.len() as u64)) {
+            Some((start, _)) if start >= limit => Verdict::Drop,
+            Some((start, length)) if start + length > limit => {
+                shorten_wal(message, limit - start);
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        });
+        emit_wal(&old, 1);
+        wait_until("the head to arrive", || relay.position("/upstream/received") >= limit);
+        old.stop(Stop::Kill);
+        new.make_standby_of(old.port, "next");
+        new.start();
+        new.promote();
+        assert_eq!(fork_of(&new, 2), fork);
+        proxy.edit_nothing();
+        proxy.lead_to(new.port);
+        wait_timeline(&relay, 2);
+        write_wal(&new, 2 * MB);
+        relay.wait_flushed(new.flushed());
+        assert!(dead_branches(&relay).is_empty() && !relay.needs_attention(), "{}", relay.status());
+        assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
+        assert_eq!(end_of_timeline(relay.port, 1, fork), end_of_timeline(new.port, 1, fork));
+    }
+}
+
+#[test]
+fn a_new_timeline_that_does_not_begin_with_what_is_held_is_refused() {
+    let Some(installation) = Installation::any() else { return };
+    // A byte that a checksum covers, and one of a page's header that none does.
+    for is_covered in [true, false] {
+        let mut old = primary(&installation);
+        let new = old.standby("next", old.port, "");
+        let proxy = Proxy::to(old.port);
+        let relay = Relay::streaming_from("relay", proxy.port);
+        write_wal(&old, MB);
+        // The timeline is left neither at a segment's beginning nor at a page's.
+        while !(MB / 4..MB / 2).contains(&(old.flushed() % MB)) || old.flushed() % PAGE_BYTES < 2000 {
+            write_wal(&old, MB / 10);
+        }
+        relay.wait_flushed(old.flushed());
+        old.stop(Stop::Fast);
+        let end = relay.flushed();
+        new.wait_replayed(end);
+        new.promote();
+        let fork = fork_of(&new, 2);
+        assert!(fork == end && fork % PAGE_BYTES > 1500, "{fork:X}");
+        let spoiled = if is_covered { fork - 1000 } else { fork - fork % PAGE_BYTES + 20 };
+        let streams = proxy.passed(|passed| passed.starts.len());
+        proxy.edit(flip_always(spoiled));
+        proxy.lead_to(new.port);
+        write_wal(&new, 2 * MB);
+        relay.wait_needs_attention();
+        let told = relay.status()["upstream"]["last_error"].as_str().unwrap_or_default().to_owned();
+        let words = if is_covered {
+            "incorrect resource manager data checksum in record at".to_owned()
+        } else {
+            format!("unexpected data in the padding at {}", lsn_text(spoiled))
+        };
+        assert!(told.contains(&words), "{told}");
+        assert_eq!(relay.flushed(), fork);
+        let vouched = proxy.passed(|passed| passed.flush_max_of[streams..].to_vec());
+        assert!(!vouched.is_empty() && vouched.iter().all(|flush| *flush == 0), "{vouched:X?}");
+        // It was spoiled on the way.
+        proxy.edit_nothing();
+        relay.wait_flushed(new.flushed());
+        assert_same_timeline(&relay.wal_dir(), &new, 2, new.flushed());
+        wait_until("nobody to be needed", || !relay.needs_attention());
+    }
+}
+
+/// Flips one bit of the WAL byte at `position`, each time it passes.
+fn flip_always(position: u64) -> impl FnMut(&mut Vec<u8>) -> Verdict + Send {
+    move |message| {
+        if let Some((start, wal)) = wal_in(message)
+            && (start..start + wal.len() as u64).contains(&position)
+        {
+            let at = message.len() - wal.len() + usize::try_from(position - start).unwrap();
+            message[at] ^= 0x10;
+        }
+        Verdict::Forward
+    }
 }

@@ -1,14 +1,19 @@
 //! Hot standby feedback: what queries on standbys behind the relay still read, the primary keeps.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::support::MB;
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::process::Program;
+use crate::support::proxy::{Proxy, Verdict, wal_in};
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_at_most, wait_for, wait_until};
+use crate::support::{MB, lsn};
+use crate::upstream_slot::{Chain, SLOTS};
 
 const EAGER: &str = "hot_standby_feedback = on\nwal_receiver_status_interval = 1";
 
@@ -156,6 +161,44 @@ fn a_client_that_lies_about_transactions_changes_nothing() {
 }
 
 #[test]
+fn transactions_of_a_later_epoch_are_held_back_and_none_of_another_is() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        if !installation.has("pg_resetwal") {
+            continue;
+        }
+        let mut primary = Settings::new().segment_size_mb(1).start(&installation);
+        primary.stop(Stop::Fast);
+        let reset = Program::new(installation.program("pg_resetwal"));
+        reset.args(["-e", "3", "-D", primary.data().to_str().unwrap()]).for_server_user().run();
+        primary.start();
+        assert_eq!(primary.sql("select txid_current() >> 32"), "3");
+        let relay = Relay::streaming_from("relay", primary.port);
+        primary.sql("create table t (id int)");
+        let standby = primary.standby("standby", relay.port, EAGER);
+        write_transactions(&primary);
+        primary.checkpoint();
+        write_transactions(&primary);
+        relay.wait_flushed(primary.flushed());
+        standby.wait_replayed(primary.flushed());
+        let (_reader, xmin) = reader(&standby);
+        write_transactions(&primary);
+        wait_held_back(&primary, &xmin);
+        let honest: u32 = xmin.parse().unwrap();
+        let mut other = RawClient::replication(relay.port).unwrap();
+        let (_, timeline, position) = identify_system(&mut other);
+        other.start_replication(None, position, timeline).unwrap();
+        for epoch in [0, 2, 4] {
+            other.send_feedback((honest - 1, epoch), (0, 0)).unwrap();
+        }
+        other.send_feedback((0, 0), (honest, 3)).unwrap();
+        let catalog = "select coalesce(catalog_xmin::text, '') from pg_replication_slots";
+        primary.wait_for_sql(catalog, &xmin);
+        assert_eq!(held_back(&primary), xmin, "of another epoch");
+    }
+}
+
+#[test]
 fn lies_that_were_believed_are_forgotten_when_a_checkpoint_tells_better() {
     let Some(installation) = Installation::in_turn(0) else { return };
     let (primary, mut relay) = chain(&installation);
@@ -231,6 +274,81 @@ fn a_restart_takes_nothing_back_and_believes_nothing_that_cannot_be() {
     assert!(relay.downstream("raw")[0]["backend_xmin"].is_null(), "a lie is believed");
 }
 
+/// A relay on its way to where its slot was made anew, by which it has told already what a standby behind it reads.
+pub(crate) struct OnTheWay {
+    pub(crate) primary: Postgres,
+    pub(crate) relay: Relay,
+    /// What the standby's reader needs.
+    pub(crate) xmin: String,
+    /// How far WAL gets to the relay.
+    limit: Arc<AtomicU64>,
+    /// The standby's way to the relay.
+    to_relay: Proxy,
+    _proxy: Proxy,
+    _standby: Postgres,
+    _reader: RawClient,
+}
+
+impl OnTheWay {
+    pub(crate) fn begin(installation: &Installation) -> Self {
+        let primary = Settings::new().segment_size_mb(1).start(installation);
+        let proxy = Proxy::to(primary.port);
+        let chain = Chain { relay: Relay::streaming_from("relay", proxy.port), primary, proxy };
+        chain.primary.sql("create table t (id int)");
+        let to_relay = Proxy::to(chain.relay.port);
+        let standby = chain.primary.standby("standby", to_relay.port, EAGER);
+        write_transactions(&chain.primary);
+        standby.wait_replayed(chain.primary.flushed());
+        chain.cut();
+        let Chain { primary, proxy, relay } = chain;
+        primary.sql("select pg_drop_replication_slot('relay')");
+        let held = relay.flushed();
+        write_wal(&primary, 8 * MB);
+        primary.checkpoint();
+        let made_at = lsn(&primary.sql("select redo_lsn from pg_control_checkpoint()"));
+        assert!(made_at > held + 4 * MB);
+        let limit = Arc::new(AtomicU64::new(held + MB));
+        let upto = Arc::clone(&limit);
+        proxy.edit(move |message| match wal_in(message) {
+            Some((start, wal)) if start + wal.len() as u64 > upto.load(Ordering::SeqCst) => Verdict::Drop,
+            _ => Verdict::Forward,
+        });
+        proxy.open();
+        primary.wait_for_sql(SLOTS, "1");
+        let (reader, xmin) = reader(&standby);
+        wait_held_back(&primary, &xmin);
+        // Reports have taken it back to where the relay is.
+        let behind =
+            format!("select restart_lsn < '{}' from pg_replication_slots", crate::support::lsn_text(made_at));
+        primary.wait_for_sql(&behind, "t");
+        Self { primary, relay, xmin, limit, to_relay, _proxy: proxy, _standby: standby, _reader: reader }
+    }
+
+    /// The relay is killed, and what is to begin the next stream gets there; the standby does not.
+    pub(crate) fn kill(&mut self) {
+        self.to_relay.close();
+        self.relay.kill();
+        self.limit.fetch_add(MB, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_restart_takes_nothing_back_although_the_slot_was_made_ahead_of_the_relay() {
+    let Some(installation) = Installation::since(15) else { return };
+    let mut way = OnTheWay::begin(&installation);
+    way.kill();
+    way.relay.start();
+    let stays = || held_back(&way.primary) == way.xmin;
+    hold("nothing is taken back while the standby is away", Duration::from_secs(5), stays);
+    way.to_relay.open();
+    wait_until("the standby to have said again what it needs", || {
+        way.relay.downstream("standby").first().is_some_and(|one| one["backend_xmin"].to_string() == way.xmin)
+    });
+    // Longer than standbys have time to come back.
+    hold("nothing is taken back", Duration::from_secs(15), stays);
+    assert!(!way.relay.log().contains("has been lost here"), "{}", way.relay.log());
+}
+
 #[test]
 fn what_a_standby_with_a_slot_needs_is_kept_for_it_while_it_is_away() {
     let Some(installation) = Installation::in_turn(0) else { return };
@@ -246,7 +364,7 @@ fn what_a_standby_with_a_slot_needs_is_kept_for_it_while_it_is_away() {
     wait_held_back(&primary, &xmin);
     assert!(relay.downstream("standby")[0]["backend_xmin"].is_null(), "it is the slot's");
     assert_eq!(relay.status()["slots"][0]["xmin"].to_string(), xmin);
-    standby.stop(crate::support::postgres::Stop::Immediate);
+    standby.stop(Stop::Immediate);
     drop(reader);
     wait_until("the standby to be gone", || relay.downstream("standby").is_empty());
     // Also after a restart; the primary's own slot would hide that it was forgotten.

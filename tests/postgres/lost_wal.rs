@@ -1,16 +1,18 @@
 //! A slot on the upstream that is ahead of the relay: WAL that was acknowledged and is lost here is told until it is back or known to
 //! be gone, and nothing else is told as that.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::support::lab::Installation;
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
 use crate::support::proxy::{Proxy, Verdict, wal_in};
+use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 use crate::support::{MB, lsn, lsn_text};
-use crate::timelines::fork_of;
+use crate::timelines::{Torn, dead_branches, fork_of, promote_behind, torn, wait_timeline};
 use crate::upstream_slot::{Chain, SLOTS, cut_off};
 
 #[test]
@@ -109,7 +111,7 @@ fn what_was_lost_and_a_new_timeline_goes_on_without_is_told_to_be_gone() {
     let proxy = Proxy::to(primary.port);
     let chain = Chain { relay: Relay::streaming_from("relay", proxy.port), primary, proxy };
     chain.cut();
-    let (Chain { mut primary, proxy, relay }, upto) = set_back(chain, |primary| {
+    let (Chain { mut primary, proxy, mut relay }, upto) = set_back(chain, |primary| {
         write_wal(primary, MB);
         heir.wait_replayed(primary.flushed());
         heir.stop(Stop::Fast);
@@ -135,4 +137,68 @@ fn what_was_lost_and_a_new_timeline_goes_on_without_is_told_to_be_gone() {
     assert!(lsn(told["lost_for_good"]["to"].as_str().unwrap()) > fork, "{told}");
     hold("it asks for a person", Duration::from_secs(1), || relay.needs_attention());
     heir.wait_reported_flush("relay", heir.flushed());
+    // Also after a crash, until somebody has seen to it.
+    relay.restart_after_kill();
+    assert_eq!(relay.status()["upstream"]["lost_for_good"], told["lost_for_good"]);
+    relay.wait_needs_attention();
+    let files = std::fs::read_dir(relay.data_dir()).unwrap().map(|entry| entry.unwrap().path());
+    let is_report = |path: &PathBuf| path.to_str().unwrap().contains("walrelay.lost.");
+    let reports: Vec<_> = files.filter(is_report).collect();
+    assert_eq!(reports.len(), 1, "{reports:?}");
+    let text = std::fs::read_to_string(&reports[0]).unwrap();
+    assert!(text.contains(&format!("\"from\": \"{}\"", lsn_text(fork))), "{text}");
+    std::fs::remove_file(&reports[0]).unwrap();
+    wait_until("nobody to be needed", || {
+        !relay.needs_attention() && relay.status()["upstream"]["lost_for_good"].is_null()
+    });
+}
+
+#[test]
+fn what_was_lost_of_a_timeline_is_told_although_a_branch_that_was_set_aside_went_further() {
+    let Some(installation) = Installation::since(15) else { return };
+    let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &[]);
+    promote_behind(&mut old, &mut new, "");
+    wait_timeline(&relay, 2);
+    new.sql("insert into kept values (4)");
+    new.wait_reported_flush("relay", new.flushed());
+    let end = lsn(dead_branches(&relay)[0]["end"].as_str().unwrap());
+    relay.terminate();
+    let (data, old_copy) = (relay.data_dir().to_owned(), relay.data_dir().with_extension("old"));
+    copy_folder(&data, &old_copy);
+    relay.start();
+    write_wal(&new, MB);
+    let upto = new.flushed();
+    assert!(upto < end, "{upto:X} {end:X}");
+    new.wait_reported_flush("relay", upto);
+    relay.terminate();
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::rename(&old_copy, &data).unwrap();
+    relay.start();
+    relay.wait_logged("WAL that was acknowledged has been lost here");
+    relay.wait_logged("the WAL that had been lost is here again");
+}
+
+#[test]
+fn what_a_slot_tells_of_a_branch_that_was_set_aside_is_no_loss() {
+    let Some(installation) = Installation::since(15) else { return };
+    let Torn { mut old, mut new, mut relay, .. } = torn(&installation, &[]);
+    let end = old.flushed();
+    relay.kill();
+    promote_behind(&mut old, &mut new, "");
+    // As it may be found at a server that knew of the branch.
+    let mut client = RawClient::replication(new.port).unwrap();
+    client.query("CREATE_REPLICATION_SLOT relay PHYSICAL RESERVE_WAL").unwrap();
+    let (_, timeline, position) = identify_system(&mut client);
+    client.start_replication(Some("relay"), position, timeline).unwrap();
+    client.send_status(end, end, 0).unwrap();
+    let at = format!("select restart_lsn = '{}' from pg_replication_slots", lsn_text(end));
+    new.wait_for_sql(&at, "t");
+    drop(client);
+    new.wait_for_sql("select active from pg_replication_slots", "f");
+    relay.start();
+    wait_timeline(&relay, 2);
+    new.sql("insert into kept values (4)");
+    new.wait_reported_flush("relay", new.flushed());
+    assert!(!relay.log().contains("has been lost here"), "{}", relay.log());
+    assert!(relay.status()["upstream"]["lost"].is_null());
 }

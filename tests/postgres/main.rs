@@ -59,4 +59,5 @@ mod timelines;
 mod timeouts;
 mod tls_downstream;
 mod tls_upstream;
+mod unheard_slot;
 mod upstream_slot;

@@ -196,7 +196,10 @@ fn segments_of_an_earlier_timeline_and_the_first_of_the_next_are_fetched_again()
     let Some((primary, _proxy, mut relay)) = filled() else { return };
     let next = primary.standby("next", primary.port, "");
     relay.terminate();
-    let conninfo = format!("\"host=127.0.0.1 port={} user=postgres sslmode=disable\"", next.port);
+    let conninfo = format!(
+        "\"host=127.0.0.1 port={} user=postgres sslmode=disable target_session_attrs=any\"",
+        next.port
+    );
     relay.set("upstream.conninfo", &conninfo);
     relay.start();
     write_wal(&primary, MB / 2);

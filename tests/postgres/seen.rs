@@ -8,9 +8,10 @@ use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::{Load, write_wal};
 use crate::support::postgres::{Postgres, Settings, Stop};
+use crate::support::proxy::Proxy;
 use crate::support::raw::{RawClient, identify_system};
 use crate::support::relay::Relay;
-use crate::support::wait::{hold, wait_until};
+use crate::support::wait::{hold, wait_at_most, wait_until};
 use crate::support::{MB, lsn_text};
 
 fn sync_state(relay: &Relay) -> Value {
@@ -103,6 +104,76 @@ fn a_relay_that_is_expected_to_be_waited_for_and_is_not_asks_for_a_person() {
     relay.start();
     relay.wait_needs_attention();
     assert!(sync_state(&relay).is_null());
+}
+
+#[test]
+fn what_cannot_be_seen_any_more_is_not_known_to_be_so() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = synchronous(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = Relay::new("relay", proxy.port).with("upstream.expect_sync", "true");
+    relay.start();
+    wait_until("the state to be told", || sync_state(&relay) == "sync");
+    assert!(!relay.needs_attention());
+    // From now on only replication gets through.
+    proxy.lead_sql_to(1);
+    relay.wait_needs_attention();
+    relay.wait_logged("cannot check whether the upstream waits for this relay");
+    let upstream = relay.status()["upstream"].clone();
+    assert!(upstream["sync_state"].is_null() && upstream["namesakes"].is_null(), "made up: {upstream}");
+    write_wal(&primary, MB);
+    relay.wait_flushed(primary.flushed());
+    assert_eq!(relay.status()["upstream"]["sessions"], 1, "the stream was disturbed");
+    proxy.lead_sql_to(primary.port);
+    wait_until("it to be seen again", || sync_state(&relay) == "sync" && !relay.needs_attention());
+}
+
+#[test]
+fn a_primary_that_ceases_to_wait_while_it_streams_is_told() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Settings::new().segment_size_mb(1).start(&installation);
+    let write = |names: &str| {
+        primary.sql(&format!("alter system set synchronous_standby_names = '{names}'"));
+        primary.reload();
+    };
+    write("relay");
+    let mut relay = Relay::new("relay", primary.port).with("upstream.expect_sync", "true");
+    relay.start();
+    wait_until("the state to be told", || sync_state(&relay) == "sync");
+    assert!(!relay.needs_attention());
+    // As Patroni writes it from its members, of which the relay is none.
+    write("\"member_2\"");
+    relay.wait_needs_attention();
+    relay.wait_logged("the upstream does not wait for this relay any more");
+    assert_eq!(
+        (sync_state(&relay), relay.status()["upstream"]["sessions"].clone()),
+        ("async".into(), 1.into())
+    );
+    write("2 (\"member_2\",relay)");
+    wait_until("it to be as expected", || sync_state(&relay) == "sync" && !relay.needs_attention());
+}
+
+#[test]
+fn what_one_server_thought_of_the_relay_is_not_told_of_the_next() {
+    let Some(installation) = Installation::any() else { return };
+    let mut primary = synchronous(&installation);
+    let heir = primary.standby("heir", primary.port, "");
+    let to_heir = Proxy::to(heir.port);
+    // There only replication gets through.
+    to_heir.lead_sql_to(1);
+    let hosts = format!("host=127.0.0.1,127.0.0.1 port={},{}", primary.port, to_heir.port);
+    let mut relay = Relay::new("relay", 1)
+        .with_conninfo(&format!("{hosts} user=postgres sslmode=disable target_session_attrs=read-write"));
+    relay.start();
+    wait_until("the state to be told", || sync_state(&relay) == "sync");
+    heir.wait_replayed(primary.flushed());
+    primary.stop(Stop::Fast);
+    heir.promote();
+    wait_until("the relay to stream from the heir", || {
+        let upstream = relay.status()["upstream"].clone();
+        upstream["state"] == "streaming" && upstream["sessions"].as_u64() >= Some(2)
+    });
+    assert!(sync_state(&relay).is_null(), "made up");
 }
 
 #[test]
@@ -210,6 +281,31 @@ fn wal_that_is_acknowledged_and_nowhere_else_is_told() {
     standby.start();
     wait_until("the standby to have everything", || bytes() == 0);
     assert!(told()["since"].is_null() && age() < 2.0, "{}", told());
+}
+
+#[test]
+fn wal_that_is_nowhere_else_for_a_minute_is_said_also_where_the_standby_is_only_not_heard_of() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = synchronous(&installation);
+    let relay = Relay::streaming_from("relay", primary.port);
+    let way = Proxy::to(relay.port);
+    let settings = "synchronous_standby_names = ''\nwal_receiver_status_interval = 1s";
+    let standby = primary.standby("standby", way.port, settings);
+    let bytes = || relay.status()["only_copy"]["bytes"].as_u64().unwrap_or(u64::MAX);
+    wait_until("the standby to have everything", || bytes() == 0 && relay.downstream("standby").len() == 1);
+    // Its connection is there, and nothing goes through: nobody is told that it is cut off.
+    way.stall(true);
+    write_wal(&primary, MB);
+    let cut_off = Instant::now();
+    wait_until("it to be shown", || bytes() >= MB);
+    let line = "that no standby of this relay has: this is the only copy";
+    let told = wait_at_most(Duration::from_secs(90), || relay.log().contains(line).then_some(()));
+    assert!(told.is_some() && cut_off.elapsed() > Duration::from_secs(55), "{:?}", cut_off.elapsed());
+    assert!(relay.metric("walrelay_only_copy_seconds") > Some(55.0));
+    way.stall(false);
+    standby.wait_replayed(primary.flushed());
+    wait_until("the standby to have everything again", || bytes() == 0);
+    assert_eq!(relay.times_logged(line), 1);
 }
 
 #[test]

@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::feedback::OnTheWay;
 use crate::support::compare::wal_files;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::write_wal;
 use crate::support::postgres::{Postgres, Settings, Stop, copy_folder};
-use crate::support::proxy::Proxy;
+use crate::support::proxy::{Proxy, Verdict};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
 use crate::support::{MB, lsn, lsn_text};
@@ -337,6 +338,54 @@ fn a_slot_of_a_policy_that_was_local_holds_back_no_transaction_any_more() {
             wait_moved(&primary, primary.flushed());
         }
     }
+}
+
+#[test]
+fn a_slot_of_a_policy_that_was_local_holds_back_nothing_although_it_was_made_ahead_of_the_relay() {
+    let Some(installation) = Installation::since(15) else { return };
+    let mut way = OnTheWay::begin(&installation);
+    way.kill();
+    let OnTheWay { primary, relay, xmin, .. } = &mut way;
+    for (key, value) in [("upstream.acknowledge", "\"ANY 1 (far)\""), ("upstream.slot", "\"relay\"")] {
+        relay.set(key, value);
+    }
+    let held = "select coalesce(xmin::text, 'none') from pg_replication_slots where slot_name = 'relay'";
+    assert_eq!(primary.sql(held), *xmin, "a slot keeps it");
+    relay.start();
+    primary.wait_for_sql(held, "none");
+}
+
+#[test]
+fn a_loss_is_told_also_where_the_answer_to_the_making_of_the_slot_had_not_come() {
+    let Some(installation) = Installation::since(15) else { return };
+    let primary = Settings::new().segment_size_mb(1).line("wal_keep_size = 64MB").start(&installation);
+    let proxy = Proxy::to(primary.port);
+    let mut relay = waiting(Relay::new("relay", proxy.port));
+    relay.start();
+    write_wal(&primary, MB);
+    wait_moved(&primary, primary.flushed());
+    let mut is_cut = false;
+    // The first column of what is answered is the new slot's position.
+    proxy.edit(move |message| match (message.first(), message.get(7..11)) {
+        (Some(b'T'), Some(b"lsn\0")) if !std::mem::replace(&mut is_cut, true) => Verdict::Cut,
+        _ => Verdict::Forward,
+    });
+    primary.sql("select pg_drop_replication_slot('relay')");
+    write_wal(&primary, 2 * MB);
+    wait_moved(&primary, primary.flushed());
+    assert!(!relay.log().contains("it was made again"), "the answer came");
+    assert_eq!(relay.status()["upstream"]["sessions"], 1, "the stream was disturbed");
+    relay.terminate();
+    let (data, old) = (relay.data_dir().to_owned(), relay.data_dir().with_extension("old"));
+    copy_folder(&data, &old);
+    relay.start();
+    write_wal(&primary, 2 * MB);
+    wait_moved(&primary, primary.flushed());
+    relay.terminate();
+    std::fs::remove_dir_all(&data).unwrap();
+    std::fs::rename(&old, &data).unwrap();
+    relay.start();
+    relay.wait_logged("WAL that was acknowledged has been lost here");
 }
 
 #[test]

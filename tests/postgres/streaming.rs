@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use crate::support::compare::{assert_equal_clusters, assert_same_wal};
-use crate::support::lab::Installation;
-use crate::support::load::{Load, pgbench, pgbench_tables};
-use crate::support::lsn;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::lab::{Installation, chosen_majors, give_to_server, scratch};
+use crate::support::load::{Load, pgbench, pgbench_tables, write_wal};
+use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
+use crate::support::{MB, lsn, lsn_text};
 
 /// One test for each major; those that were not chosen say so and end.
 macro_rules! for_each_major {
@@ -126,4 +126,43 @@ fn a_late_standby_is_served_from_the_files_and_a_live_one_from_memory() {
     late.start();
     assert_equal_clusters(&primary, &late);
     assert_equal_clusters(&primary, &live);
+}
+
+#[test]
+fn a_standby_whose_wal_is_gone_here_takes_it_from_its_archive_and_streams_on() {
+    for major in chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let archive = scratch();
+        give_to_server(archive.path());
+        let place = archive.path().display();
+        let primary = Settings::new()
+            .segment_size_mb(1)
+            .line("archive_mode = on")
+            .line(&format!("archive_command = 'cp \"%p\" \"{place}/%f\"'"))
+            .start(&installation);
+        let mut relay = Relay::new("relay", primary.port).with("store.wal_keep_size", "\"1MB\"");
+        relay.start();
+        let settings = format!("archive_mode = off\nrestore_command = 'cp \"{place}/%f\" \"%p\"'");
+        let mut standby = primary.standby("standby", relay.port, &settings);
+        standby.wait_replayed(primary.flushed());
+        standby.stop(Stop::Fast);
+        let needed = primary.flushed();
+        write_wal(&primary, 8 * MB);
+        primary.switch_wal();
+        wait_until("the relay to have removed it", || relay.oldest() > needed + MB);
+        let upto = primary.flushed();
+        let last = lsn_text(upto - 1);
+        primary.wait_for_sql(
+            &format!(
+                "select coalesce(last_archived_wal, '') >= pg_walfile_name('{last}') from pg_stat_archiver"
+            ),
+            "t",
+        );
+        standby.start();
+        standby.wait_replayed(upto);
+        assert!(standby.log().contains("restored log file"), "{}", standby.log());
+        relay.wait_downstream("standby", "streaming");
+        write_wal(&primary, 2 * MB);
+        assert_equal_clusters(&primary, &standby);
+    }
 }

@@ -1,22 +1,26 @@
 //! Planned switchovers through the relay: the old primary stops at once, the heir behind the relay gets all that it wrote, and
 //! nobody needs pg_rewind.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::support::MB;
 use crate::support::compare::assert_equal_clusters;
-use crate::support::lab::{Installation, chosen_majors};
-use crate::support::load::{Load, assert_has_confirmed, write_wal};
+use crate::support::faults::{Faults, SmallDisk};
+use crate::support::lab::{Installation, chosen_majors, may_mount};
+use crate::support::load::{Load, assert_has_confirmed, emit_wal, write_wal};
 use crate::support::lsn;
 use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::process::Program;
 use crate::support::proxy::Proxy;
 use crate::support::relay::Relay;
-use crate::support::wait::wait_until;
+use crate::support::wait::{hold, wait_until};
 use crate::timelines::{assert_same_timeline, conninfo, dead_branches, fork_of, primary, wait_timeline};
 
 /// A planned switchover stops the old primary in less than this.
 const STOP_MAX: Duration = Duration::from_secs(3);
+
+/// The relay follows the heir, once that is promoted and nothing keeps it from that, in less than this.
+const FOLLOW_MAX: Duration = Duration::from_secs(3);
 
 #[test]
 fn a_drill_from_the_primary_to_a_standby_behind_the_relay_and_back_into_the_fleet() {
@@ -61,7 +65,7 @@ fn drill(installation: &Installation, acknowledge: Option<&str>) {
     heir.wait_replayed(end);
     heir.promote();
     assert_eq!(fork_of(&heir, 2), end);
-    wait_timeline(&relay, 2);
+    follows_in_time(&relay);
     wait_sync(&heir);
     heir.sql("insert into load_rows (filling) values ('after')");
     assert_has_confirmed(&heir, confirmed);
@@ -92,6 +96,124 @@ fn shutdown_checkpoint(server: &Postgres) -> u64 {
     lsn(&value("Latest checkpoint location:").unwrap())
 }
 
+/// The relay is on the heir's timeline soon.
+fn follows_in_time(relay: &Relay) {
+    let started = Instant::now();
+    wait_timeline(relay, 2);
+    let took = started.elapsed();
+    assert!(took < FOLLOW_MAX, "the relay followed after {took:?}");
+}
+
+/// What is wrong with a relay during a switchover. Heals when it is told to.
+enum Trouble {
+    /// Its disk takes no sync, or no write.
+    Hanging(&'static str, Faults),
+    Full(SmallDisk),
+    Fenced,
+    /// Commits wait for members that are dead.
+    Deserted,
+}
+
+impl Trouble {
+    fn prepare(&self, relay: Relay) -> Relay {
+        match self {
+            Self::Hanging(_, faults) => relay.with_faults(faults),
+            Self::Full(disk) => relay
+                .with_data_dir(&disk.path().join("relay"))
+                .with("store.wal_keep_size", "\"4MB\"")
+                .with("store.tail_size", "\"1MB\"")
+                .with("store.unwritten_size", "\"1MB\""),
+            Self::Fenced => relay.with_token(),
+            Self::Deserted => relay.with("upstream.acknowledge", "\"ANY 1 (a, b)\""),
+        }
+    }
+
+    /// From now on it is there, while the primary writes.
+    fn begin(&self, old: &Postgres, relay: &Relay) {
+        match self {
+            Self::Hanging(fault, faults) => faults.set(fault, 0),
+            Self::Full(disk) => drop(disk.fill()),
+            Self::Fenced => drop(relay.fence()),
+            Self::Deserted => {}
+        }
+        emit_wal(old, 12 * MB);
+        match self {
+            Self::Full(_) => wait_until("the store to notice", || relay.condition() != "healthy"),
+            Self::Deserted => relay.wait_flushed(old.flushed()),
+            Self::Hanging(..) | Self::Fenced => assert!(relay.flushed() < old.flushed()),
+        }
+    }
+
+    fn end(&self, relay: &Relay) {
+        match self {
+            Self::Hanging(fault, faults) => faults.clear(fault),
+            Self::Full(disk) => std::fs::remove_file(disk.path().join("filler")).unwrap(),
+            Self::Fenced => relay.unfence(),
+            Self::Deserted => {}
+        }
+    }
+}
+
+#[test]
+fn a_relay_whose_disk_hangs_holds_no_switchover_up_and_follows_when_that_is_over() {
+    on_every_major(|installation| {
+        for fault in ["sync_hangs", "write_hangs"] {
+            troubled(&installation, &Trouble::Hanging(fault, Faults::new()));
+        }
+    });
+}
+
+#[test]
+fn a_relay_whose_disk_is_full_holds_no_switchover_up_and_follows_when_there_is_room() {
+    if !may_mount() {
+        return;
+    }
+    on_every_major(|installation| troubled(&installation, &Trouble::Full(SmallDisk::of_megabytes(48))));
+}
+
+#[test]
+fn a_relay_that_is_fenced_holds_no_switchover_up_and_follows_when_it_is_not() {
+    on_every_major(|installation| troubled(&installation, &Trouble::Fenced));
+}
+
+#[test]
+fn dead_members_for_whom_commits_wait_hold_no_switchover_up() {
+    on_every_major(|installation| troubled(&installation, &Trouble::Deserted));
+}
+
+/// A switchover to a standby beside the relay, which cannot take part; commits wait for it.
+fn troubled(installation: &Installation, trouble: &Trouble) {
+    let mut old =
+        Settings::new().segment_size_mb(1).line("synchronous_standby_names = 'relay'").start(installation);
+    let heir = old.standby("heir", old.port, "synchronous_standby_names = ''");
+    let mut relay = trouble.prepare(Relay::new("relay", old.port));
+    relay.set("upstream.conninfo", &conninfo(&[&old, &heir]));
+    relay.start();
+    relay.wait_flushed(old.flushed());
+    trouble.begin(&old, &relay);
+    let load = Load::start_waiting(&old);
+    hold("no commit is confirmed", Duration::from_millis(500), || load.committed() == 0);
+    let took = old.stop(Stop::Fast);
+    drop(load);
+    assert!(took < STOP_MAX, "the old primary's fast stop took {took:?}");
+    let checkpoint = shutdown_checkpoint(&old);
+    wait_until("the heir to have the shutdown checkpoint", || heir.replayed() > checkpoint);
+    let end = heir.replayed();
+    heir.promote();
+    assert_eq!(fork_of(&heir, 2), end);
+    trouble.end(&relay);
+    follows_in_time(&relay);
+    heir.sql("create table after_it (id int)");
+    old.make_standby_of(relay.port, "old");
+    old.start();
+    write_wal(&heir, MB);
+    assert_equal_clusters(&heir, &old);
+    relay.wait_downstream("old", "streaming");
+    assert!(!old.log().contains("forked off"), "the old primary has WAL that the new one lacks");
+    assert!(dead_branches(&relay).is_empty() && !relay.needs_attention(), "{}", relay.status());
+    assert_same_timeline(&relay.wal_dir(), &heir, 2, heir.flushed());
+}
+
 #[test]
 fn an_address_that_moves_to_another_server_is_followed_where_that_may_be_followed() {
     let Some(installation) = Installation::in_turn(2) else { return };
@@ -99,7 +221,8 @@ fn an_address_that_moves_to_another_server_is_followed_where_that_may_be_followe
     let new = old.standby("next", old.port, "");
     let stale = old.standby("stale", old.port, "");
     let address = Proxy::to(old.port);
-    let relay = Relay::streaming_from("relay", address.port);
+    let mut relay = Relay::new("relay", address.port).from_standby_at(address.port);
+    relay.start();
     write_wal(&old, MB);
     let upto = old.flushed();
     relay.wait_flushed(upto);

@@ -13,7 +13,7 @@ use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::raw::{Event, RawClient, columns_of, identify_system, rows_of, tags_of};
 use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
-use crate::support::wait::wait_until;
+use crate::support::wait::{hold, wait_until};
 use crate::support::{lsn, lsn_text};
 
 /// A primary with segments of 1 MB.
@@ -131,7 +131,8 @@ fn a_promotion_is_followed_on_the_live_connection() {
     let Some(installation) = Installation::in_turn(1) else { return };
     let old = primary(&installation);
     let middle = old.standby("middle", old.port, "");
-    let mut relay = Relay::streaming_from("relay", middle.port);
+    let mut relay = Relay::new("relay", middle.port).from_standby_at(middle.port);
+    relay.start();
     let standby = old.standby("standby", relay.port, "");
     write_wal(&old, 2 * MB);
     relay.wait_flushed(old.flushed());
@@ -259,6 +260,38 @@ pub(crate) fn torn(installation: &Installation, settings: &[(&str, &str)]) -> To
     let last_lost = commit(3);
     relay.wait_flushed(old.flushed());
     Torn { old, new, relay, rows: 2, first_lost, last_lost }
+}
+
+#[test]
+fn a_standby_is_streamed_from_only_where_that_is_said() {
+    for major in crate::support::lab::chosen_majors() {
+        let Some(installation) = Installation::of(major) else { continue };
+        let primary = primary(&installation);
+        let standby = primary.standby("standby", primary.port, "");
+        standby.wait_replayed(primary.flushed());
+        let server = format!("host=127.0.0.1 port={} user=postgres sslmode=disable", standby.port);
+        let mut relay = Relay::new("relay", 1).with_conninfo(&server);
+        relay.launch();
+        relay.wait_logged("server is in hot standby mode: set target_session_attrs=any");
+        hold("nothing is taken from it", Duration::from_secs(1), || {
+            relay.status()["upstream"]["sessions"] == 0 && relay.position("/store/verified") == 0
+        });
+        assert_eq!(standby.sql("select count(*) from pg_replication_slots"), "0");
+        // The next host is tried.
+        relay.terminate();
+        let servers = format!("host=127.0.0.1,127.0.0.1 port={},{}", standby.port, primary.port);
+        let mut relay = relay.with_conninfo(&format!("{servers} user=postgres sslmode=disable"));
+        relay.start();
+        write_wal(&primary, MB);
+        primary.wait_reported_flush("relay", primary.flushed());
+        // What is said holds, and where the stream comes from is shown.
+        relay.terminate();
+        let mut relay = relay.from_standby_at(standby.port);
+        relay.start();
+        write_wal(&primary, MB);
+        relay.wait_flushed(primary.flushed());
+        assert_eq!(relay.status()["upstream"]["is_writable"], false);
+    }
 }
 
 #[test]

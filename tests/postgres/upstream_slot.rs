@@ -52,7 +52,7 @@ impl Chain {
 }
 
 /// A primary that keeps next to nothing for slots.
-fn sparing() -> Settings {
+pub(crate) fn sparing() -> Settings {
     Settings::new()
         .line("wal_keep_size = 0")
         .line("max_wal_size = 32MB")
@@ -324,8 +324,9 @@ fn a_slot_made_in_vain_is_dropped_where_it_was_made_and_no_other_is_touched() {
         Verdict::Forward
     });
     let ports = format!("{},{}", proxy.port, to_late.port);
-    relay =
-        relay.with_conninfo(&format!("host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable"));
+    relay = relay.with_conninfo(&format!(
+        "host=127.0.0.1,127.0.0.1 port={ports} user=postgres sslmode=disable target_session_attrs=any"
+    ));
     relay.launch();
     let upto = primary.flushed();
     relay.wait_flushed(upto);
@@ -463,8 +464,7 @@ fn a_slot_that_is_made_while_its_server_is_promoted_is_of_use_all_the_same() {
             }
             heir.wait_replayed(primary.flushed());
             promoted_before_the_slot(&heir, &proxy);
-            relay = relay
-                .with_conninfo(&format!("host=127.0.0.1 port={} user=postgres sslmode=disable", proxy.port));
+            relay = relay.from_standby_at(proxy.port);
             relay.start();
             wait_until("the relay to follow", || relay.status()["store"]["timeline"] == 2);
             write_wal(&heir, MB);

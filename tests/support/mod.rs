@@ -38,3 +38,6 @@ pub(crate) fn lsn_text(lsn: u64) -> String {
 }
 
 pub(crate) const MB: u64 = 1 << 20;
+
+/// `XLOG_BLCKSZ`.
+pub(crate) const PAGE_BYTES: u64 = 8192;

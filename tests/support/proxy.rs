@@ -225,6 +225,13 @@ pub(crate) fn wal_in(message: &[u8]) -> Option<(u64, &[u8])> {
     is_wal.then(|| (u64::from_be_bytes(message[6..14].try_into().unwrap()), &message[30..]))
 }
 
+/// Leaves only so many bytes of the WAL in this message.
+pub(crate) fn shorten_wal(message: &mut Vec<u8>, bytes: u64) {
+    message.truncate(30 + usize::try_from(bytes).unwrap());
+    let length = u32::try_from(message.len() - 1).unwrap();
+    message[1..5].copy_from_slice(&length.to_be_bytes());
+}
+
 /// A frame of a compressed link.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Frame {
