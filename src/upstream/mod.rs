@@ -19,6 +19,8 @@ mod follow;
 mod histories;
 mod judge;
 mod link;
+#[cfg(test)]
+mod link_tests;
 mod local_windows;
 mod looking;
 mod losses;
@@ -34,6 +36,7 @@ mod slot_cost;
 mod slot_memory;
 mod slot_use;
 mod synchronous;
+mod taking;
 #[cfg(test)]
 mod tests;
 mod unfollowed;

@@ -12,7 +12,7 @@ use crate::support::powercut::Chance;
 use crate::support::proxy::{Proxy, Verdict, frame_in};
 use crate::support::relay::Relay;
 use crate::support::wait::{hold, wait_until};
-use crate::support::{MB, lsn_text};
+use crate::support::{MB, lsn, lsn_text};
 
 /// A relay that streams from another one over a link, and from nothing else.
 fn linked(name: &str, port: u16) -> Relay {
@@ -112,6 +112,44 @@ fn links_that_catch_up_at_once_hold_the_same_bytes() {
     let compressed = total(&near, "walrelay_link_compressed_frames_total");
     let sent = total(&near, "walrelay_link_sent_bulk_frames_total");
     assert!(sent > 8.0 * 90.0 && compressed * 2.0 < sent, "{compressed} compressed, {sent} sent");
+}
+
+/// Most memory of a relay whose store may hold next to nothing.
+const SMALL_RELAY_BYTES_MAX: u64 = 64 * MB;
+
+#[test]
+fn wal_that_shrinks_to_nothing_is_taken_as_the_store_has_room() {
+    let Some(installation) = Installation::any() else { return };
+    let primary = Postgres::primary(&installation);
+    let near = Relay::streaming_from("near", primary.port);
+    let proxy = Proxy::to(near.port);
+    let mut far = Relay::new("far", proxy.port)
+        .with("upstream.link", "\"require\"")
+        .with("store.tail_size", "\"1MB\"")
+        .with("store.unwritten_size", "\"1MB\"");
+    far.start();
+    far.wait_flushed(primary.flushed());
+    // Segments of 16 MB that are all but empty: the far relay gets them in one or two reads.
+    proxy.stall(true);
+    for _ in 0..32 {
+        primary.sql("select pg_logical_emit_message(false, 'a little', 'of WAL')");
+        primary.sql("select pg_switch_wal()");
+    }
+    let upto = primary.flushed();
+    near.wait_flushed(upto);
+    wait_until("all of it to be under way", || {
+        near.downstream("far").iter().any(|session| session["sent_lsn"].as_str().map(lsn) >= Some(upto))
+    });
+    proxy.stall(false);
+    let mut most = 0;
+    wait_until("the far relay to have all WAL", || {
+        most = far.process().memory("RssAnon").max(most);
+        far.flushed() >= upto
+    });
+    println!("{} MB of memory", most / MB);
+    assert!(most < SMALL_RELAY_BYTES_MAX, "{} MB of memory", most / MB);
+    assert_eq!(far.status()["upstream"]["sessions"], 1, "{}", far.log());
+    assert_same_wal(&far.wal_dir(), &primary, upto);
 }
 
 /// What a proxy does to a message of a link.
