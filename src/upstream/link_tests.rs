@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 use super::*;
 use crate::net::Socket;
 use crate::protocol::link::{
-    BulkEncoder, Compression, Encoding, FrameHeader, FrameKind, Hello, Seed, WalChecksum,
+    BulkEncoder, Codec, Compression, Encoding, FrameHeader, FrameKind, Hello, Offer, Seed, WalChecksum,
 };
 use crate::store::Identity;
 use crate::upstream::tests::upstream;
@@ -49,6 +49,7 @@ fn opened(socket: UnixStream, already_read: Bytes, start: Lsn, terms: LinkTerms)
         lost: None,
         retained: None,
         link: Some(terms),
+        link_due: None,
         is_slot_holding_back: false,
     }
 }
@@ -88,7 +89,8 @@ async fn what_one_read_expands_to_is_taken_as_the_store_has_room() {
     assert!(read.len() < 64 << 10, "{} bytes are more than one read", read.len());
 
     let (socket, _server) = UnixStream::pair().unwrap();
-    let terms = LinkTerms::new(Compression::Zstd { level: 1 }, system_id, timeline, &store).unwrap();
+    let accepted = (Compression::Zstd { level: 1 }, Offer::of(&[Codec::Zstd]).unwrap());
+    let terms = LinkTerms::new(accepted, system_id, timeline, &store).unwrap();
     let mut receiver = WalReceiver::new(context(&mut upstream), opened(socket, read, start, terms));
     let (mut turns, mut largest) = (0, 0);
     while receiver.has_unread || turns == 0 {

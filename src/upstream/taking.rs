@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
+use crate::metrics::position_value;
 use crate::protocol::replication::Keepalive;
 use crate::protocol::{StreamItem, backend};
 use crate::session::gather::HandOver;
 use crate::store::BlockId;
 use crate::upstream::UpstreamError;
 use crate::upstream::walreceiver::{StreamEnd, WalReceiver};
-use crate::metrics::position_value;
 use crate::wal::Lsn;
 
 impl WalReceiver<'_> {

@@ -148,7 +148,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         create_slot: true,
         slot_wal_keep_max: None,
         receiver_timeout: None,
-        link: LinkSettings { mode: LinkMode::Off, codecs: Vec::new() },
+        link: LinkSettings { mode: LinkMode::Off, codecs: Vec::new(), retry_interval: None },
         instance: Instances::of("relay".to_owned()),
         status_interval: None,
         on_divergence: OnDivergence::Follow,

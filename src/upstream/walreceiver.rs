@@ -40,6 +40,8 @@ use crate::wal::{Lsn, PgTimestamp};
 pub(crate) enum StreamEnd {
     /// The relay stops, or is fenced.
     StopRequested,
+    /// It is plain because a link had brought something wrong, and is to give way to one.
+    LinkDue,
     /// Nothing was heard for `wal_receiver_timeout`.
     UpstreamSilent,
     /// The upstream shut down.
@@ -108,6 +110,8 @@ pub(crate) struct WalReceiver<'a> {
     pub(super) has_unread: bool,
     /// Where WAL may come compressed.
     pub(super) link: Option<ReceivedLink>,
+    /// When the stream is to give way to a link.
+    pub(super) link_due: Option<Instant>,
     /// Status updates that the socket has not taken yet.
     unsent: BytesMut,
     /// There are some, here or in the socket's own buffer.
@@ -140,8 +144,8 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, introduction, settings, lost, retained, link, is_slot_holding_back, .. } =
-            opened;
+        let Opened { streaming, introduction, settings, lost, retained, link, .. } = opened;
+        let (link_due, is_slot_holding_back) = (opened.link_due, opened.is_slot_holding_back);
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -178,6 +182,7 @@ impl<'a> WalReceiver<'a> {
             stream,
             has_unread: false,
             link,
+            link_due,
             unsent: BytesMut::new(),
             has_unsent: false,
             held_end: streaming.held_end,
@@ -193,7 +198,7 @@ impl<'a> WalReceiver<'a> {
         let block = self.blocks.current();
         let mut dialog = None;
         match outcome {
-            Ok(StreamEnd::StopRequested) => self.say_goodbye().await,
+            Ok(StreamEnd::StopRequested | StreamEnd::LinkDue) => self.say_goodbye().await,
             Ok(StreamEnd::TimelineEnded) => {
                 let leave = self.context.leave.clone();
                 tokio::select! {
@@ -266,6 +271,9 @@ impl<'a> WalReceiver<'a> {
                 Event::StopRequested => self.begin_to_leave(),
             }
             self.watch_room();
+            if self.leaving.is_none() && self.is_link_due() {
+                return Ok(StreamEnd::LinkDue);
+            }
         }
         Ok(StreamEnd::StopRequested)
     }
@@ -313,8 +321,16 @@ impl<'a> WalReceiver<'a> {
         let stall = stall.into_iter().chain(self.leaving.map(|leaving| leaving.deadline)).min();
         let acknowledging = self.context.acknowledging.deadline();
         let feedback = self.feedback.due(self.held_back).filter(|_| self.has_room_for_feedback());
-        let deadlines =
-            [self.session.poll_timeout(), self.gathering.deadline(), acknowledging, feedback, stall];
+        // Once it has passed, whatever comes lets it be looked at again.
+        let link_due = self.link_due.filter(|due| *due > Instant::now());
+        let deadlines = [
+            self.session.poll_timeout(),
+            self.gathering.deadline(),
+            acknowledging,
+            feedback,
+            stall,
+            link_due,
+        ];
         let next = deadlines.into_iter().flatten().min();
         let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
         if timer.deadline() != deadline {
