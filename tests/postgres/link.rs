@@ -157,7 +157,7 @@ fn live_wal_is_encoded_once_however_many_links_there_are() {
     let encoded = total(&near, "walrelay_link_encoded_wal_bytes_total") - before;
     let times = encoded / wal as f64;
     println!("{} kB of WAL, encoded {times:.2} times", wal / 1024);
-    assert!(wal > MB && (0.9..1.5).contains(&times), "{wal} bytes of WAL, encoded {times:.2} times");
+    assert!(wal > MB / 4 && (0.9..1.25).contains(&times), "{wal} bytes of WAL, encoded {times:.2} times");
     for link in &links {
         assert_same_wal(&link.wal_dir(), &primary, primary.flushed());
     }
