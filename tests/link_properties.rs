@@ -20,8 +20,8 @@ use walrelay::{
     protocol::{
         FRAME_HEADER_BYTES,
         link::{
-            Arrival, BulkEncoder, Compression, Encoding, FrameHeader, FrameKind, Hello, Inbound, LinkError,
-            Seed, StreamEncoder, WalChecksum, inbound::Held,
+            Arrival, BulkEncoder, Codec, Compression, Encoding, FrameHeader, FrameKind, Hello, Inbound,
+            LinkError, Offer, Seed, StreamEncoder, WalChecksum, inbound::Held,
         },
     },
     session::link::{
@@ -46,6 +46,10 @@ fn held() -> Held {
     Held { system_id: SystemId(77), timeline: TimelineId::FIRST, history }
 }
 
+fn offer() -> Offer {
+    Offer::of(&[Codec::Zstd, Codec::Lz4]).unwrap()
+}
+
 fn seed() -> Seed {
     Seed::new(held().system_id, held().history)
 }
@@ -55,7 +59,7 @@ fn inbound(start: Lsn) -> Inbound {
     let Held { system_id, timeline, history } = held();
     let mut out = BytesMut::new();
     Hello { system_id, timeline, history, encoding: Encoding::Zstd }.encode(&mut out);
-    let mut inbound = Inbound::new(held(), start);
+    let mut inbound = Inbound::new(held(), offer(), start);
     inbound.take(out.freeze().slice(FRAME_HEADER_BYTES..)).unwrap();
     inbound
 }
@@ -271,7 +275,7 @@ fn the_corpus_means_what_its_names_say() {
         let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus/protocol/link");
         let bytes = std::fs::read(corpus.join(name)).unwrap();
         let held = Held { system_id: SystemId(1), timeline: TimelineId::FIRST, history: None };
-        let mut inbound = Inbound::new(held, Lsn::MIN);
+        let mut inbound = Inbound::new(held, offer(), Lsn::MIN);
         if bytes[0] == 0 {
             let mut out = BytesMut::new();
             let (system_id, timeline) = (held.system_id, held.timeline);
@@ -480,7 +484,7 @@ impl World {
             }
             Step::Encode => {
                 let epochs = &mut self.epochs;
-                let new_epoch = || {
+                let new_epoch = |_| {
                     *epochs += 1;
                     *epochs
                 };

@@ -147,7 +147,7 @@ fn shared(wal: &[u8], codec: Compression, flush: usize, links: usize, frames: &m
             while *sent < limit {
                 match ring.step(Follower { place: *follows, sent: *sent, limit }, links > 1, now) {
                     Step::Encode => {
-                        let new_epoch = || {
+                        let new_epoch = |_| {
                             epochs += 1;
                             epochs
                         };

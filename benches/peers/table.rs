@@ -21,14 +21,15 @@ impl Table {
         self.notes.push(note);
     }
 
-    /// A note about a number that should be reached.
-    pub(crate) fn target(&mut self, what: &str, reached: f64, target: Target) {
+    /// A note about a number that should be reached. Whether it is.
+    pub(crate) fn target(&mut self, what: &str, reached: f64, target: Target) -> bool {
         let (is_reached, sign, wanted) = match target {
             Target::AtLeast(wanted) => (reached >= wanted, ">=", wanted),
             Target::AtMost(wanted) => (reached <= wanted, "<=", wanted),
         };
         let verdict = if is_reached { "reached" } else { "NOT REACHED" };
         self.notes.push(format!("target: {what} {sign} {wanted:.2}: {reached:.2}, {verdict}"));
+        is_reached
     }
 
     pub(crate) fn print(&self) {

@@ -107,6 +107,7 @@ fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> R
         },
         link: links::mode(&raw.link)?,
         link_codecs: links::codecs(&raw.link_codecs)?,
+        link_retry_interval: timeout("upstream.link_retry_interval", &raw.link_retry_interval)?,
         wal_receiver_timeout: timeout("upstream.wal_receiver_timeout", &raw.wal_receiver_timeout)?,
         wal_receiver_status_interval: timeout(
             "upstream.wal_receiver_status_interval",

@@ -118,6 +118,8 @@ pub struct Upstream {
     pub link: LinkMode,
     /// Codecs that it may use, the preferred one first.
     pub link_codecs: Vec<Codec>,
+    /// How long WAL is taken plain after something wrong came over a link; `None`: for as long as the connection lasts.
+    pub link_retry_interval: Option<Duration>,
     /// Silence after which the connection is given up; `None`: never.
     pub wal_receiver_timeout: Option<Duration>,
     /// Longest time between two status updates; `None`: only when asked.

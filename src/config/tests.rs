@@ -138,6 +138,7 @@ fn links_are_checked() {
         (config.upstream.link, config.upstream.link_codecs),
         (LinkMode::Prefer, vec![Codec::Zstd, Codec::Lz4])
     );
+    assert_eq!(config.upstream.link_retry_interval, Some(Duration::from_secs(300)));
     assert_eq!(config.downstream.links.compressions, [Compression::Zstd { level: 1 }, Compression::Lz4]);
     assert_eq!((config.downstream.links.link_rate_max, config.downstream.links.links_rate_max), (None, None));
     let lines = "[downstream]\nlink_codecs = [\"lz4\", \"zstd:-3\"]\nlink_rate_max = \"10MB\"\nlinks_rate_max = \"1GB\"\n";

@@ -11,12 +11,14 @@ use std::{
     mem::MaybeUninit,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
 use rustix::{fs::MemfdFlags, io::retry_on_intr};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use crate::downstream::walsender::now;
 use crate::net::tls::{ServerTls, TlsError, TlsStart};
 use crate::net::{Socket, TlsFacts};
 use crate::protocol::{DecodeError, QUERY_BYTES_MAX, STARTUP_PACKET_BYTES_MAX, frontend};
@@ -57,6 +59,8 @@ pub(super) struct Connection<S> {
     pub(super) outgoing: Outgoing,
     /// What the stream has taken may still be in its own buffer.
     is_unflushed: bool,
+    /// When the stream took something last.
+    took_at: Option<Instant>,
     is_encrypted: bool,
 }
 
@@ -98,6 +102,7 @@ impl<S: Stream> Connection<S> {
             incoming: BytesMut::new(),
             outgoing: Outgoing::default(),
             is_unflushed: false,
+            took_at: None,
             is_encrypted: false,
         }
     }
@@ -105,6 +110,11 @@ impl<S: Stream> Connection<S> {
     /// Whether TLS may be spoken over it.
     pub(super) fn may_be_encrypted(&self) -> bool {
         self.stream.may_be_encrypted()
+    }
+
+    /// When it took something last of what was to be sent.
+    pub(super) fn took_at(&self) -> Option<Instant> {
+        self.took_at
     }
 
     /// Whether TLS is spoken over it: then what is sent is looked at, and not only handed to the kernel.
@@ -214,6 +224,7 @@ impl<S: Stream> Connection<S> {
             }
             self.outgoing.advance(written);
             self.is_unflushed = true;
+            self.took_at = Some(now());
         }
         ready!(Pin::new(&mut self.stream).poll_flush(context))?;
         self.is_unflushed = false;
@@ -251,6 +262,11 @@ impl Outgoing {
     /// Whether another message may be added now.
     pub(super) fn has_room(&self) -> bool {
         self.bytes < UNSENT_BYTES_MAX && self.pieces.len() < UNSENT_PIECES_MAX
+    }
+
+    /// Whether a small message may be added, which answers a client or asks him: also while there is no room for WAL.
+    pub(super) fn has_room_for_control(&self) -> bool {
+        self.control.len() < CONTROL_BYTES_MAX && self.pieces.len() < UNSENT_PIECES_MAX + CONTROL_PIECES_MAX
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -333,6 +349,9 @@ pub(super) fn tag_of(message: &frontend::Message) -> u8 {
 pub(super) const UNSENT_BYTES_MAX: usize = 512 << 10;
 /// Each piece may hold a whole receive block or mapping.
 const UNSENT_PIECES_MAX: usize = 64;
+/// Small messages that wait behind WAL, as bytes that came together and as pieces: then nothing more is answered.
+const CONTROL_BYTES_MAX: usize = 4096;
+const CONTROL_PIECES_MAX: usize = 64;
 /// Most undecoded bytes kept of a client: the longest message and what came in with it.
 const INCOMING_BYTES_MAX: usize = QUERY_BYTES_MAX + READ_BYTES;
 /// Bytes taken in at once: clients say little.

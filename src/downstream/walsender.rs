@@ -22,7 +22,7 @@ use crate::downstream::{
     blocking::{BlockingError, run_blocking},
     command::administrator_command,
     connection::{Connection, ConnectionError, Exchanged, Reading, Stream, tag_of},
-    link::sending::LinkSender,
+    link::{bulk::BulkFrame, sending::LinkSender},
     registry::Registration,
     timelines::{TimelineError, timeline_state},
 };
@@ -102,6 +102,10 @@ enum Event {
 /// What was waited for beside the stream.
 pub(super) enum Done {
     Loaded,
+    /// A frame of the shared stream is made; for how long the codec was at it.
+    Encoded(Duration),
+    /// A frame that stands alone, for this link.
+    Frame(BulkFrame),
     Switched(TimelineState),
 }
 
@@ -119,8 +123,8 @@ pub(super) struct Run {
     pub(super) background: Option<Background>,
     /// Brings in what will be sent next.
     pub(super) ahead: Option<Background>,
-    /// The background work compresses what could be sent now.
-    pub(super) is_compressing: bool,
+    /// The background work makes a frame of what could be sent now.
+    pub(super) is_making_frame: bool,
     /// Since when a link may not send because of its rate.
     pub(super) paced_since: Option<Instant>,
     /// Until when, if nothing else kept it from sending when that was asked last.
@@ -129,7 +133,9 @@ pub(super) struct Run {
     switch_due: Option<TimelineId>,
     client_is_done: bool,
     is_stopping: bool,
+    /// Since when something waits to be sent.
     unsent_since: Option<Instant>,
+    /// What waits is no longer in the store's memory.
     is_detached: bool,
 }
 
@@ -139,7 +145,7 @@ impl<S: Stream> WalSender<'_, S> {
         let mut run = Run {
             background: None,
             ahead: None,
-            is_compressing: false,
+            is_making_frame: false,
             paced_since: None,
             paced_until: None,
             switch_due: None,
@@ -186,15 +192,17 @@ impl<S: Stream> WalSender<'_, S> {
             if let Some(end) = self.sender.poll_end() {
                 return Ok(Some(end));
             }
-            // After it was detached, nothing is added until the client takes something.
-            if !self.connection.outgoing.has_room() || run.is_detached {
-                break;
-            }
-            if let Some(output) = self.sender.poll_output() {
+            if self.connection.outgoing.has_room_for_control()
+                && let Some(output) = self.sender.poll_output()
+            {
                 match self.put(output) {
                     Some(end) => return Ok(Some(end)),
                     None => continue,
                 }
+            }
+            // After it was detached, no WAL is added before the client has taken everything.
+            if !self.connection.outgoing.has_room() || run.is_detached {
+                break;
             }
             if run.switch_due.is_some() || run.background.is_some() {
                 break;
@@ -306,7 +314,9 @@ impl<S: Stream> WalSender<'_, S> {
             Event::Exchanged(Exchanged::Closed) => return Err(ConnectionError::Closed.into()),
             Event::Positions => self.follow_positions(run),
             Event::Removed => self.follow_removed(),
-            Event::Background(Done::Loaded) => run.is_compressing = false,
+            Event::Background(Done::Loaded) => run.is_making_frame = false,
+            Event::Background(Done::Encoded(took)) => self.note_encoded(run, took),
+            Event::Background(Done::Frame(frame)) => self.note_frame(run, frame),
             Event::BroughtIn | Event::Grown => {}
             Event::Background(Done::Switched(TimelineState::Historic { end, next })) => {
                 run.switch_due = None;
@@ -451,7 +461,7 @@ impl<S: Stream> WalSender<'_, S> {
 
     /// The sleep is moved only when it would come too late: a deadline that moves with every reply costs nothing.
     fn set_deadline(&mut self, run: &Run, mut sleep: Pin<&mut Sleep>) {
-        let detach = run.unsent_since.filter(|_| !run.is_detached).map(|since| since + DETACH_AFTER);
+        let detach = self.detach_due(run);
         let deadline = self.sender.poll_timeout().into_iter().chain(detach).chain(run.paced_until).min();
         let deadline = deadline.unwrap_or_else(|| now() + IDLE_WAKE_INTERVAL).into();
         if sleep.is_elapsed() || deadline < sleep.deadline() {
@@ -459,8 +469,15 @@ impl<S: Stream> WalSender<'_, S> {
         }
     }
 
+    /// When the client has taken nothing for too long, if he goes on so.
+    fn detach_due(&self, run: &Run) -> Option<Instant> {
+        let since = run.unsent_since.filter(|_| !run.is_detached)?;
+        let took_nothing_since = self.connection.took_at().map_or(since, |at| at.max(since));
+        Some(took_nothing_since + DETACH_AFTER)
+    }
+
     fn detach_if_stalled(&mut self, run: &mut Run, now: Instant) -> Result<(), ConnectionError> {
-        if !run.is_detached && run.unsent_since.is_some_and(|since| now >= since + DETACH_AFTER) {
+        if self.detach_due(run).is_some_and(|due| now >= due) {
             self.context.metrics.copied_bytes.increment(self.connection.outgoing.detach()?);
             run.is_detached = true;
         }

@@ -20,8 +20,12 @@ pub struct LinkMetrics {
     pub join_epochs: Counter,
     /// Standalone frames that were compressed.
     pub compressed_frames: Counter,
-    /// Standalone frames that another link had let be compressed.
+    /// Standalone frames that were sent and had been compressed for another link.
     pub shared_frames: Counter,
+    /// Frames of shared streams that were made, each for all links.
+    pub encoded_stream_frames: Counter,
+    /// WAL in frames that were made; by several codecs, or again: as often.
+    pub encoded_wal_bytes: Counter,
     /// Links that send by zstd now.
     pub zstd: Gauge,
     /// Links that send by LZ4 now.
@@ -59,6 +63,18 @@ pub enum Carried {
 }
 
 impl LinkCounters {
+    /// Registers those of one direction, under these names in the order of the fields.
+    fn register(metrics: &Metrics, names: [&'static str; 5]) -> Self {
+        let [wal_bytes, wire_bytes, bulk_frames, stream_frames, plain_messages] = names;
+        Self {
+            wal_bytes: metrics.counter(wal_bytes, "WAL carried by compressed links, in bytes"),
+            wire_bytes: metrics.counter(wire_bytes, "Bytes that this WAL had on the way"),
+            bulk_frames: metrics.counter(bulk_frames, "Frames that stand alone"),
+            stream_frames: metrics.counter(stream_frames, "Frames that are part of a stream"),
+            plain_messages: metrics.counter(plain_messages, "Uncompressed messages of WAL over links"),
+        }
+    }
+
     /// A message went or came.
     pub fn note(&self, carried: Carried, wal_bytes: u64, wire_bytes: u64) {
         self.wal_bytes.increment(wal_bytes);
@@ -75,42 +91,26 @@ impl LinkMetrics {
     /// Registers the metrics of links.
     pub fn register(metrics: &Metrics) -> Self {
         Self {
-            received: LinkCounters {
-                wal_bytes: metrics.counter(
+            received: LinkCounters::register(
+                metrics,
+                [
                     "walrelay_link_received_wal_bytes_total",
-                    "WAL received over a compressed link, in bytes",
-                ),
-                wire_bytes: metrics
-                    .counter("walrelay_link_received_wire_bytes_total", "Bytes that this WAL had on the way"),
-                bulk_frames: metrics
-                    .counter("walrelay_link_received_bulk_frames_total", "Frames received that stand alone"),
-                stream_frames: metrics.counter(
+                    "walrelay_link_received_wire_bytes_total",
+                    "walrelay_link_received_bulk_frames_total",
                     "walrelay_link_received_stream_frames_total",
-                    "Frames received that are part of a stream",
-                ),
-                plain_messages: metrics.counter(
                     "walrelay_link_received_plain_messages_total",
-                    "Uncompressed messages of WAL received over a link",
-                ),
-            },
-            sent: LinkCounters {
-                wal_bytes: metrics.counter(
+                ],
+            ),
+            sent: LinkCounters::register(
+                metrics,
+                [
                     "walrelay_link_sent_wal_bytes_total",
-                    "WAL sent over compressed links, in bytes",
-                ),
-                wire_bytes: metrics
-                    .counter("walrelay_link_sent_wire_bytes_total", "Bytes that this WAL had on the way"),
-                bulk_frames: metrics
-                    .counter("walrelay_link_sent_bulk_frames_total", "Frames sent that stand alone"),
-                stream_frames: metrics.counter(
+                    "walrelay_link_sent_wire_bytes_total",
+                    "walrelay_link_sent_bulk_frames_total",
                     "walrelay_link_sent_stream_frames_total",
-                    "Frames sent that are part of a stream",
-                ),
-                plain_messages: metrics.counter(
                     "walrelay_link_sent_plain_messages_total",
-                    "Uncompressed messages of WAL sent over links",
-                ),
-            },
+                ],
+            ),
             errors: metrics.counter(
                 "walrelay_link_errors_total",
                 "Times that the link from the relay before this one brought something wrong",
@@ -122,7 +122,15 @@ impl LinkMetrics {
                 .counter("walrelay_link_compressed_frames_total", "Standalone frames compressed"),
             shared_frames: metrics.counter(
                 "walrelay_link_shared_frames_total",
-                "Standalone frames that were compressed already, for another link",
+                "Standalone frames sent that had been compressed for another link",
+            ),
+            encoded_stream_frames: metrics.counter(
+                "walrelay_link_encoded_stream_frames_total",
+                "Frames of shared streams made, each for all links",
+            ),
+            encoded_wal_bytes: metrics.counter(
+                "walrelay_link_encoded_wal_bytes_total",
+                "WAL in frames that were made, however many links they went to, in bytes",
             ),
             zstd: metrics.gauge("walrelay_link_zstd", None, "Links that send by zstd"),
             lz4: metrics.gauge("walrelay_link_lz4", None, "Links that send by LZ4"),

@@ -2,7 +2,8 @@
 //!
 //! Blocks are pushed as they were read, split anywhere; WAL comes out as slices of those very blocks, a message's WAL in as
 //! many pieces as it spans blocks. Only headers and small messages are copied, into one buffer whose size is limited. It
-//! holds the blocks that were pushed and not yet read, so it is bounded if the caller polls until `None` before it pushes.
+//! holds the blocks that were pushed and not yet read, so it is bounded if the caller polls until `None` before it pushes
+//! again, however long he pauses meanwhile.
 
 use std::collections::VecDeque;
 

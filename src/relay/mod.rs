@@ -394,7 +394,11 @@ fn upstream_settings(upstream: &config::Upstream, instance: Instances) -> Upstre
         receiver_timeout: upstream.wal_receiver_timeout,
         status_interval: upstream.wal_receiver_status_interval,
         on_divergence: upstream.on_divergence,
-        link: LinkSettings { mode: upstream.link, codecs: upstream.link_codecs.clone() },
+        link: LinkSettings {
+            mode: upstream.link,
+            codecs: upstream.link_codecs.clone(),
+            retry_interval: upstream.link_retry_interval,
+        },
         retry_interval: upstream.wal_retrieve_retry_interval,
     }
 }

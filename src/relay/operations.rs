@@ -5,8 +5,7 @@
 use std::sync::Arc;
 
 use crate::admin::{FenceWish, OperationFuture, Operations, RatesWish};
-use crate::config::RateLimit;
-use crate::downstream::{LinkRates, Links};
+use crate::downstream::Links;
 use crate::relay::reload::Reloader;
 use crate::upstream::FenceSwitch;
 
@@ -31,12 +30,14 @@ impl Operations for RelayOperations {
 
     fn set_rates(&self, wish: RatesWish) -> OperationFuture<'_> {
         Box::pin(async move {
-            let LinkRates { link_rate_max, links_rate_max } = self.links.rates();
-            let rates = LinkRates {
-                link_rate_max: wish.link_rate_max.map_or(link_rate_max, RateLimit::bytes),
-                links_rate_max: wish.links_rate_max.map_or(links_rate_max, RateLimit::bytes),
-            };
-            self.links.set_rates(rates);
+            let rates = self.links.change_rates(|rates| {
+                if let Some(wanted) = wish.link_rate_max {
+                    rates.link_rate_max = wanted.bytes();
+                }
+                if let Some(wanted) = wish.links_rate_max {
+                    rates.links_rate_max = wanted.bytes();
+                }
+            });
             tracing::info!(?rates, "rates of compressed links changed");
             serde_json::to_value(self.links.status()).map_err(|error| error.to_string())
         })

@@ -53,6 +53,11 @@ impl Gathering {
         self.upstream_end = end;
     }
 
+    /// End of WAL on the upstream, as far as it has told.
+    pub fn upstream_end(&self) -> Lsn {
+        self.upstream_end
+    }
+
     /// The upstream wants an answer: what is there becomes durable at once.
     pub fn handle_question(&mut self) {
         self.is_asked = true;

@@ -295,6 +295,11 @@ impl Store {
         *self.shared.positions.lock()
     }
 
+    /// Whether nothing that is held may still be replaced by what the upstream has there.
+    pub fn is_settled(&self) -> bool {
+        self.shared.unproven.is_empty()
+    }
+
     /// Whether WAL can be made durable.
     pub fn condition(&self) -> Condition {
         self.shared.health.condition()

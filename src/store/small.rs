@@ -18,6 +18,11 @@ impl Observer for Deaf {
 
 /// The store of a folder that need not exist.
 pub(crate) fn open_in(data_dir: &Path) -> (Store, WalWriter) {
+    open_for(data_dir, Arc::new(Deaf))
+}
+
+/// The same, for somebody who wants to hear of it.
+pub(crate) fn open_for(data_dir: &Path, observer: Arc<dyn Observer>) -> (Store, WalWriter) {
     let settings = StoreSettings {
         data_dir: data_dir.to_owned(),
         wal_keep_size: 0,
@@ -29,5 +34,5 @@ pub(crate) fn open_in(data_dir: &Path) -> (Store, WalWriter) {
         scrub_interval: None,
         limits: RetentionLimits::default(),
     };
-    open(settings, Arc::new(RealDisk), Arc::new(Deaf)).unwrap()
+    open(settings, Arc::new(RealDisk), observer).unwrap()
 }

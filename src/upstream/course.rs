@@ -56,6 +56,8 @@ pub(super) struct Course {
     pub(super) on_link: bool,
     /// The last link brought something wrong, and nothing has been streamed since.
     pub(super) link_distrusted: bool,
+    /// When a stream that is plain for that is to give way to a link; `None` where none does.
+    pub(super) link_due: Option<Instant>,
     /// How often in a row the upstream refused us.
     refusals: u32,
     /// Our end when corrupt WAL came, and how often in a row it came since without any progress.
@@ -89,6 +91,7 @@ impl Course {
             unnamed_leader: UnnamedLeader::default(),
             on_link: false,
             link_distrusted: false,
+            link_due: None,
             refusals: 0,
             corrupt: None,
             last_logged: None,

@@ -16,6 +16,10 @@ impl Upstream {
     pub(super) fn judge(&self, outcome: Result<StreamEnd, UpstreamError>, course: &mut Course) -> Duration {
         let error = match outcome {
             Ok(StreamEnd::StopRequested) => return Duration::ZERO,
+            Ok(StreamEnd::LinkDue) => {
+                tracing::info!("WAL was plain for long enough: a compressed link is asked for again");
+                return Duration::ZERO;
+            }
             Ok(end) => {
                 tracing::info!(?end, "stream from upstream ended");
                 self.status.send_modify(|status| {
@@ -38,8 +42,7 @@ impl Upstream {
         }
         if error.is_of_the_link(course.on_link) {
             self.link_metrics.errors.increment(1);
-            course.link_distrusted = true;
-            self.settings.link.tell_distrust();
+            self.settings.link.distrust(course, Instant::now());
         }
         let is_removed = matches!(error, UpstreamError::WalRemoved { .. });
         if let Some(start) = course.fallback_after.take().filter(|_| is_removed) {

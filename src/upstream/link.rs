@@ -4,7 +4,7 @@
 //! store keeps like those off the socket. WAL of a frame goes to the store only once the frame is proved.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -35,6 +35,9 @@ pub struct LinkSettings {
     pub mode: LinkMode,
     /// Codecs that may be used, the preferred one first.
     pub codecs: Vec<Codec>,
+    /// For how long WAL is taken plain after something wrong came over a link, before a stream that is up to date gives way to
+    /// another try; `None`: as long as it lasts.
+    pub retry_interval: Option<Duration>,
 }
 
 /// What is asked of a server at the login.
@@ -45,17 +48,26 @@ pub(crate) struct LinkWish {
 }
 
 impl LinkSettings {
+    /// What is offered where a link is asked for.
+    pub(super) fn offer(&self) -> Option<Offer> {
+        Offer::of(&self.codecs)
+    }
+
     /// What to ask for in the next session.
-    pub(super) fn wish(&self, course: &Course) -> Option<LinkWish> {
+    pub(super) fn wish(&self, course: &mut Course) -> Option<LinkWish> {
         let is_required = self.mode == LinkMode::Require;
         if self.mode == LinkMode::Off || (course.link_distrusted && !is_required) {
             return None;
         }
-        Some(LinkWish { offer: Offer::of(&self.codecs)?, is_required })
+        course.link_due = None;
+        Some(LinkWish { offer: self.offer()?, is_required })
     }
 
-    /// After something wrong has come over a link: what the next session is to be.
-    pub(super) fn tell_distrust(&self) {
+    /// After something wrong has come over a link: what the next session is to be, and when there may be a link again.
+    pub(super) fn distrust(&self, course: &mut Course, now: Instant) {
+        course.link_distrusted = true;
+        course.link_due =
+            self.retry_interval.filter(|_| self.mode == LinkMode::Prefer).map(|time| now + time);
         if self.mode == LinkMode::Require {
             tracing::warn!("the next session is compressed again, because upstream.link is \"require\"");
         } else {
@@ -89,21 +101,23 @@ impl LinkWish {
 }
 
 /// A link that was accepted, for one stream.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct LinkTerms {
     compression: Compression,
+    offer: Offer,
     held: Held,
 }
 
 impl LinkTerms {
+    /// `compression` was chosen out of `offer`; the sender may use all of it.
     pub(super) fn new(
-        compression: Compression,
+        (compression, offer): (Compression, Offer),
         system_id: SystemId,
         timeline: TimelineId,
         store: &Store,
     ) -> Result<Self, UpstreamError> {
         let history = block_in_place(|| store.history_hash(timeline))?;
-        Ok(Self { compression, held: Held { system_id, timeline, history } })
+        Ok(Self { compression, offer, held: Held { system_id, timeline, history } })
     }
 }
 
@@ -125,7 +139,8 @@ impl ReceivedLink {
     ) -> Self {
         traffic.begin(terms.compression, Instant::now());
         let (traffic, metrics) = (Arc::clone(traffic), metrics.clone());
-        Self { inbound: Inbound::new(terms.held, start), blocks, traffic, metrics }
+        let inbound = Inbound::new(terms.held, terms.offer, start);
+        Self { inbound, blocks, traffic, metrics }
     }
 
     /// Reads a message; what it says of its WAL, and the WAL.
@@ -163,7 +178,19 @@ impl ReceivedLink {
     }
 }
 
+/// Whether a plain stream is to give way to a link now: its time has come, and nothing is on its way that would have to come
+/// again.
+fn is_link_due(due: Option<Instant>, now: Instant, received: Lsn, upstream_end: Lsn) -> bool {
+    due.is_some_and(|due| now >= due) && received >= upstream_end
+}
+
 impl WalReceiver<'_> {
+    /// Whether the stream, which is plain because a link was distrusted, is to give way to one.
+    pub(super) fn is_link_due(&self) -> bool {
+        let received = self.context.writer.received();
+        is_link_due(self.link_due, Instant::now(), received, self.gathering.upstream_end())
+    }
+
     /// Reads a message of the link; its WAL goes the way of all WAL.
     pub(super) fn take_link(&mut self, body: Bytes) -> Result<(), UpstreamError> {
         let Some(link) = &mut self.link else {
@@ -191,8 +218,6 @@ impl Drop for ReceivedLink {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     /// One that has just begun, over a store in a folder that lives as long.
@@ -203,28 +228,57 @@ mod tests {
     }
 
     fn settings(mode: LinkMode) -> LinkSettings {
-        LinkSettings { mode, codecs: vec![Codec::Zstd] }
+        LinkSettings { mode, codecs: vec![Codec::Zstd], retry_interval: Some(Duration::from_secs(60)) }
     }
 
     #[test]
     fn after_an_error_the_next_session_asks_for_no_link_unless_there_must_be_one() {
         let (mut course, _folder) = course();
-        let asks = |mode, course: &Course| settings(mode).wish(course).is_some();
+        let asks = |mode, course: &mut Course| settings(mode).wish(course).is_some();
         let modes = [LinkMode::Off, LinkMode::Prefer, LinkMode::Require];
-        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, true, true]);
+        assert_eq!(modes.map(|mode| asks(mode, &mut course)), [false, true, true]);
         course.link_distrusted = true;
-        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, false, true]);
+        assert_eq!(modes.map(|mode| asks(mode, &mut course)), [false, false, true]);
         // Attempts that come to nothing change nothing; a stream does.
-        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, false, true]);
+        assert_eq!(modes.map(|mode| asks(mode, &mut course)), [false, false, true]);
         course.note_streaming(false);
-        assert_eq!(modes.map(|mode| asks(mode, &course)), [false, true, true]);
+        assert_eq!(modes.map(|mode| asks(mode, &mut course)), [false, true, true]);
+    }
+
+    #[test]
+    fn a_stream_that_is_plain_for_distrust_gives_way_once_its_time_has_come_and_it_is_up_to_date() {
+        let (mut course, _folder) = course();
+        let now = Instant::now();
+        settings(LinkMode::Prefer).distrust(&mut course, now);
+        let due = course.link_due;
+        assert_eq!(due, Some(now + Duration::from_secs(60)));
+        let at = |position| Lsn::new(position).unwrap();
+        let later = now + Duration::from_secs(60);
+        let early = later - Duration::from_millis(1);
+        assert!(!is_link_due(due, early, at(100), at(100)));
+        assert!(!is_link_due(due, later, at(99), at(100)), "more is on its way");
+        assert!(is_link_due(due, later, at(100), at(100)));
+        assert!(is_link_due(due, later, at(100), at(90)), "the upstream has not told of it yet");
+        assert!(!is_link_due(None, later, at(100), at(100)));
+        // Whatever comes in between, and until a link is asked for.
+        assert!(settings(LinkMode::Prefer).wish(&mut course).is_none());
+        assert_eq!(course.link_due, due);
+        course.note_streaming(false);
+        assert_eq!(course.link_due, due);
+        assert!(settings(LinkMode::Prefer).wish(&mut course).is_some());
+        assert_eq!(course.link_due, None);
+        settings(LinkMode::Require).distrust(&mut course, now);
+        assert_eq!(course.link_due, None, "it is never plain");
+        let patient = LinkSettings { retry_interval: None, ..settings(LinkMode::Prefer) };
+        patient.distrust(&mut course, now);
+        assert_eq!(course.link_due, None);
     }
 
     #[test]
     fn a_servers_answer_counts_as_far_as_it_fits_the_offer() {
-        let (course, _folder) = course();
-        let outcome = |mode, answer: Option<&str>, declined: bool| {
-            let wish = settings(mode).wish(&course).unwrap();
+        let (mut course, _folder) = course();
+        let mut outcome = |mode, answer: Option<&str>, declined: bool| {
+            let wish = settings(mode).wish(&mut course).unwrap();
             let mut introduction = Introduction::default();
             if let Some(answer) = answer {
                 introduction.parameters.insert(ANSWER_PARAMETER.to_owned(), answer.to_owned());

@@ -19,6 +19,8 @@ mod follow;
 mod histories;
 mod judge;
 mod link;
+#[cfg(test)]
+mod link_tests;
 mod local_windows;
 mod looking;
 mod losses;
@@ -35,6 +37,7 @@ mod slot_cost;
 mod slot_memory;
 mod slot_use;
 mod synchronous;
+mod taking;
 #[cfg(test)]
 mod tests;
 mod unfollowed;
@@ -304,12 +307,12 @@ impl Upstream {
     async fn open(&mut self, course: &mut Course, resumed: Option<Dialog>) -> Result<Opened, UpstreamError> {
         let (settings, store, writer) = (&self.settings, &self.store, &self.writer);
         let mut set_aside = Vec::new();
-        let link = settings.link.wish(course);
         let (outcome, asked) = match (resumed, course.host.clone()) {
             (Some(dialog), Some(host)) => {
                 (connect::ask_again(dialog, &host, settings, store, writer).await, Some(host))
             }
             _ => {
+                let link = settings.link.wish(course);
                 let order = Order {
                     random: random(),
                     avoid: course.avoid.take(),
@@ -364,7 +367,8 @@ impl Upstream {
         let (host, is_writable) = (connected.host.clone(), connected.is_writable);
         let introduction = connected.dialog.introduction.clone();
         let terms = |link| LinkTerms::new(link, connected.system.system_id, plan.timeline, &self.store);
-        let link = introduction.link.map(terms).transpose()?;
+        let accepted = introduction.link.zip(self.settings.link.offer());
+        let link = accepted.map(terms).transpose()?;
         let mover = slot_use::mover(&self.settings, &introduction);
         let retained = self.settings.slot.as_ref().map(|_| {
             let retained = Retained::new(slot.restart_lsn, upstream_end, mover, self.metrics.clone());
@@ -381,7 +385,17 @@ impl Upstream {
         self.tell_streaming(&planned, lost, course, is_writable);
         let receiver_timeout = self.settings.receiver_timeout;
         let settings = ReceiverSettings { receiver_timeout, status_interval };
-        Ok(Opened { streaming, host, introduction, settings, lost, retained, link, is_slot_holding_back })
+        Ok(Opened {
+            streaming,
+            host,
+            introduction,
+            settings,
+            lost,
+            retained,
+            link,
+            link_due: course.link_due,
+            is_slot_holding_back,
+        })
     }
 
     /// Logs what is wrong although WAL flows, and publishes the state.
@@ -483,6 +497,8 @@ struct Opened {
     retained: Option<Arc<Retained>>,
     /// `None`: the stream is plain.
     link: Option<LinkTerms>,
+    /// When a stream that is plain for distrust is to give way to a link.
+    link_due: Option<Instant>,
     /// Whether the slot by which WAL is streamed may hold back what an earlier process told.
     is_slot_holding_back: bool,
 }

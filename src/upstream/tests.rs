@@ -20,7 +20,7 @@ use crate::protocol::backend::{
 };
 use crate::protocol::{ServerError, SqlState};
 use crate::session::acknowledge::{Acknowledger, Standby, Standbys};
-use crate::store::small;
+use crate::store::{Observer, small};
 use crate::wal::TimelineId;
 
 /// Where a server stops to answer.
@@ -148,7 +148,7 @@ fn settings(folder: &Path, more: &str) -> UpstreamSettings {
         create_slot: true,
         slot_wal_keep_max: None,
         receiver_timeout: None,
-        link: LinkSettings { mode: LinkMode::Off, codecs: Vec::new() },
+        link: LinkSettings { mode: LinkMode::Off, codecs: Vec::new(), retry_interval: None },
         instance: Instances::of("relay".to_owned()),
         status_interval: None,
         on_divergence: OnDivergence::Follow,
@@ -203,9 +203,22 @@ impl Standbys for Nobody {
     fn show(&self, _: TimelineId, _: &mut dyn FnMut(&[Standby<'_>])) {}
 }
 
+/// Hears how far a store is.
+struct Watcher(watch::Sender<Option<Positions>>);
+
+impl Observer for Watcher {
+    fn positions_changed(&self, positions: Positions) {
+        self.0.send_replace(Some(positions));
+    }
+
+    fn condition_changed(&self, _: Condition) {}
+}
+
 /// A relay that holds nothing yet.
-fn upstream(folder: &Path) -> Upstream {
-    let (store, writer) = small::open_in(&folder.join("data"));
+pub(super) fn upstream(folder: &Path) -> Upstream {
+    let watcher = watch::Sender::default();
+    let positions = watcher.subscribe();
+    let (store, writer) = small::open_for(&folder.join("data"), Arc::new(Watcher(watcher)));
     let (status, metrics) = (watch::Sender::default(), AllMetrics::default().upstream);
     let acknowledger = Acknowledger::new(AcknowledgePolicy::Local, None);
     let standbys_moved = watch::Sender::new(()).subscribe();
@@ -223,7 +236,7 @@ fn upstream(folder: &Path) -> Upstream {
         fencing,
         instances: watch::Sender::new(Instances::of("relay".to_owned())),
         writer,
-        positions: watch::Sender::default().subscribe(),
+        positions,
         condition: watch::Sender::new(Condition::Healthy).subscribe(),
         damage: watch::Sender::new(()).subscribe(),
         acknowledging,

@@ -13,17 +13,17 @@ use bytes::{Bytes, BytesMut};
 use tokio::{sync::watch, time::Sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{LinkMetrics, LinkTraffic, UpstreamMetrics, bytes_value, position_value};
+use crate::metrics::{LinkMetrics, LinkTraffic, UpstreamMetrics, bytes_value};
 use crate::net::{BlockReader, ReadHalf, WriteHalf, reunite, send_all};
 use crate::protocol::feedback::Feedback;
 use crate::protocol::{
-    CopyStream, StreamItem, backend, frontend,
-    replication::{Keepalive, StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
+    CopyStream, frontend,
+    replication::{StandbyStatusUpdate, WAL_DATA_HEADER_BYTES},
 };
 use crate::session::{
     Receiver,
     feedback::{FeedbackSender, Feedbacks},
-    gather::{Gathering, HandOver},
+    gather::Gathering,
     receiver::{Output, Progress, Reading, Report, SyncAbility},
 };
 use crate::status::{LostWal, RemovedWal, UpstreamStatus};
@@ -40,6 +40,8 @@ use crate::wal::{Lsn, PgTimestamp};
 pub(crate) enum StreamEnd {
     /// The relay stops, or is fenced.
     StopRequested,
+    /// It is plain because a link had brought something wrong, and is to give way to one.
+    LinkDue,
     /// Nothing was heard for `wal_receiver_timeout`.
     UpstreamSilent,
     /// The upstream shut down.
@@ -88,29 +90,33 @@ impl Streamed {
 
 /// One stream.
 pub(crate) struct WalReceiver<'a> {
-    context: StreamContext<'a>,
-    session: Receiver,
+    pub(super) context: StreamContext<'a>,
+    pub(super) session: Receiver,
     /// What the slot says was acknowledged, and is not held yet.
     lost: Option<LostWal>,
     /// What the upstream keeps for our slot; `None` without a slot.
-    retained: Option<Arc<Retained>>,
+    pub(super) retained: Option<Arc<Retained>>,
     /// What the server said at the login.
     introduction: Introduction,
-    gathering: Gathering,
+    pub(super) gathering: Gathering,
     /// What the standbys hold back, and what was told of it.
     held_back: Feedback,
     feedback: FeedbackSender,
     read: ReadHalf,
     write: WriteHalf,
     blocks: BlockReader,
-    stream: CopyStream,
+    pub(super) stream: CopyStream,
+    /// Something that was read was not looked at yet: it waits for room in the store, or for its turn.
+    pub(super) has_unread: bool,
     /// Where WAL may come compressed.
     pub(super) link: Option<ReceivedLink>,
+    /// When the stream is to give way to a link.
+    pub(super) link_due: Option<Instant>,
     /// Status updates that the socket has not taken yet.
     unsent: BytesMut,
     /// There are some, here or in the socket's own buffer.
     has_unsent: bool,
-    held_end: Lsn,
+    pub(super) held_end: Lsn,
     no_room_since: Option<Instant>,
     leaving: Option<Leaving>,
 }
@@ -125,6 +131,8 @@ struct Leaving {
 
 enum Event {
     Received(Bytes, BlockId),
+    /// What was read before can be looked at.
+    Resumed,
     Closed,
     Sent,
     Progressed,
@@ -136,8 +144,8 @@ enum Event {
 impl<'a> WalReceiver<'a> {
     /// A stream that was just started at `streaming.start`.
     pub(crate) fn new(mut context: StreamContext<'a>, opened: Opened) -> Self {
-        let Opened { streaming, introduction, settings, lost, retained, link, is_slot_holding_back, .. } =
-            opened;
+        let Opened { streaming, introduction, settings, lost, retained, link, .. } = opened;
+        let (link_due, is_slot_holding_back) = (opened.link_due, opened.is_slot_holding_back);
         let progress = progress(&mut context).unwrap_or(Progress {
             received: streaming.start,
             written: streaming.start,
@@ -172,7 +180,9 @@ impl<'a> WalReceiver<'a> {
             read,
             write,
             stream,
+            has_unread: false,
             link,
+            link_due,
             unsent: BytesMut::new(),
             has_unsent: false,
             held_end: streaming.held_end,
@@ -188,7 +198,7 @@ impl<'a> WalReceiver<'a> {
         let block = self.blocks.current();
         let mut dialog = None;
         match outcome {
-            Ok(StreamEnd::StopRequested) => self.say_goodbye().await,
+            Ok(StreamEnd::StopRequested | StreamEnd::LinkDue) => self.say_goodbye().await,
             Ok(StreamEnd::TimelineEnded) => {
                 let leave = self.context.leave.clone();
                 tokio::select! {
@@ -239,6 +249,11 @@ impl<'a> WalReceiver<'a> {
                         return Ok(end);
                     }
                 }
+                Event::Resumed => {
+                    if let Some(end) = self.handle_items()? {
+                        return Ok(end);
+                    }
+                }
                 Event::Closed => return Err(UpstreamError::Closed),
                 Event::Sent => {}
                 Event::Progressed => self.handle_progress(),
@@ -256,6 +271,9 @@ impl<'a> WalReceiver<'a> {
                 Event::StopRequested => self.begin_to_leave(),
             }
             self.watch_room();
+            if self.leaving.is_none() && self.is_link_due() {
+                return Ok(StreamEnd::LinkDue);
+            }
         }
         Ok(StreamEnd::StopRequested)
     }
@@ -289,6 +307,8 @@ impl<'a> WalReceiver<'a> {
                 self.has_unsent = false;
                 Ok(Event::Sent)
             }
+            // Before more is read.
+            () = std::future::ready(()), if has_room && self.has_unread => Ok(Event::Resumed),
             received = self.blocks.read(&mut self.read), if has_room => {
                 Ok(received?.map_or(Event::Closed, |(bytes, block)| Event::Received(bytes, block)))
             }
@@ -301,8 +321,16 @@ impl<'a> WalReceiver<'a> {
         let stall = stall.into_iter().chain(self.leaving.map(|leaving| leaving.deadline)).min();
         let acknowledging = self.context.acknowledging.deadline();
         let feedback = self.feedback.due(self.held_back).filter(|_| self.has_room_for_feedback());
-        let deadlines =
-            [self.session.poll_timeout(), self.gathering.deadline(), acknowledging, feedback, stall];
+        // Once it has passed, whatever comes lets it be looked at again.
+        let link_due = self.link_due.filter(|due| *due > Instant::now());
+        let deadlines = [
+            self.session.poll_timeout(),
+            self.gathering.deadline(),
+            acknowledging,
+            feedback,
+            stall,
+            link_due,
+        ];
         let next = deadlines.into_iter().flatten().min();
         let deadline = tokio::time::Instant::from_std(next.unwrap_or_else(|| Instant::now() + IDLE_WAIT_MAX));
         if timer.deadline() != deadline {
@@ -310,80 +338,7 @@ impl<'a> WalReceiver<'a> {
         }
     }
 
-    /// Works through everything that has arrived, then hands it over, or waits for more to hand over at once.
-    fn handle_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
-        let copied_before = self.stream.copied_bytes();
-        let outcome = self.take_items();
-        self.context.metrics.copied_bytes.increment(self.stream.copied_bytes() - copied_before);
-        self.hand_over();
-        self.handle_progress();
-        outcome
-    }
-
-    fn hand_over(&mut self) {
-        let writer = &mut self.context.writer;
-        match self.gathering.decide(Instant::now(), writer.received()) {
-            HandOver::Wait if writer.has_room() => {}
-            // Nothing more comes before what is there is written.
-            HandOver::Wait | HandOver::MoreFollows => writer.submit_before_more(),
-            HandOver::Now => writer.submit(),
-        }
-        self.session.handle_pace(self.gathering.pace());
-    }
-
-    fn take_items(&mut self) -> Result<Option<StreamEnd>, UpstreamError> {
-        while let Some(item) = self.stream.poll()? {
-            match item {
-                StreamItem::WalStart(header, bytes) => {
-                    if let Some(link) = &mut self.link {
-                        link.note_plain(&header, bytes)?;
-                    }
-                    if let Some(wal_end) = header.wal_end {
-                        self.note_wal_end(wal_end);
-                    }
-                }
-                StreamItem::WalBytes { at, bytes, block } => self.take_wal(at, bytes, BlockId(block))?,
-                StreamItem::WalEnd => {}
-                StreamItem::Link(body) => self.take_link(body)?,
-                StreamItem::Keepalive(keepalive) => self.handle_keepalive(keepalive),
-                StreamItem::CopyDone => return Ok(Some(StreamEnd::TimelineEnded)),
-                StreamItem::Other(message) => {
-                    if let Some(end) = handle_other(message, self.held_end)? {
-                        return Ok(Some(end));
-                    }
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    pub(super) fn take_wal(&mut self, at: Lsn, bytes: Bytes, block: BlockId) -> Result<(), UpstreamError> {
-        let len = bytes.len() as u64;
-        self.context.metrics.received_bytes.increment(len);
-        self.gathering.handle_received(len);
-        self.context.metrics.overlap_bytes.increment(self.held_end.bytes_since(at).min(len));
-        Ok(self.context.writer.append(at, bytes, block)?)
-    }
-
-    pub(super) fn note_wal_end(&mut self, wal_end: Lsn) {
-        self.gathering.handle_upstream_end(wal_end);
-        self.context.metrics.wal_end.set(position_value(wal_end));
-        if let Some(retained) = &self.retained {
-            retained.note_upstream_end(wal_end);
-        }
-    }
-
-    fn handle_keepalive(&mut self, keepalive: Keepalive) {
-        if let Some(wal_end) = keepalive.wal_end {
-            self.note_wal_end(wal_end);
-        }
-        if keepalive.reply_requested {
-            self.gathering.handle_question();
-        }
-        self.session.handle_keepalive(Instant::now(), keepalive.wal_end, keepalive.reply_requested);
-    }
-
-    fn handle_progress(&mut self) {
+    pub(super) fn handle_progress(&mut self) {
         if !self.session.is_reporting() && self.context.writer.is_overlap_proven() {
             self.session.handle_overlap_proven();
         }
@@ -527,18 +482,6 @@ fn progress(context: &mut StreamContext<'_>) -> Option<Progress> {
         flushed: acknowledged.flush.unwrap_or(Lsn::MIN),
         applied: acknowledged.apply,
     })
-}
-
-/// A message of the server between WAL messages.
-fn handle_other(message: backend::Message, held_end: Lsn) -> Result<Option<StreamEnd>, UpstreamError> {
-    match message {
-        backend::Message::NoticeResponse(_) | backend::Message::ParameterStatus { .. } => Ok(None),
-        backend::Message::ErrorResponse(error) => {
-            Err(crate::upstream::connect::stream_refused(error, held_end))
-        }
-        backend::Message::CommandComplete(_) => Ok(Some(StreamEnd::UpstreamStopped)),
-        other => Err(UpstreamError::Unexpected(format!("{other:?}"))),
-    }
 }
 
 const fn update_frame_bytes() -> usize {

@@ -29,14 +29,14 @@ use crate::policies::Gate;
 use crate::support::{Client, Options, Relay, eventually, settings, startup, startup_as};
 
 /// A relay behind, as far as its link goes.
-struct Link {
+pub(crate) struct Link {
     client: Client,
     inbound: Inbound,
     start: Lsn,
     wal: Vec<u8>,
     /// Where messages of WAL ended.
     ends: Vec<Lsn>,
-    frames: Vec<(FrameKind, Encoding)>,
+    pub(crate) frames: Vec<(FrameKind, Encoding)>,
     plain: usize,
     has_greeted: bool,
 }
@@ -53,16 +53,16 @@ fn held(relay: &Relay) -> Held {
 }
 
 impl Link {
-    async fn start(relay: &Relay, start: Lsn) -> Self {
+    pub(crate) async fn start(relay: &Relay, start: Lsn) -> Self {
         Self::start_as(relay, "dc2_a", start, "1;zstd,lz4").await
     }
 
-    async fn start_as(relay: &Relay, name: &str, start: Lsn, offer: &str) -> Self {
+    pub(crate) async fn start_as(relay: &Relay, name: &str, start: Lsn, offer: &str) -> Self {
         let mut client = relay.stranger().await;
         let welcome = client.log_in(&offering(startup_as(name), offer)).await;
         assert!(welcome.parameters.iter().any(|(name, _)| name == ANSWER_PARAMETER), "no link is granted");
         client.start_streaming(&format!("START_REPLICATION {start} TIMELINE 1")).await;
-        let inbound = Inbound::new(held(relay), start);
+        let inbound = Inbound::new(held(relay), Offer::parse(offer).unwrap(), start);
         let (wal, ends, frames) = (Vec::new(), Vec::new(), Vec::new());
         Self { client, inbound, start, wal, ends, frames, plain: 0, has_greeted: false }
     }
@@ -105,7 +105,7 @@ impl Link {
         self.ends.push(self.end());
     }
 
-    async fn receive_to(&mut self, end: Lsn) {
+    pub(crate) async fn receive_to(&mut self, end: Lsn) {
         while self.end() < end {
             self.take().await;
         }
@@ -113,7 +113,7 @@ impl Link {
     }
 
     /// Whether all is as it was written, and no message ended where a standby may be wedged.
-    fn assert_true_to(&self, relay: &Relay) {
+    pub(crate) fn assert_true_to(&self, relay: &Relay) {
         assert!(self.has_greeted);
         assert!(self.wal == relay.wal.slice(self.start, self.end()), "other bytes than were written");
         let safe = relay.wal.record_ends();
@@ -122,7 +122,7 @@ impl Link {
         }
     }
 
-    fn stream_frames(&self) -> usize {
+    pub(crate) fn stream_frames(&self) -> usize {
         self.frames.iter().filter(|(kind, _)| *kind != FrameKind::Standalone).count()
     }
 
@@ -332,7 +332,7 @@ async fn a_link_ends_a_timeline_that_was_left_and_goes_on_with_commands() {
     let middle = start.advance(8192);
     link.client.start_streaming(&format!("START_REPLICATION {middle} TIMELINE 1")).await;
     let mut again = Link {
-        inbound: Inbound::new(held(&relay), middle),
+        inbound: Inbound::new(held(&relay), Offer::parse("1;zstd,lz4").unwrap(), middle),
         start: middle,
         wal: Vec::new(),
         ends: Vec::new(),
@@ -395,7 +395,7 @@ async fn a_rate_is_kept_and_can_be_changed_while_it_runs() {
     // What may be sent at once, and the message that ends the wait.
     let least = ((2 << 20) as f64 - (RATE as f64 * 0.1) - (264 << 10) as f64) / RATE as f64;
     assert!(took.as_secs_f64() >= least && took < Duration::from_secs(8), "{took:?}, at least {least}");
-    relay.links.set_rates(LinkRates { link_rate_max: None, links_rate_max: None });
+    relay.links.change_rates(|rates| *rates = LinkRates { link_rate_max: None, links_rate_max: None });
     let changed = Instant::now();
     link.receive_to(end).await;
     assert!(changed.elapsed() < Duration::from_secs(3), "{:?}", changed.elapsed());
@@ -445,7 +445,7 @@ async fn live_wal_of_one_link_does_not_wait_for_the_backlog_of_another() {
         live.receive_to(end).await;
     }
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
-    relay.links.set_rates(LinkRates { link_rate_max: None, links_rate_max: None });
+    relay.links.change_rates(|rates| *rates = LinkRates { link_rate_max: None, links_rate_max: None });
     behind.receive_to(end).await;
     behind.assert_true_to(&relay);
     live.assert_true_to(&relay);

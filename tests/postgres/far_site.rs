@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use crate::support::MB;
 use crate::support::compare::{assert_equal_clusters, assert_same_wal};
 use crate::support::lab::Installation;
-use crate::support::load::{pgbench, pgbench_tables, write_wal};
+use crate::support::load::{Load, pgbench, pgbench_tables, write_wal};
 use crate::support::postgres::{Postgres, Stop};
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::two_sites::TwoSites;
-use crate::support::wait::{wait_for, wait_until};
+use crate::support::wait::{hold, wait_for, wait_until};
+use crate::support::wan::Way;
 use crate::support::{lsn, lsn_text};
 
 const ROUND_TRIP: Duration = Duration::from_millis(50);
@@ -309,5 +310,112 @@ fn whatever_the_cable_does_the_far_end_catches_up_with_the_primarys_bytes() {
     sites.far.wait_flushed(upto);
     standby.wait_replayed(upto);
     assert_equal_clusters(&sites.primary, &standby);
+    assert_eq!(sites.far.status()["upstream"]["needs_attention"], false);
+}
+
+/// Seconds for which nothing passes at all in the test of a cable that is as bad as can be.
+fn black_hole_seconds() -> u64 {
+    std::env::var("WALRELAY_BLACK_HOLE_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(8)
+}
+
+/// Two sites whose relays notice silence within `timeout`, and hold next to no WAL in memory.
+fn small_sites(installation: &Installation, round_trip: Duration, timeout: &str) -> Option<TwoSites> {
+    let mut sites = TwoSites::new(installation, round_trip)?;
+    sites.far.set("upstream.wal_receiver_timeout", timeout);
+    sites.near.set("downstream.wal_sender_timeout", timeout);
+    for relay in [&mut sites.near, &mut sites.far] {
+        relay.set("store.tail_size", "\"2MB\"");
+        relay.set("store.unwritten_size", "\"2MB\"");
+    }
+    sites.near.terminate();
+    sites.near.start();
+    sites.far.start();
+    sites.far.wait_flushed(sites.primary.flushed());
+    Some(sites)
+}
+
+#[test]
+fn a_cable_that_carries_one_way_only_is_noticed_at_both_ends_and_caught_up_after() {
+    let Some(installation) = Installation::any() else { return };
+    let Some(sites) = small_sites(&installation, Duration::from_millis(20), "\"3s\"") else { return };
+    let load = Load::start(&sites.primary, Duration::from_millis(5));
+    let is_streaming = || sites.far.metric("walrelay_upstream_streaming") == Some(1.0);
+    for way in [Way::ToFar, Way::ToNear] {
+        wait_until("the link", || is_streaming() && !sites.near.downstream("far").is_empty());
+        let committed = load.committed();
+        sites.wan.cable.cut_one_way(way);
+        let cut_at = Instant::now();
+        wait_until("the far relay to give the connection up", || !is_streaming());
+        wait_until("the near relay to give the connection up", || sites.near.downstream("far").is_empty());
+        println!("{way:?}: both ends had noticed after {:.1} s", cut_at.elapsed().as_secs_f64());
+        // Each by its own clock, or because the other one said so.
+        assert!(cut_at.elapsed() < Duration::from_secs(15), "{way:?}: {:?}", cut_at.elapsed());
+        // Connections that are only half there do not pile up, and the slot is kept for the real one.
+        hold("nobody takes the far relay's place", Duration::from_secs(2), || {
+            sites.near.downstream("far").is_empty()
+        });
+        sites.wan.cable.mend();
+        let upto = sites.primary.flushed();
+        sites.far.wait_flushed(upto);
+        assert_same_wal(&sites.far.wal_dir(), &sites.primary, upto);
+        assert!(load.committed() > committed, "commits were held up");
+    }
+    drop(load);
+    assert_eq!(sites.far.metric("walrelay_link_errors_total"), Some(0.0));
+    assert_eq!(sites.far.status()["upstream"]["needs_attention"], false);
+}
+
+/// Most memory of a relay that holds next to no WAL in it, whatever is behind it.
+const SMALL_RELAY_BYTES_MAX: u64 = 64 * MB;
+
+#[test]
+fn the_worst_cable_carries_something_and_costs_no_memory_and_is_caught_up_after() {
+    let Some(installation) = Installation::any() else { return };
+    let Some(sites) = small_sites(&installation, Duration::from_millis(20), "\"8s\"") else { return };
+    let mut most = 0;
+    let mut look = |sites: &TwoSites| {
+        let memory = [&sites.near, &sites.far].map(|relay| relay.process().memory("RssAnon"));
+        most = memory.into_iter().fold(most, u64::max);
+    };
+    let load = Load::start(&sites.primary, Duration::from_millis(20));
+    // A fifth of all packets, 300 ms, 64 kbit/s.
+    sites.wan.cable.set_round_trip(Duration::from_millis(300));
+    sites.wan.cable.set_rate(64_000);
+    sites.wan.cable.set_lost_ppm(200_000);
+    let (from, began) = (sites.far.flushed(), Instant::now());
+    wait_until("something to get through", || {
+        look(&sites);
+        sites.far.flushed() >= from + 128 * 1024
+    });
+    println!("128 kB of WAL took {:.1} s", began.elapsed().as_secs_f64());
+    // And then nothing at all, while far more is written than either end has memory for.
+    sites.wan.cable.cut();
+    let cut_at = Instant::now();
+    drop(load);
+    write_incompressible_wal(&sites.primary, 24 * MB);
+    sites.near.wait_flushed(sites.primary.flushed());
+    while cut_at.elapsed() < Duration::from_secs(black_hole_seconds()) {
+        look(&sites);
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let held = sites.far.flushed();
+    sites.wan.cable.mend();
+    sites.wan.cable.set_round_trip(Duration::from_millis(20));
+    sites.wan.cable.set_rate(0);
+    sites.wan.cable.set_lost_ppm(0);
+    let (upto, mended_at) = (sites.primary.flushed(), Instant::now());
+    assert!(held < upto, "it had all of it");
+    wait_until("the far relay to catch up", || {
+        look(&sites);
+        sites.far.flushed() >= upto
+    });
+    println!(
+        "{:.0} MB were caught up in {:.1} s, in {} MB of memory",
+        megabytes(upto - held),
+        mended_at.elapsed().as_secs_f64(),
+        most / MB
+    );
+    assert_same_wal(&sites.far.wal_dir(), &sites.primary, upto);
+    assert!(most < SMALL_RELAY_BYTES_MAX, "{} MB of memory", most / MB);
     assert_eq!(sites.far.status()["upstream"]["needs_attention"], false);
 }

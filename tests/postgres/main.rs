@@ -32,6 +32,7 @@ mod hostile;
 mod killed_primary;
 mod killed_switch;
 mod link;
+mod link_faults;
 mod live_switch;
 mod logins;
 mod long_pipe;

@@ -23,6 +23,8 @@ pub(crate) trait Hooks: Send + Sync + 'static {
     /// Of a file that is read from the disk alone.
     fn before_direct_read(&self) {}
     fn before_slice(&self, _range: &Range<usize>) {}
+    /// Of a range that is copied out of a mapped file.
+    fn before_copy(&self) {}
 }
 
 pub(crate) struct HookedDisk<H>(pub(crate) Arc<H>);
@@ -116,6 +118,7 @@ impl<H: Hooks> Mapping for HookedMapping<H> {
     }
 
     fn copy(&self, range: Range<usize>) -> io::Result<Bytes> {
+        self.1.before_copy();
         self.0.copy(range)
     }
 }

@@ -26,6 +26,9 @@ pub(crate) enum Verdict {
 /// Sees every message from the server, may change it in place, and decides. Called from the connection's thread.
 pub(crate) type Edit = Box<dyn FnMut(&mut Vec<u8>) -> Verdict + Send>;
 
+/// Sees name and value of each parameter in a client's startup packet, and may change them.
+pub(crate) type EditStartup = Box<dyn FnMut(&mut Vec<(String, String)>) + Send>;
+
 /// Sees every command from the client before the server does, and may take its time. Called from the connection's thread.
 pub(crate) type BeforeCommand = Box<dyn FnMut(&str) + Send>;
 
@@ -70,6 +73,7 @@ struct State {
     ended: AtomicBool,
     edit: Mutex<Option<Edit>>,
     before_command: Mutex<Option<BeforeCommand>>,
+    edit_startup: Mutex<Option<EditStartup>>,
     passed: Mutex<Passed>,
     streams: Mutex<Vec<TcpStream>>,
 }
@@ -129,6 +133,11 @@ impl Proxy {
     /// From now on `look` hears every command before the server does.
     pub(crate) fn before_command(&self, look: impl FnMut(&str) + Send + 'static) {
         *self.state.before_command.lock().unwrap() = Some(Box::new(look));
+    }
+
+    /// From now on `edit` sees what each client says first.
+    pub(crate) fn edit_startup(&self, edit: impl FnMut(&mut Vec<(String, String)>) + Send + 'static) {
+        *self.state.edit_startup.lock().unwrap() = Some(Box::new(edit));
     }
 
     /// Holds everything back, in both directions, without ending a connection.
@@ -381,6 +390,10 @@ fn pass_up(
         } else if !is_look {
             state.connections.fetch_add(1, Ordering::Relaxed);
         }
+        if !is_request && let Some(edit) = state.edit_startup.lock().unwrap().as_mut() {
+            rest = edited_startup(&rest, edit);
+        }
+        let length = u32::try_from(rest.len() + 4).unwrap().to_be_bytes();
         server.write_all(&[&length[..], &rest].concat())?;
         if !is_request {
             break;
@@ -402,6 +415,22 @@ fn pass_up(
         wait_turn(state);
         server.write_all(&[&head[..], &body].concat())?;
     }
+}
+
+/// The startup packet behind its length: the version, then names and values.
+fn edited_startup(packet: &[u8], edit: &mut EditStartup) -> Vec<u8> {
+    let (version, texts) = packet.split_at(4);
+    let texts: Vec<String> =
+        texts.split(|byte| *byte == 0).map(|text| String::from_utf8_lossy(text).into_owned()).collect();
+    let pairs = texts.chunks_exact(2).take_while(|pair| !pair[0].is_empty());
+    let mut parameters: Vec<(String, String)> =
+        pairs.map(|pair| (pair[0].clone(), pair[1].clone())).collect();
+    edit(&mut parameters);
+    let texts = parameters.iter().flat_map(|(name, value)| [name, value]);
+    let mut edited = version.to_vec();
+    texts.for_each(|text| edited.extend(text.bytes().chain([0])));
+    edited.push(0);
+    edited
 }
 
 /// What one client told in this connection; flush 0 may follow any value.

@@ -16,7 +16,14 @@ use super::lab;
 use super::place;
 use super::process::Program;
 
-/// What the cable does to each packet; the same in both directions.
+/// One direction of a cable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    ToFar,
+    ToNear,
+}
+
+/// What the cable does to each packet; the same in both directions, but where it is cut.
 #[derive(Debug, Default)]
 pub(crate) struct Cable {
     /// One way.
@@ -29,7 +36,8 @@ pub(crate) struct Cable {
     reordered_ppm: AtomicU64,
     /// Packets with a TCP payload whose middle byte gets another bit, checksum and all, until none is left to spoil.
     to_flip: AtomicU64,
-    is_cut: AtomicBool,
+    /// To the far end, and to the near one.
+    is_cut: [AtomicBool; 2],
     ended: AtomicBool,
 }
 
@@ -72,8 +80,8 @@ impl Wan {
             run(&["-n", namespace, "link", "set", DEVICE, "mtu", "1500", "up"]);
             use_cubic(namespace);
         }
-        lay(&near_end, &far_end, &wan.cable, &wan.to_far, 0x9E37_79B9_7F4A_7C15);
-        lay(&far_end, &near_end, &wan.cable, &wan.to_near, 0xD1B5_4A32_D192_ED03);
+        lay((&near_end, &far_end), Way::ToFar, &wan.cable, &wan.to_far);
+        lay((&far_end, &near_end), Way::ToNear, &wan.cable, &wan.to_near);
         Some(wan)
     }
 
@@ -130,11 +138,17 @@ impl Cable {
 
     /// Nothing passes any more, and nobody is told.
     pub(crate) fn cut(&self) {
-        self.is_cut.store(true, Relaxed);
+        self.cut_one_way(Way::ToFar);
+        self.cut_one_way(Way::ToNear);
+    }
+
+    /// The same in one direction: what is said in the other still arrives.
+    pub(crate) fn cut_one_way(&self, way: Way) {
+        self.is_cut[way as usize].store(true, Relaxed);
     }
 
     pub(crate) fn mend(&self) {
-        self.is_cut.store(false, Relaxed);
+        self.is_cut.iter().for_each(|is_cut| is_cut.store(false, Relaxed));
     }
 }
 
@@ -235,7 +249,11 @@ struct Lane {
 const QUEUED_MAX: usize = 2000;
 
 /// One direction.
-fn lay(from: &File, to: &File, cable: &Arc<Cable>, carried: &Arc<AtomicU64>, seed: u64) {
+fn lay((from, to): (&File, &File), way: Way, cable: &Arc<Cable>, carried: &Arc<AtomicU64>) {
+    let seed = match way {
+        Way::ToFar => 0x9E37_79B9_7F4A_7C15,
+        Way::ToNear => 0xD1B5_4A32_D192_ED03,
+    };
     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
     let lane = Arc::new(Lane::default());
     let (filled, taking, carried, ending) =
@@ -252,7 +270,7 @@ fn lay(from: &File, to: &File, cable: &Arc<Cable>, carried: &Arc<AtomicU64>, see
         while let Ok(length @ 1..) = from.read(&mut buffer) {
             let mut bytes = buffer[..length].to_vec();
             let now = Instant::now();
-            if taking.is_cut.load(Relaxed) || chance(taking.lost_ppm.load(Relaxed)) {
+            if taking.is_cut[way as usize].load(Relaxed) || chance(taking.lost_ppm.load(Relaxed)) {
                 continue;
             }
             let rate = taking.rate_bits.load(Relaxed);

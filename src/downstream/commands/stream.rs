@@ -153,9 +153,8 @@ async fn link_sender<S: Stream>(
     let store = session.context.store.clone();
     let history = run_blocking(move || store.history_hash(timeline)).await?;
     let history = history.map_err(|error| TimelineError::Store(timeline, error))?;
-    let policy = session.context.settings.send.of(&session.registration.client().application_name);
     let system_id = session.server.identity.system_id;
-    let stream = LinkStream { accepted, system_id, timeline, history, policy };
+    let stream = LinkStream { accepted, system_id, timeline, history };
     Ok(Some(LinkSender::new(&session.context.links, stream, now())))
 }
 

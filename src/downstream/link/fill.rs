@@ -3,11 +3,11 @@
 //! Does one step at a time, and waits for nothing itself: what takes long is left to the stream's background work. Live WAL
 //! in small pieces is compressed here; whatever is larger, on a thread that may be busy for long.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::downstream::blocking::run_blocking;
 use crate::downstream::connection::Stream;
-use crate::downstream::link::bulk::{BulkKey, EncodedWal};
+use crate::downstream::link::bulk::{BulkFrame, BulkKey, EncodedWal};
 use crate::downstream::link::sending::{LinkFrame, Next, Sent};
 use crate::downstream::walsender::{Done, Moved, Run, StreamError, WalSender, load, now, timestamp};
 use crate::metrics::Carried;
@@ -38,6 +38,10 @@ impl<S: Stream> WalSender<'_, S> {
                 if let Some(following) = link.following() {
                     following.advance(place);
                 }
+                self.put_frame(&frame, now);
+                Ok(Some(Moved::Something))
+            }
+            Next::Standalone(frame) => {
                 self.put_frame(&frame, now);
                 Ok(Some(Moved::Something))
             }
@@ -78,11 +82,11 @@ impl<S: Stream> WalSender<'_, S> {
     }
 
     /// Makes the next frame of the shared stream, if nobody else does.
-    fn encode(&mut self, run: &mut Run, limit: Lsn, now: Instant) -> Result<Moved, StreamError> {
+    fn encode(&mut self, run: &mut Run, limit: Lsn, asked_at: Instant) -> Result<Moved, StreamError> {
         let Some(following) = self.link.as_mut().and_then(|link| link.following()) else {
             return Ok(Moved::Nothing);
         };
-        let Some(making) = following.begin(limit, now)? else { return Ok(Moved::Nothing) };
+        let Some(making) = following.begin(limit, asked_at)? else { return Ok(Moved::Nothing) };
         let is_quick = following.is_quick(making.range().bytes());
         let read = match self.reader.read(making.range()) {
             // As for a plain message: the positions say so in a moment.
@@ -98,10 +102,11 @@ impl<S: Stream> WalSender<'_, S> {
                 Ok(Moved::Something)
             }
             Read::Ready(pieces) => {
-                run.is_compressing = true;
+                run.is_making_frame = true;
                 run.background = Some(Box::pin(async move {
+                    let began = now();
                     run_blocking(move || making.finish(&pieces)).await??;
-                    Ok(Done::Loaded)
+                    Ok(Done::Encoded(now().saturating_duration_since(began)))
                 }));
                 Ok(Moved::Nothing)
             }
@@ -115,13 +120,14 @@ impl<S: Stream> WalSender<'_, S> {
     /// Sends a standalone frame that is there, else lets it be made; and those that come next, meanwhile.
     fn send_bulk(&mut self, run: &mut Run, key: BulkKey, limit: Lsn, now: Instant) -> Moved {
         let Some(link) = &mut self.link else { return Moved::Nothing };
-        let (links, reader) = (link.links.clone(), link.reader(&self.context.store));
+        let reader = link.reader(&self.context.store, &self.context.cold_reads);
+        let links = link.links.clone();
         let ready = links.bulk.ready(&key, now);
         if run.ahead.is_none() {
             let (links, reader, keys) = (links.clone(), reader.clone(), keys_after(key, limit));
             run.ahead = Some(Box::pin(async move {
                 for key in keys {
-                    links.bulk.made(key, reader.clone(), now).await?;
+                    links.bulk.prepare(key, reader.clone(), now).await?;
                 }
                 Ok(Done::Loaded)
             }));
@@ -133,11 +139,12 @@ impl<S: Stream> WalSender<'_, S> {
                 Moved::Something
             }
             None => {
-                run.is_compressing = true;
+                run.is_making_frame = true;
                 run.background = Some(Box::pin(async move {
-                    match links.bulk.made(key, reader, now).await {
+                    match links.bulk.frame(key, reader, now).await {
+                        Ok(frame) => Ok(Done::Frame(frame)),
                         // Where the timeline was left is known in a moment.
-                        Ok(()) | Err(StreamError::Read(ReadError::TimelineLeft(_))) => Ok(Done::Loaded),
+                        Err(StreamError::Read(ReadError::TimelineLeft(_))) => Ok(Done::Loaded),
                         Err(error) => Err(error),
                     }
                 }));
@@ -146,13 +153,29 @@ impl<S: Stream> WalSender<'_, S> {
         }
     }
 
+    /// A frame of the shared stream is made; the codec was at it for so long.
+    pub(in crate::downstream) fn note_encoded(&mut self, run: &mut Run, took: Duration) {
+        run.is_making_frame = false;
+        if let Some(link) = &mut self.link {
+            link.note_made(took, now());
+        }
+    }
+
+    /// A frame that stands alone is made, and sent next.
+    pub(in crate::downstream) fn note_frame(&mut self, run: &mut Run, frame: BulkFrame) {
+        self.note_encoded(run, frame.encoding);
+        if let Some(link) = &mut self.link {
+            link.keep_frame(frame);
+        }
+    }
+
     /// What the link waits for from now on.
     pub(in crate::downstream) fn note_waiting(&mut self, run: &Run) {
         let Some(link) = &mut self.link else { return };
         let waiting = if !self.connection.outgoing.is_empty() || run.paced_until.is_some() {
             Waiting::Network
-        } else if run.is_compressing {
-            Waiting::Codec
+        } else if run.is_making_frame {
+            Waiting::Frame
         } else {
             Waiting::Nothing
         };

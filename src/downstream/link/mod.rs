@@ -1,10 +1,10 @@
 //! Compressed links to relays behind this one: what they share.
 //!
 //! Owns which offers are accepted, the shared streams of live WAL, the cache of standalone frames, and the rates. WAL is
-//! compressed once and the same bytes go to every link: a position is encoded at most once by each codec that is allowed. A
-//! link's own part is in [`sending`], and `walsender` drives it like any stream.
+//! compressed once and the same bytes go to every link: live WAL is encoded at most once by each codec that is allowed, whatever
+//! each link may have when, and what is caught up with as often as it is asked for after its frame was dropped. A link's own part is in [`sending`], and `walsender` drives it like any stream.
 
-mod bulk;
+pub(super) mod bulk;
 pub(super) mod fill;
 pub(super) mod sending;
 mod tail;
@@ -17,14 +17,14 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 
-use crate::config::{self, SendPolicy};
+use crate::config;
 use crate::downstream::link::bulk::BulkFrames;
 use crate::downstream::link::tail::Tail;
 use crate::metrics::{LinkMetrics, LinkTraffic, TrafficSample};
 use crate::protocol::frontend::{ReplicationMode, Startup};
 use crate::protocol::link::offer::OFFER_PARAMETER;
-use crate::protocol::link::{Compression, Offer};
-use crate::session::link::{Bucket, Urgency};
+use crate::protocol::link::{Codec, Compression, Offer};
+use crate::session::link::{Bucket, EpochCause, Urgency};
 use crate::status::{LinkStatus, LinksStatus};
 use crate::wal::{Lsn, TimelineId};
 
@@ -42,13 +42,9 @@ pub struct Links {
     metrics: LinkMetrics,
 }
 
-/// What links follow the same stream for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct TailKey {
-    timeline: TimelineId,
-    compression: Compression,
-    policy: SendPolicy,
-}
+/// What links follow the same stream for. When each may have what is its own business: live WAL is encoded once by each codec,
+/// and so at most twice.
+type TailKey = (TimelineId, Codec);
 
 struct Rates {
     link_rate_max: Option<NonZeroU64>,
@@ -114,13 +110,16 @@ impl Links {
         LinkRates { link_rate_max: rates.link_rate_max, links_rate_max: rates.all.rate() }
     }
 
-    /// Changes how fast they may send, at once.
-    pub fn set_rates(&self, wanted: LinkRates) {
+    /// Changes how fast they may send, at once; returns what holds then. Whoever else changes them waits for `change`.
+    pub fn change_rates(&self, change: impl FnOnce(&mut LinkRates)) -> LinkRates {
         let mut rates = self.rates.lock();
+        let mut wanted = LinkRates { link_rate_max: rates.link_rate_max, links_rate_max: rates.all.rate() };
+        change(&mut wanted);
         rates.link_rate_max = wanted.link_rate_max;
         rates.all.set_rate(wanted.links_rate_max, Instant::now());
         let is_limited = wanted.link_rate_max.is_some() || wanted.links_rate_max.is_some();
         self.is_limited.store(is_limited, Ordering::Relaxed);
+        wanted
     }
 
     /// The rates as operators see them.
@@ -151,21 +150,25 @@ impl Links {
     }
 
     /// The stream that links of this kind share; it begins at `end`, where a message may end, if there is none.
-    fn tail(self: &Arc<Self>, key: TailKey, end: Lsn) -> Arc<Tail> {
+    fn tail(self: &Arc<Self>, timeline: TimelineId, compression: Compression, end: Lsn) -> Arc<Tail> {
+        let key = (timeline, compression.codec());
         let mut tails = self.tails.lock();
         if let Some(tail) = tails.get(&key).and_then(Weak::upgrade) {
             return tail;
         }
         tails.retain(|_, tail| tail.strong_count() > 0);
-        let tail = Arc::new(Tail::new(Arc::clone(self), key.compression, end));
+        let tail = Arc::new(Tail::new(Arc::clone(self), compression, end));
         tails.insert(key, Arc::downgrade(&tail));
         tail
     }
 
     /// The number of a new epoch. A stream of 4 MiB each would have to run for years to use a number again, and then in vain:
     /// what follows is held to the positions, too.
-    fn new_epoch(&self) -> u32 {
+    fn new_epoch(&self, cause: EpochCause) -> u32 {
         self.metrics.epochs.increment(1);
+        if cause == EpochCause::Join {
+            self.metrics.join_epochs.increment(1);
+        }
         self.epochs.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
     }
 }
@@ -225,15 +228,35 @@ mod tests {
     }
 
     #[test]
-    fn links_of_one_kind_share_a_stream_as_long_as_there_is_one() {
+    fn who_changes_one_rate_leaves_the_other_as_somebody_else_sets_it_meanwhile() {
         let links = links(&[ZSTD]);
-        let key = TailKey { timeline: TimelineId::FIRST, compression: ZSTD, policy: SendPolicy::Received };
-        let first = links.tail(key, Lsn::MIN);
-        assert!(Arc::ptr_eq(&first, &links.tail(key, Lsn::MIN)));
-        let flushed = links.tail(TailKey { policy: SendPolicy::Flushed, ..key }, Lsn::MIN);
-        assert!(!Arc::ptr_eq(&first, &flushed));
-        drop((first, flushed));
-        let _other = links.tail(TailKey { compression: Compression::Lz4, ..key }, Lsn::MIN);
+        let (one, other) = (NonZeroU64::new(2_000), NonZeroU64::new(3_000));
+        let (done, is_done) = std::sync::mpsc::sync_channel(1);
+        std::thread::scope(|threads| {
+            let links = &links;
+            links.change_rates(|rates| {
+                threads.spawn(move || {
+                    links.change_rates(|rates| rates.links_rate_max = other);
+                    done.send(()).unwrap();
+                });
+                // Long enough for somebody who does not wait.
+                let waited = is_done.recv_timeout(std::time::Duration::from_millis(300));
+                assert!(waited.is_err(), "both change the rates at once");
+                rates.link_rate_max = one;
+            });
+        });
+        assert_eq!(links.rates(), LinkRates { link_rate_max: one, links_rate_max: other });
+    }
+
+    #[test]
+    fn links_of_one_kind_share_a_stream_as_long_as_there_is_one() {
+        let (links, timeline) = (links(&[ZSTD]), TimelineId::FIRST);
+        let first = links.tail(timeline, ZSTD, Lsn::MIN);
+        assert!(Arc::ptr_eq(&first, &links.tail(timeline, ZSTD, Lsn::MIN)));
+        let next = links.tail(TimelineId::new(2).unwrap(), ZSTD, Lsn::MIN);
+        assert!(!Arc::ptr_eq(&first, &next));
+        drop((first, next));
+        let _other = links.tail(timeline, Compression::Lz4, Lsn::MIN);
         assert_eq!(links.tails.lock().len(), 1, "those without links are forgotten");
     }
 }

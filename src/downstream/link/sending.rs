@@ -4,15 +4,15 @@
 //! `fill` does what is decided here.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
 
-use crate::config::SendPolicy;
-use crate::downstream::link::bulk::{BulkKey, BulkReader, EncodedWal};
+use crate::downstream::ColdReads;
+use crate::downstream::link::bulk::{BulkFrame, BulkKey, BulkReader, EncodedWal};
 use crate::downstream::link::tail::Following;
-use crate::downstream::link::{AcceptedLink, Links, TailKey};
+use crate::downstream::link::{AcceptedLink, Links};
 use crate::metrics::{Carried, LinkTraffic};
 use crate::protocol::link::{Encoding, FrameHead, FrameHeader, FrameKind, Hello, Seed};
 use crate::session::link::{
@@ -27,7 +27,6 @@ pub(in crate::downstream) struct LinkSender {
     pub(super) links: Arc<Links>,
     hello: Hello,
     seed: Seed,
-    policy: SendPolicy,
     ladder: Ladder,
     /// Its rung, as the gauges count it.
     counted: Counted,
@@ -36,6 +35,8 @@ pub(in crate::downstream) struct LinkSender {
     following: Option<Following>,
     /// While it catches up.
     reader: Option<BulkReader>,
+    /// A frame that stands alone and was made for it.
+    made: Option<BulkFrame>,
     /// When the frame that was put last says it was sent.
     last_frame_at: Option<PgTimestamp>,
     meter: LoadMeter,
@@ -49,7 +50,6 @@ pub(in crate::downstream) struct LinkStream {
     pub(in crate::downstream) system_id: SystemId,
     pub(in crate::downstream) timeline: TimelineId,
     pub(in crate::downstream) history: Option<HistoryHash>,
-    pub(in crate::downstream) policy: SendPolicy,
 }
 
 /// A frame in its place.
@@ -71,9 +71,11 @@ pub(super) struct Sent {
 pub(super) enum Next {
     /// A frame of the shared stream; where the link is then.
     Frame(LinkFrame, Place),
+    /// A frame that stands alone and is there.
+    Standalone(LinkFrame),
     /// The next frame of the shared stream is to be made.
     Encode,
-    /// A frame that stands alone.
+    /// A frame that stands alone, which others may have let be made.
     Bulk(BulkKey),
     /// A message that is not compressed.
     Plain,
@@ -83,7 +85,7 @@ pub(super) enum Next {
 
 impl LinkSender {
     pub(in crate::downstream) fn new(links: &Arc<Links>, stream: LinkStream, now: Instant) -> Self {
-        let LinkStream { accepted, system_id, timeline, history, policy } = stream;
+        let LinkStream { accepted, system_id, timeline, history } = stream;
         let AcceptedLink { compression, fallback } = accepted;
         let rung = Rung::Compressed(compression);
         let ladder =
@@ -94,13 +96,13 @@ impl LinkSender {
         Self {
             hello: Hello { system_id, timeline, history, encoding },
             seed: Seed::new(system_id, history),
-            policy,
             ladder,
             counted: Counted::new(links, encoding),
             own_rate: Bucket::new(links.rates().link_rate_max, now),
-            shrinkage: Shrinkage::default(),
+            shrinkage: Shrinkage::new(LEFT_OUT_MAX),
             following: None,
             reader: None,
+            made: None,
             last_frame_at: None,
             meter: LoadMeter::new(now),
             traffic,
@@ -128,6 +130,12 @@ impl LinkSender {
     pub(super) fn next(&mut self, wanted: LsnRange, timeline: TimelineState, now: Instant) -> Next {
         let Rung::Compressed(compression) = self.ladder.rung() else { return Next::Plain };
         let (sent, limit) = (wanted.start(), wanted.end());
+        if let Some(BulkFrame { key, encoded, .. }) = self.made.take()
+            && (key.range.start(), key.compression) == (sent, compression)
+            && key.range.end() <= limit
+        {
+            return Next::Standalone(LinkFrame { kind: FrameKind::Standalone, range: key.range, encoded });
+        }
         let reader = self.reader.take();
         let until = match timeline {
             TimelineState::Historic { .. } => {
@@ -135,9 +143,10 @@ impl LinkSender {
                 limit
             }
             TimelineState::Current => {
-                let key = TailKey { timeline: self.hello.timeline, compression, policy: self.policy };
+                let timeline = self.hello.timeline;
                 let links = &self.links;
-                let following = self.following.get_or_insert_with(|| links.tail(key, limit).follow());
+                let following =
+                    self.following.get_or_insert_with(|| links.tail(timeline, compression, limit).follow());
                 match following.step(sent, limit, now) {
                     Step::Frame { epoch, sequence, range, frame, place } => {
                         let kind = FrameKind::Stream { epoch, sequence };
@@ -167,11 +176,23 @@ impl LinkSender {
     }
 
     /// What its standalone frames are read by, until it sends something else.
-    pub(super) fn reader(&mut self, store: &Store) -> BulkReader {
+    pub(super) fn reader(&mut self, store: &Store, reads: &ColdReads) -> BulkReader {
         let timeline = self.hello.timeline;
-        Arc::clone(
-            self.reader.get_or_insert_with(|| Arc::new(Mutex::new(store.reader(timeline, Access::Copied)))),
-        )
+        let new = || {
+            let wal = Arc::new(Mutex::new(store.reader(timeline, Access::Copied)));
+            BulkReader { store: store.clone(), wal, reads: reads.semaphore() }
+        };
+        self.reader.get_or_insert_with(new).clone()
+    }
+
+    /// A frame was made for it.
+    pub(super) fn keep_frame(&mut self, frame: BulkFrame) {
+        self.made = Some(frame);
+    }
+
+    /// A frame is made that was waited for, and the codec was at it for so long.
+    pub(super) fn note_made(&mut self, encoding: Duration, now: Instant) {
+        self.meter.note_frame(encoding, now);
     }
 
     pub(super) fn following(&mut self) -> Option<&mut Following> {
@@ -226,6 +247,9 @@ impl LinkSender {
         }
     }
 }
+
+/// Messages of WAL that catches up which are left as they are before one is compressed again, where nothing shrinks.
+const LEFT_OUT_MAX: u32 = 64;
 
 impl Drop for LinkSender {
     fn drop(&mut self) {

@@ -15,7 +15,7 @@ use crate::downstream::link::Links;
 use crate::downstream::link::bulk::EncodedWal;
 use crate::downstream::walsender::StreamError;
 use crate::protocol::link::{CodecError, Compression, Encoding, StreamEncoder, WalChecksum};
-use crate::session::link::ring::Follower;
+use crate::session::link::ring::{Follower, STREAM_FRAME_BYTES_MAX};
 use crate::session::link::{Begun, Place, Ring, Shrinkage, Step};
 use crate::wal::{Lsn, LsnRange};
 
@@ -48,7 +48,7 @@ struct TailEncoder {
     /// Payloads are cut from here.
     space: BytesMut,
     shrinkage: Shrinkage,
-    /// Of the epoch that goes on.
+    /// Of the stretch that goes on. What is not compressed is not in the codec's window, on either side.
     is_compressed: bool,
     wal_bytes: u64,
     wire_bytes: u64,
@@ -96,7 +96,7 @@ impl Tail {
                 }
             },
         };
-        let Some(begun) = state.ring.begin(limit, now, || self.links.new_epoch()) else {
+        let Some(begun) = state.ring.begin(limit, now, |cause| self.links.new_epoch(cause)) else {
             state.encoder = Encoder::Free(encoder);
             return Ok(None);
         };
@@ -172,6 +172,9 @@ impl Making {
             let mut state = self.tail.state.lock();
             match &made {
                 Ok(frame) => {
+                    let metrics = &self.tail.links.metrics;
+                    metrics.encoded_stream_frames.increment(1);
+                    metrics.encoded_wal_bytes.increment(self.begun.range.bytes());
                     state.ring.push(self.begun, frame.clone());
                     state.encoder = Encoder::Free(encoder);
                 }
@@ -213,7 +216,7 @@ impl TailEncoder {
             encoder: StreamEncoder::new(compression)?,
             out: Vec::new(),
             space: BytesMut::new(),
-            shrinkage: Shrinkage::default(),
+            shrinkage: Shrinkage::new(LEFT_OUT_STRETCHES_MAX),
             is_compressed: true,
             wal_bytes: 0,
             wire_bytes: 0,
@@ -222,7 +225,10 @@ impl TailEncoder {
 
     fn encode(&mut self, begun: &Begun, pieces: &[Bytes]) -> Result<EncodedWal, CodecError> {
         if begun.sequence == 0 {
-            self.begin_epoch()?;
+            self.encoder.restart()?;
+        }
+        if self.wal_bytes >= STRETCH_BYTES {
+            self.begin_stretch();
         }
         let checksum = WalChecksum::of(pieces.iter().map(AsRef::as_ref));
         let encoding = if self.is_compressed {
@@ -241,14 +247,13 @@ impl TailEncoder {
         Ok(EncodedWal { encoding, checksum, payload: self.space.split().freeze() })
     }
 
-    /// An epoch is compressed, or not, as a whole.
-    fn begin_epoch(&mut self) -> Result<(), CodecError> {
-        if self.is_compressed && self.wal_bytes >= EPOCH_JUDGED_BYTES_MIN {
+    /// A stretch is compressed, or not, as a whole.
+    fn begin_stretch(&mut self) {
+        if self.is_compressed {
             self.shrinkage.note(self.wal_bytes, self.wire_bytes);
         }
         self.is_compressed = self.shrinkage.is_worth_while();
         (self.wal_bytes, self.wire_bytes) = (0, 0);
-        self.encoder.restart()
     }
 }
 
@@ -261,5 +266,103 @@ const QUICK_BYTES_MAX: u64 = 32 << 10;
 /// The same for zstd's levels.
 const QUICK_LEVEL_MAX: i8 = 3;
 
-/// A shorter epoch says nothing of how well WAL shrinks.
-const EPOCH_JUDGED_BYTES_MIN: u64 = 64 << 10;
+/// A shorter stretch says nothing of how well WAL shrinks.
+const STRETCH_BYTES: u64 = 64 << 10;
+
+/// Stretches that are left as they are before one is tried again, where nothing shrinks.
+const LEFT_OUT_STRETCHES_MAX: u32 = 32;
+
+/// WAL that shrinks is left as it is for so long at most, after WAL that does not.
+const LEFT_OUT_BYTES_MAX: u64 = 8 << 20;
+
+// A stretch ends with the frame that makes it long enough.
+const _: () =
+    assert!(LEFT_OUT_STRETCHES_MAX as u64 * (STRETCH_BYTES + STREAM_FRAME_BYTES_MAX) <= LEFT_OUT_BYTES_MAX);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+    use crate::metrics::AllMetrics;
+    use crate::protocol::link::Decoder;
+    use crate::wal::TimelineId;
+
+    const ZSTD: Compression = Compression::Zstd { level: 1 };
+
+    /// A link that makes each frame of its stream itself, and what comes of it.
+    struct Live {
+        following: Following,
+        decoder: Decoder,
+        at: Lsn,
+    }
+
+    impl Live {
+        fn new() -> Self {
+            let settings = config::Links {
+                compressions: vec![ZSTD],
+                adapt: false,
+                link_rate_max: None,
+                links_rate_max: None,
+            };
+            let links = Arc::new(Links::new(&settings, AllMetrics::default().link));
+            let at = Lsn::new(1 << 30).unwrap();
+            let following = links.tail(TimelineId::FIRST, ZSTD, at).follow();
+            Self { following, decoder: Decoder::new(), at }
+        }
+
+        /// Sends WAL as one frame; how that is encoded.
+        fn send(&mut self, wal: &Bytes) -> Encoding {
+            let (now, limit) = (Instant::now(), self.at.advance(wal.len() as u64));
+            assert!(matches!(self.following.step(self.at, limit, now), Step::Encode));
+            let making = self.following.begin(limit, now).unwrap().unwrap();
+            making.finish(std::slice::from_ref(wal)).unwrap();
+            let Step::Frame { sequence, range, frame, place, .. } = self.following.step(self.at, limit, now)
+            else {
+                panic!("no frame")
+            };
+            assert_eq!(range.end(), limit);
+            let mut back = vec![0; wal.len()];
+            self.decoder.stream(sequence == 0, frame.encoding, &frame.payload, &mut back).unwrap();
+            assert!(back == *wal, "another frame comes out at {}", self.at);
+            self.following.advance(place);
+            self.at = limit;
+            frame.encoding
+        }
+    }
+
+    /// So much that no piece of it is in the window when it comes again.
+    fn noise(bytes: usize) -> Bytes {
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        let word = |_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_be_bytes()
+        };
+        (0..bytes / 8).flat_map(word).collect()
+    }
+
+    #[test]
+    fn after_any_amount_of_noise_what_shrinks_is_compressed_again_soon() {
+        let mut live = Live::new();
+        let noise = noise(8 << 20);
+        let frame_bytes = usize::try_from(STREAM_FRAME_BYTES_MAX).unwrap();
+        let frames: Vec<Bytes> =
+            (0..noise.len()).step_by(frame_bytes).map(|at| noise.slice(at..at + frame_bytes)).collect();
+        let total = (300 << 20) / frame_bytes;
+        let mut tried = 0;
+        for number in 0..total {
+            tried += usize::from(live.send(&frames[number % frames.len()]) == Encoding::Zstd);
+        }
+        assert!(tried * 20 < total, "{tried} of {total} frames of noise were compressed");
+        // In small pieces, as they come.
+        let text: Bytes = b"a record much like the one before it ".repeat(100).into();
+        let mut plain = 0;
+        while live.send(&text) == Encoding::Plain {
+            plain += text.len() as u64;
+        }
+        assert!(plain <= LEFT_OUT_BYTES_MAX, "{plain} bytes of text were left as they are");
+        // And stays so.
+        assert!((0..100).all(|_| live.send(&text) == Encoding::Zstd));
+    }
+}

@@ -4,6 +4,7 @@
 //! can be read from is not known.
 
 use crate::protocol::DecodeError;
+use crate::protocol::link::Encoding;
 use crate::wal::{HistoryHash, Lsn, SystemId, TimelineId};
 
 /// A link's message cannot be, or is not what was sent.
@@ -69,6 +70,14 @@ pub enum LinkError {
     NothingToGoOn {
         /// Where the next frame must begin.
         at: Lsn,
+    },
+    /// A frame, or what the hello announces, is encoded in a way that this side has not offered.
+    #[error("WAL at {at} comes as \"{}\", which was not offered", .encoding.as_str())]
+    NotOffered {
+        /// Where it begins.
+        at: Lsn,
+        /// How it is encoded.
+        encoding: Encoding,
     },
     /// A frame cannot be read.
     #[error("could not decompress the frame of WAL at {at}: {reason}")]

@@ -11,7 +11,7 @@ use crate::protocol::link::codec::Decoder;
 use crate::protocol::link::frame::{Before, FRAME, RawFrame, SHORT_FRAME};
 use crate::protocol::link::hello::{HELLO, message_type};
 use crate::protocol::link::{
-    FrameHeader, FrameKind, Hello, LINK_MESSAGE_NAME, LinkError, LinkMismatch, Seed,
+    Codec, Encoding, FrameHeader, FrameKind, Hello, LINK_MESSAGE_NAME, LinkError, LinkMismatch, Offer, Seed,
 };
 use crate::wal::{HistoryHash, Lsn, SystemId, TimelineId};
 
@@ -29,6 +29,8 @@ pub struct Held {
 /// One stream's receiving side.
 pub struct Inbound {
     held: Held,
+    /// How WAL may come.
+    offer: Offer,
     /// There once the hello has come.
     seed: Option<Seed>,
     /// Where what comes next must begin.
@@ -59,9 +61,9 @@ impl WholeFrame {
 }
 
 impl Inbound {
-    /// A stream that was asked to begin at `start`.
-    pub fn new(held: Held, start: Lsn) -> Self {
-        Self { held, seed: None, next: start, before: None, decoder: Decoder::new() }
+    /// A stream that was asked to begin at `start`, from a sender who has accepted this offer.
+    pub fn new(held: Held, offer: Offer, start: Lsn) -> Self {
+        Self { held, offer, seed: None, next: start, before: None, decoder: Decoder::new() }
     }
 
     /// Reads a message of the link. After an error the stream is over.
@@ -73,6 +75,7 @@ impl Inbound {
                     return Err(LinkError::SecondHello);
                 }
                 self.compare(&hello)?;
+                self.check_offered(hello.encoding, self.next)?;
                 self.seed = Some(Seed::new(hello.system_id, hello.history));
                 Ok(Arrival::Hello(hello))
             }
@@ -148,6 +151,10 @@ impl Inbound {
         Ok(())
     }
 
+    fn check_offered(&self, encoding: Encoding, at: Lsn) -> Result<(), LinkError> {
+        if self.offer.allows(encoding) { Ok(()) } else { Err(LinkError::NotOffered { at, encoding }) }
+    }
+
     fn place(&self, header: &FrameHeader) -> Result<(), LinkError> {
         let at = header.range.start();
         if self.seed.is_none() {
@@ -160,6 +167,7 @@ impl Inbound {
         if at != self.next {
             return Err(LinkError::OutOfPlace { expected: self.next, got: at });
         }
+        self.check_offered(header.encoding, at)?;
         if let FrameKind::Stream { epoch, sequence } = header.kind
             && sequence > 0
             && self.before.map(|before| (before.epoch, before.sequence)) != Some((epoch, sequence - 1))
@@ -174,9 +182,10 @@ impl Inbound {
 /// place and has the length it says.
 pub fn fuzz_inbound(bytes: &[u8]) {
     let held = Held { system_id: SystemId(1), timeline: TimelineId::FIRST, history: None };
-    let mut inbound = Inbound::new(held, Lsn::MIN);
+    let Some(offer) = Offer::of(&[Codec::Zstd, Codec::Lz4]) else { return };
+    let mut inbound = Inbound::new(held, offer, Lsn::MIN);
     let mut greeting = bytes::BytesMut::new();
-    let encoding = crate::protocol::link::Encoding::Zstd;
+    let encoding = Encoding::Zstd;
     let hello = Hello { system_id: held.system_id, timeline: held.timeline, history: None, encoding };
     hello.encode(&mut greeting);
     let is_greeted = bytes.first().is_some_and(|first| first % 2 == 0);
@@ -227,12 +236,16 @@ mod tests {
         out.freeze().slice(FRAME_HEADER_BYTES..)
     }
 
+    fn offer() -> Offer {
+        Offer::of(&[Codec::Zstd, Codec::Lz4]).unwrap()
+    }
+
     fn start() -> Lsn {
         Lsn::new(0x100_0000).unwrap()
     }
 
     fn greeted() -> Inbound {
-        let mut inbound = Inbound::new(held(), start());
+        let mut inbound = Inbound::new(held(), offer(), start());
         assert!(matches!(inbound.take(hello(held())), Ok(Arrival::Hello(_))));
         inbound
     }
@@ -309,7 +322,7 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_before_the_hello_and_no_second_one() {
-        let mut inbound = Inbound::new(held(), start());
+        let mut inbound = Inbound::new(held(), offer(), start());
         let no_hello = LinkError::NoHello { at: start() };
         assert_eq!(inbound.take(Outbound::new().frame(FrameKind::Standalone, b"x")).unwrap_err(), no_hello);
         assert_eq!(inbound.note_plain(start(), 1).unwrap_err(), no_hello);
@@ -326,13 +339,13 @@ mod tests {
             Held { timeline: TimelineId::new(2).unwrap(), ..held() },
             Held { history: other, ..held() },
         ] {
-            let error = Inbound::new(held(), start()).take(hello(wrong)).unwrap_err();
+            let error = Inbound::new(held(), offer(), start()).take(hello(wrong)).unwrap_err();
             assert!(error.needs_a_person(), "{error}");
         }
         // What either does not know is no difference.
         let unknown = Held { history: None, ..held() };
-        assert!(Inbound::new(held(), start()).take(hello(unknown)).is_ok());
-        assert!(Inbound::new(unknown, start()).take(hello(held())).is_ok());
+        assert!(Inbound::new(held(), offer(), start()).take(hello(unknown)).is_ok());
+        assert!(Inbound::new(unknown, offer(), start()).take(hello(held())).is_ok());
     }
 
     #[test]
@@ -380,6 +393,31 @@ mod tests {
         inbound.note_plain(outbound.at, 8).unwrap();
         outbound.at = outbound.at.advance(8);
         assert!(receive(&mut inbound, outbound.frame(stream(1, 1), &wal(3))).is_err());
+    }
+
+    #[test]
+    fn what_was_not_offered_is_refused_before_it_is_decoded() {
+        for (codec, offered) in [(Codec::Zstd, true), (Codec::Lz4, false)] {
+            let offer = Offer::of(&[codec]).unwrap();
+            let outcome = |kind, wal: &[u8]| {
+                let mut inbound = Inbound::new(held(), offer.clone(), start());
+                // Whatever it announces.
+                let announced = Hello::decode(&hello(held())).unwrap();
+                let mut out = BytesMut::new();
+                Hello { encoding: Encoding::Plain, ..announced }.encode(&mut out);
+                inbound.take(out.freeze().slice(FRAME_HEADER_BYTES..)).unwrap();
+                receive(&mut inbound, Outbound::new().frame(kind, wal))
+            };
+            let refused = LinkError::NotOffered { at: start(), encoding: Encoding::Zstd };
+            for kind in [FrameKind::Standalone, stream(1, 0)] {
+                let expected = if offered { Ok(wal(1)) } else { Err(refused.clone()) };
+                assert_eq!(outcome(kind, &wal(1)), expected);
+            }
+            // What does not shrink comes as it is.
+            assert_eq!(outcome(FrameKind::Standalone, b"x"), Ok(b"x".to_vec()));
+            let greeting = Inbound::new(held(), offer, start()).take(hello(held()));
+            assert_eq!(greeting.is_ok(), offered, "{greeting:?}");
+        }
     }
 
     #[test]

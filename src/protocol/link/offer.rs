@@ -30,9 +30,14 @@ pub enum Codec {
 impl Codec {
     /// As offers and settings name it.
     pub const fn as_str(self) -> &'static str {
+        self.encoding().as_str()
+    }
+
+    /// How what it makes is marked.
+    pub const fn encoding(self) -> Encoding {
         match self {
-            Self::Zstd => Encoding::Zstd.as_str(),
-            Self::Lz4 => Encoding::Lz4.as_str(),
+            Self::Zstd => Encoding::Zstd,
+            Self::Lz4 => Encoding::Lz4,
         }
     }
 }
@@ -151,6 +156,11 @@ impl Offer {
     pub fn choose(&self, allowed: &[Compression]) -> Result<Compression, Declined> {
         let allowed = |codec: &Codec| allowed.iter().copied().find(|allowed| allowed.codec() == *codec);
         self.codecs.iter().find_map(allowed).ok_or(Declined::Codec)
+    }
+
+    /// Whether WAL may come so. What does not shrink comes as it is.
+    pub fn allows(&self, encoding: Encoding) -> bool {
+        encoding == Encoding::Plain || self.codecs.iter().any(|codec| codec.encoding() == encoding)
     }
 
     /// What a sender has chosen; `None` unless it is of this offer.

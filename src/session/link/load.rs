@@ -10,8 +10,8 @@ pub enum Waiting {
     Nothing,
     /// The network takes nothing more, or must not be given more.
     Network,
-    /// What could be sent is still being compressed.
-    Codec,
+    /// What could be sent is still being made into a frame: by the disk or by the codec, which is known when it is made.
+    Frame,
 }
 
 /// For how long it waited for what.
@@ -33,12 +33,14 @@ pub struct LoadMeter {
     waiting: Waiting,
     since: Instant,
     load: Load,
+    /// For how long the frame that is being made was waited for.
+    frame: Duration,
 }
 
 impl LoadMeter {
     /// Nothing is waited for.
     pub fn new(now: Instant) -> Self {
-        Self { waiting: Waiting::Nothing, since: now, load: Load::default() }
+        Self { waiting: Waiting::Nothing, since: now, load: Load::default(), frame: Duration::ZERO }
     }
 
     /// From now on this is waited for.
@@ -52,10 +54,18 @@ impl LoadMeter {
         self.load.wal_bytes = self.load.wal_bytes.saturating_add(wal_bytes);
     }
 
-    /// The load so far, once a window has passed; it begins anew then.
+    /// The frame is there. For so long the codec was at it; what it was waited for beyond that was not the codec's fault.
+    pub fn note_frame(&mut self, encoding: Duration, now: Instant) {
+        self.count(now);
+        self.waiting = Waiting::Nothing;
+        self.load.codec += encoding.min(std::mem::take(&mut self.frame));
+    }
+
+    /// The load so far, once a window has passed and it is known what was waited for; it begins anew then.
     pub fn take(&mut self, window: Duration, now: Instant) -> Option<Load> {
         self.count(now);
-        (self.load.time >= window).then(|| std::mem::take(&mut self.load))
+        let is_known = self.waiting != Waiting::Frame;
+        (is_known && self.load.time >= window).then(|| std::mem::take(&mut self.load))
     }
 
     fn count(&mut self, now: Instant) {
@@ -65,7 +75,7 @@ impl LoadMeter {
         match self.waiting {
             Waiting::Nothing => {}
             Waiting::Network => self.load.network += passed,
-            Waiting::Codec => self.load.codec += passed,
+            Waiting::Frame => self.frame += passed,
         }
     }
 }
@@ -79,14 +89,31 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut meter = LoadMeter::new(start);
-        meter.set(Waiting::Codec, at(100));
+        let ms = Duration::from_millis;
+        meter.set(Waiting::Frame, at(100));
+        meter.note_frame(ms(200), at(250));
         meter.set(Waiting::Network, at(250));
         meter.note_sent(7);
         assert_eq!(meter.take(Duration::from_secs(1), at(600)), None);
         meter.set(Waiting::Nothing, at(700));
         let load = meter.take(Duration::from_secs(1), at(1_000)).unwrap();
-        let ms = Duration::from_millis;
         assert_eq!(load, Load { time: ms(1_000), network: ms(450), codec: ms(150), wal_bytes: 7 });
         assert_eq!(meter.take(Duration::from_secs(1), at(1_500)), None);
+    }
+
+    #[test]
+    fn what_the_disk_takes_is_not_the_codecs() {
+        let start = Instant::now();
+        let (ms, window) = (Duration::from_millis, Duration::from_millis(500));
+        let at = |milliseconds| start + ms(milliseconds);
+        let mut meter = LoadMeter::new(start);
+        meter.set(Waiting::Frame, at(0));
+        // Meanwhile what was made before went out.
+        meter.set(Waiting::Network, at(300));
+        meter.set(Waiting::Frame, at(400));
+        assert_eq!(meter.take(window, at(600)), None, "nobody knows yet what it waits for");
+        meter.note_frame(ms(20), at(700));
+        let load = meter.take(window, at(700)).unwrap();
+        assert_eq!((load.time, load.codec, load.network), (ms(700), ms(20), ms(100)));
     }
 }

@@ -12,7 +12,7 @@ pub mod shrinkage;
 pub use ladder::{Ladder, Rung};
 pub use load::{Load, LoadMeter, Waiting};
 pub use pace::{Bucket, Urgency};
-pub use ring::{Begun, Place, Ring, Step};
+pub use ring::{Begun, EpochCause, Place, Ring, Step};
 pub use shrinkage::Shrinkage;
 
 use crate::wal::Lsn;

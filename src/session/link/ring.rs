@@ -26,8 +26,8 @@ pub struct Ring<F> {
     /// WAL in `frames`.
     wal_bytes: u64,
     epoch: Option<Epoch>,
-    /// The next frame begins an epoch.
-    is_restart_due: bool,
+    /// Why the next frame begins an epoch.
+    restart_due: Option<EpochCause>,
     /// Somebody makes a frame now, which is of use only if this is the same then.
     generation: u64,
 }
@@ -63,6 +63,17 @@ pub struct Begun {
     /// Its WAL.
     pub range: LsnRange,
     generation: u64,
+}
+
+/// Why an epoch begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EpochCause {
+    /// There is nothing to go on with.
+    Anew,
+    /// The one before is as long as one may be.
+    Length,
+    /// A link wants to follow.
+    Join,
 }
 
 /// What a link does next.
@@ -125,7 +136,7 @@ impl<F: Clone> Ring<F> {
             end,
             wal_bytes: 0,
             epoch: None,
-            is_restart_due: true,
+            restart_due: Some(EpochCause::Anew),
             generation: 0,
         }
     }
@@ -160,14 +171,21 @@ impl<F: Clone> Ring<F> {
 
     /// Begins the next frame, with WAL up to `limit` at most. Only one may be in the making. `new_epoch` is asked for a number
     /// when an epoch begins.
-    pub fn begin(&mut self, limit: Lsn, now: Instant, new_epoch: impl FnOnce() -> u32) -> Option<Begun> {
+    pub fn begin(
+        &mut self,
+        limit: Lsn,
+        now: Instant,
+        new_epoch: impl FnOnce(EpochCause) -> u32,
+    ) -> Option<Begun> {
         let end = message_end(self.end, limit, STREAM_FRAME_BYTES_MAX)?;
         let range = LsnRange::new(self.end, end)?;
-        let goes_on = self.epoch.filter(|epoch| !self.is_restart_due && epoch.wal_bytes < EPOCH_BYTES_MAX);
-        let epoch = goes_on.unwrap_or_else(|| {
-            self.is_restart_due = false;
-            Epoch { number: new_epoch(), next_sequence: 0, wal_bytes: 0, begun_at: now }
+        let goes_on = self.epoch.filter(|epoch| epoch.wal_bytes < EPOCH_BYTES_MAX);
+        let cause = self.restart_due.take().or_else(|| goes_on.is_none().then_some(EpochCause::Length));
+        let begins = cause.map(|cause| {
+            let number = new_epoch(cause);
+            Epoch { number, next_sequence: 0, wal_bytes: 0, begun_at: now }
         });
+        let epoch = begins.or(goes_on)?;
         self.epoch = Some(epoch);
         let (number, sequence) = (epoch.number, epoch.next_sequence);
         Some(Begun { epoch: number, sequence, range, generation: self.generation })
@@ -195,7 +213,7 @@ impl<F: Clone> Ring<F> {
 
     /// The frame could not be made: what the encoder knows is of no use any more.
     pub fn fail(&mut self) {
-        self.is_restart_due = true;
+        self.restart_due = Some(EpochCause::Anew);
     }
 
     /// End of the newest frame.
@@ -249,7 +267,9 @@ impl<F: Clone> Ring<F> {
         let Some(epoch) = self.epoch else { return };
         let is_long = epoch.wal_bytes >= JOIN_EPOCH_BYTES_MIN;
         let is_old = now.saturating_duration_since(epoch.begun_at) >= JOIN_INTERVAL_MIN;
-        self.is_restart_due |= !others || is_long || is_old;
+        if !others || is_long || is_old {
+            self.restart_due.get_or_insert(EpochCause::Join);
+        }
     }
 
     /// Forgets all frames; the stream goes on with an epoch that begins here.
@@ -259,7 +279,7 @@ impl<F: Clone> Ring<F> {
         self.frames.clear();
         self.wal_bytes = 0;
         self.end = end;
-        self.is_restart_due = true;
+        self.restart_due = Some(EpochCause::Anew);
         self.generation += 1;
     }
 }
@@ -297,17 +317,19 @@ mod tests {
     struct Stream {
         ring: Ring<LsnRange>,
         epochs: u32,
+        causes: Vec<EpochCause>,
         now: Instant,
     }
 
     impl Stream {
         fn new(end: u64) -> Self {
-            Self { ring: Ring::new(at(end)), epochs: 0, now: Instant::now() }
+            Self { ring: Ring::new(at(end)), epochs: 0, causes: Vec::new(), now: Instant::now() }
         }
 
         fn encode(&mut self, limit: u64) {
             let epochs = &mut self.epochs;
-            let new_epoch = || {
+            let new_epoch = |cause| {
+                self.causes.push(cause);
                 *epochs += 1;
                 *epochs
             };
@@ -376,6 +398,7 @@ mod tests {
         assert_eq!(stream.step(None, limit, limit + 8, true), Step::Encode);
         stream.encode(limit + 8);
         assert_eq!(stream.epochs, 3, "the last one was long ago");
+        assert_eq!(stream.causes, [EpochCause::Anew, EpochCause::Join, EpochCause::Join]);
     }
 
     #[test]
@@ -409,6 +432,7 @@ mod tests {
             stream.encode(limit);
         }
         assert_eq!(u64::from(stream.epochs), 200 * STREAM_FRAME_BYTES_MAX / EPOCH_BYTES_MAX + 1);
+        assert!(stream.causes[1..].iter().all(|cause| *cause == EpochCause::Length));
         assert!(stream.ring.wal_bytes() <= RING_WAL_BYTES_MAX);
         let mut small = Stream::new(START);
         (1..RING_FRAMES_MAX as u64 + 100).for_each(|number| small.encode(START + number * 8));
@@ -447,7 +471,7 @@ mod tests {
     #[test]
     fn a_frame_that_was_begun_before_the_stream_began_anew_is_not_kept() {
         let mut stream = Stream::new(START);
-        let begun = stream.ring.begin(at(START + 8), stream.now, || 1).unwrap();
+        let begun = stream.ring.begin(at(START + 8), stream.now, |_| 1).unwrap();
         let limit = START + LIVE_LAG_MAX + 1;
         assert_eq!(stream.step(None, START, limit, false), Step::Bulk { until: at(limit) });
         stream.ring.push(begun, begun.range);
@@ -458,10 +482,10 @@ mod tests {
     fn after_a_failure_the_next_frame_begins_an_epoch() {
         let mut stream = Stream::new(START);
         stream.encode(START + 8);
-        let begun = stream.ring.begin(at(START + 16), stream.now, || 9).unwrap();
+        let begun = stream.ring.begin(at(START + 16), stream.now, |_| 9).unwrap();
         assert_eq!((begun.epoch, begun.sequence), (1, 1));
         stream.ring.fail();
-        let begun = stream.ring.begin(at(START + 16), stream.now, || 9).unwrap();
+        let begun = stream.ring.begin(at(START + 16), stream.now, |_| 9).unwrap();
         assert_eq!((begun.epoch, begun.sequence), (9, 0));
     }
 

@@ -1,8 +1,10 @@
 //! Whether it is worth while to compress: what has not shrunk just now will hardly shrink now.
 
 /// Remembers how well compression went.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Shrinkage {
+    /// Pieces that are not tried before one is again.
+    left_out_max: u32,
     /// How often in a row it did not shrink.
     poor: u32,
     /// So often it is not tried now.
@@ -10,6 +12,11 @@ pub struct Shrinkage {
 }
 
 impl Shrinkage {
+    /// Nothing is known yet. Where nothing shrinks, so many pieces are left out before one is tried again.
+    pub fn new(left_out_max: u32) -> Self {
+        Self { left_out_max, poor: 0, left_out: 0 }
+    }
+
     /// Whether to compress the next piece. To be asked once for each.
     pub fn is_worth_while(&mut self) -> bool {
         match self.left_out.checked_sub(1) {
@@ -24,19 +31,17 @@ impl Shrinkage {
     /// So many bytes became so many.
     pub fn note(&mut self, before: u64, after: u64) {
         if after < before - before / WORTHWHILE_PART {
-            *self = Self::default();
+            *self = Self::new(self.left_out_max);
             return;
         }
         self.poor = self.poor.saturating_add(1);
-        self.left_out = 1_u32.checked_shl(self.poor).map_or(LEFT_OUT_MAX, |pieces| pieces.min(LEFT_OUT_MAX));
+        let pieces = 1_u32.checked_shl(self.poor).unwrap_or(u32::MAX);
+        self.left_out = pieces.min(self.left_out_max);
     }
 }
 
 /// What shrinks by less than this part is sent as it is.
 const WORTHWHILE_PART: u64 = 32;
-
-/// Pieces that are not tried before one is again.
-const LEFT_OUT_MAX: u32 = 64;
 
 #[cfg(test)]
 mod tests {
@@ -44,7 +49,7 @@ mod tests {
 
     #[test]
     fn what_does_not_shrink_is_tried_less_and_less_often_and_at_once_when_it_does() {
-        let mut shrinkage = Shrinkage::default();
+        let mut shrinkage = Shrinkage::new(64);
         let mut tried = Vec::new();
         for piece in 0..400 {
             if shrinkage.is_worth_while() {
