@@ -112,13 +112,13 @@ fn parse_key_values(text: &str) -> Result<Settings, ConninfoError> {
     while !rest.is_empty() {
         let end = rest.find(|character| character == '=' || is_space(character)).unwrap_or(rest.len());
         let (name, after) = rest.split_at_checked(end).unwrap_or((rest, ""));
+        // Most likely the second half of a password with a space in it: libpq would print it.
+        let shown = if follows_secret { REDACTED } else { name };
         let Some(value) = after.trim_start_matches(is_space).strip_prefix('=') else {
-            // Most likely the second half of a password with a space in it: libpq would print it.
-            let shown = if follows_secret { REDACTED } else { name };
             return Err(ConninfoError::MissingEquals(shown.to_owned()));
         };
         let (value, after) = take_value(value.trim_start_matches(is_space))?;
-        settings.store(name, &value)?;
+        settings.store(name, &value).map_err(|_| ConninfoError::InvalidOption(shown.to_owned()))?;
         follows_secret = Keyword::named(name).is_some_and(Keyword::is_secret);
         rest = after.trim_start_matches(is_space);
     }
@@ -205,6 +205,10 @@ mod tests {
     fn a_password_with_a_space_is_not_shown_in_the_error() {
         let error = Settings::parse("host=a password=my secret").unwrap_err();
         assert_eq!(error.to_string(), r#"missing "=" after "********" in connection info string"#);
+        for text in ["password=my sec=ret", "host=a sslpassword='my'sec=ret"] {
+            let error = Settings::parse(text).unwrap_err();
+            assert_eq!(error.to_string(), r#"invalid connection option "********""#, "{text}");
+        }
     }
 
     #[test]
