@@ -6,14 +6,17 @@
 //!
 //! ```text
 //!  files ──▶ trust ──▶ client   (peer_name: whether it is who was meant)
-//!    └────────┴──────▶ server   (certificate: whom a client's names, what SCRAM is bound to)
+//!    └────────┴──────▶ server   (subject: whom a client's certificate names; certificate: what SCRAM is bound to)
 //! ```
 
 mod certificate;
 mod client;
+mod der;
 mod files;
 mod peer_name;
 mod server;
+mod short_names;
+mod subject;
 #[cfg(test)]
 mod tests;
 mod trust;

@@ -32,6 +32,7 @@ use crate::net::tls::{
     ALPN, TlsError,
     certificate::{Parsed, end_point_binding},
     files, own_key, provider,
+    subject::Subject,
     trust::{Role, TlsSignature, Trust, verify_handshake},
 };
 use crate::protocol::scram::ChannelBinding;
@@ -131,8 +132,8 @@ impl ServerTls {
         let shown = session.peer_certificates().and_then(|chain| chain.first());
         let client_certificate = match shown {
             Some(leaf) => {
-                let parsed = Parsed::of(leaf).ok_or(TlsError::UnreadableClientCertificate)?;
-                Some(parsed.client().ok_or(TlsError::EmbeddedNul)?)
+                let subject = Subject::of(leaf).ok_or(TlsError::UnreadableClientCertificate)?;
+                Some(subject.client().ok_or(TlsError::EmbeddedNul)?)
             }
             None => None,
         };
