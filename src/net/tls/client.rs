@@ -63,7 +63,8 @@ pub struct ServerTlsFacts {
 }
 
 impl ClientTls {
-    /// Reads all that `ssl` names. `host` is the name, or the address in text, that the connection string gives.
+    /// Reads all that `ssl` names. `host` is the name, or the address in text, that the connection string
+    /// gives as `host`; empty: it gives none.
     pub fn read(ssl: &SslSettings, host: &str, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
         let provider = provider();
         let home = home_directory(surroundings).map(|home| home.join(".postgresql"));

@@ -98,7 +98,7 @@ impl Files {
 
     fn client(&self, conninfo: &str) -> Result<ClientTls, TlsError> {
         let conninfo = Conninfo::parse(conninfo, &self.0).unwrap();
-        ClientTls::read(&conninfo.ssl, &conninfo.hosts[0].name, &self.0)
+        ClientTls::read(&conninfo.ssl, &conninfo.hosts[0].certificate_name, &self.0)
     }
 }
 
