@@ -171,7 +171,8 @@ fn parse_parameter(settings: &mut Settings, parameter: &str) -> Result<String, C
         return Err(ConninfoError::ExtraSeparator(keyword.to_owned()));
     }
     let keyword = decode(keyword)?;
-    let value = decode(value).map_err(|error| if is_secret(&keyword) { without_text(error) } else { error })?;
+    let value =
+        decode(value).map_err(|error| if is_secret(&keyword) { without_text(error) } else { error })?;
     // JDBC's way to say it.
     let (name, value) = match (keyword.as_str(), value.as_str()) {
         ("ssl", "true") => ("sslmode", "require"),

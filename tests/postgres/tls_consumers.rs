@@ -72,7 +72,12 @@ fn consumers_of_every_major_come_in_by_each_way_that_leads_in() {
         // It streams from the primary until it is told otherwise.
         let standby = site.primary.standby("standby", site.primary.port, "");
         let (root, foreign) = (authority.root(), other.root());
-        let files = [(&*root, "root.crt"), (&*foreign, "other.crt"), (&*client.cert, "own.crt"), (&*client.key, "own.key")];
+        let files = [
+            (&*root, "root.crt"),
+            (&*foreign, "other.crt"),
+            (&*client.cert, "own.crt"),
+            (&*client.key, "own.key"),
+        ];
         let files = files_for(&standby, &files);
         let own = Pair { cert: files[2].clone(), key: files[3].clone() };
         for (at, way) in ways(&files[0], &files[1], &own).into_iter().enumerate() {

@@ -99,7 +99,12 @@ fn who_is_far_behind_catches_up_from_files_over_tls() {
     let Some(installation) = Installation::any() else { return };
     let authority = Authority::new("root");
     let site = Site::new(&installation, &authority.issue("server", "IP:127.0.0.1"));
-    site.archive(&installation, &["--slot=cold", "--create-slot"]).process.wait_for_end();
+    // pg_receivewal's own --create-slot keeps no WAL from the beginning on.
+    let conninfo = format!(
+        "host=127.0.0.1 port={} user=standby password=secret sslmode=require replication=true",
+        site.relay.port
+    );
+    run_psql(&installation, &conninfo, "CREATE_REPLICATION_SLOT cold PHYSICAL RESERVE_WAL").unwrap();
     // More than is kept in memory.
     write_wal(&site.primary, 96 * MB);
     let upto = site.primary.flushed();

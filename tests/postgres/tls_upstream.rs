@@ -123,6 +123,15 @@ fn each_sslmode_connects_where_libpq_does_and_nowhere_else() {
                 assert_same_verdict(&installation, &primary, &mut count, &rest);
             }
         }
+        // An address alone is no name: nothing can be verified.
+        for mode in ["verify-ca", "verify-full"] {
+            let root = authority.root().display().to_string();
+            let rest = format!(
+                "user=by_scram password=secret sslmode={mode} sslrootcert={root} host='' hostaddr=127.0.0.1"
+            );
+            let verdict = assert_same_verdict(&installation, &primary, &mut count, &rest);
+            assert_eq!(verdict, (mode == "verify-ca").then_some(true), "{rest}");
+        }
     }
     // A server without TLS.
     let primary = Settings::new().segment_size_mb(1).start(&installation);
@@ -151,7 +160,11 @@ fn certificates_of_every_making_are_believed_as_libpq_believes_them() {
             authority.path("p384.crt"),
         ),
         ("Ed25519", own("ed25519", "ed25519"), authority.path("ed25519.crt")),
-        ("RSA-PSS", own("pss", "rsa-pss -pkeyopt rsa_keygen_bits:2048"), authority.path("pss.crt")),
+        (
+            "signed by RSASSA-PSS",
+            own("pss", "rsa:2048 -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:digest"),
+            authority.path("pss.crt"),
+        ),
     ];
     for (what, server, root) in servers {
         println!("server certificate: {what}");

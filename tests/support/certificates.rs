@@ -39,8 +39,11 @@ impl Authority {
         below.openssl(&format!(
             "req -new -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN={name} -keyout ca.key -out ca.csr"
         ));
-        std::fs::write(below.path("ca.ext"), "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n")
-            .unwrap();
+        std::fs::write(
+            below.path("ca.ext"),
+            "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n",
+        )
+        .unwrap();
         self.openssl(&format!(
             "x509 -req -in {0}/ca.csr -days 30 -CA ca.crt -CAkey ca.key -CAcreateserial -extfile {0}/ca.ext -out {0}/ca.crt",
             below.folder.path().display()
@@ -70,13 +73,9 @@ impl Authority {
         self.pair(common_name)
     }
 
-    /// A certificate with any subject, as `/O=acme/CN=edge`, in strings of the kind that `mask` says (`string_mask`). One kind of
-    /// attribute is known to nobody else: `edgeBox`.
+    /// A certificate with any subject, as `/O=acme/CN=edge`, in strings of the kind that `mask` says (`string_mask`).
     pub(crate) fn issue_to(&self, name: &str, subject: &str, mask: &str) -> Pair {
-        let config = format!(
-            "oid_section=kinds\n[kinds]\nedgeBox=1.3.6.1.4.1.99999.1\n[req]\ndistinguished_name=none\nstring_mask={mask}\n\
-             [none]\n"
-        );
+        let config = format!("[req]\ndistinguished_name=none\nstring_mask={mask}\n[none]\n");
         std::fs::write(self.path(&format!("{name}.conf")), config).unwrap();
         let mut arguments: Vec<String> = format!(
             "req -new -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -utf8 -config {name}.conf -keyout {name}.key \
@@ -158,7 +157,11 @@ impl Authority {
     fn openssl_with(&self, arguments: &[String]) {
         let mut program = Command::new("openssl");
         let output = program.args(arguments).current_dir(self.folder.path()).output().unwrap();
-        assert!(output.status.success(), "openssl {arguments:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "openssl {arguments:?}:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }
 

@@ -109,7 +109,8 @@ fn characters(value: &Element<'_>) -> Option<String> {
             Some(bytes.iter().copied().map(char::from).collect())
         }
         BMP_STRING => {
-            let units = bytes.chunks(2).map(|unit| Some(u32::from(u16::from_be_bytes(unit.try_into().ok()?))));
+            let units =
+                bytes.chunks(2).map(|unit| Some(u32::from(u16::from_be_bytes(unit.try_into().ok()?))));
             units.map(|unit| char::from_u32(unit?)).collect()
         }
         UNIVERSAL_STRING => {
@@ -239,7 +240,10 @@ mod tests {
         child.stdin.take().unwrap().write_all(&certificate(sets)).unwrap();
         let output = child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        output.status.success().then(|| text.trim_end_matches('\n').strip_prefix("subject=").unwrap().to_owned())
+        output
+            .status
+            .success()
+            .then(|| text.trim_end_matches('\n').strip_prefix("subject=").unwrap().to_owned())
     }
 
     /// Whether there is something to compare with.
@@ -309,7 +313,10 @@ mod tests {
         }
 
         fn value(&mut self) -> (u8, Vec<u8>) {
-            let pieces = ["a", "Z9", " ", "#", "+", ",", ";", "<", ">", "\"", "\\", "=", "/", "é", "€", "😀", "\0", "\n"];
+            let pieces = [
+                "a", "Z9", " ", "#", "+", ",", ";", "<", ">", "\"", "\\", "=", "/", "é", "€", "😀", "\0",
+                "\n",
+            ];
             let characters: String = (0..self.below(6)).map(|_| self.pick(&pieces)).collect();
             let narrow: Vec<u8> = characters.chars().filter_map(|one| u8::try_from(one).ok()).collect();
             let (two, four) = (
@@ -326,15 +333,21 @@ mod tests {
                 31..33 => (UNIVERSAL_STRING, four),
                 33..35 => (3, [&[0], narrow.as_slice()].concat()),
                 35 => (der::SEQUENCE, element(UTF8_STRING, characters.as_bytes())),
-                36 => (self.pick(&[UTF8_STRING, BMP_STRING, UNIVERSAL_STRING]), [&four[..], &[0xff]].concat()),
+                36 => {
+                    (self.pick(&[UTF8_STRING, BMP_STRING, UNIVERSAL_STRING]), [&four[..], &[0xff]].concat())
+                }
                 37 => (self.pick(&[4, 21, 26, 27]), narrow),
                 _ => (UTF8_STRING, characters.repeat(40).into_bytes()),
             }
         }
 
         fn kind(&mut self) -> &'static str {
-            let unknown =
-                ["1.3.6.1.4.1.99999.1", "2.999.77777777777", "2.5.4.9999", "1.3.6.1.4.1.99999.4294967295.1.2"];
+            let unknown = [
+                "1.3.6.1.4.1.99999.1",
+                "2.999.77777777777",
+                "2.5.4.9999",
+                "1.3.6.1.4.1.99999.4294967295.1.2",
+            ];
             match self.below(8) {
                 0 => self.pick(&unknown),
                 1..4 => self.pick(SHORT_NAMES).0,
@@ -373,7 +386,8 @@ mod tests {
         println!("{good} subjects printed, {wrong} refused by both");
         assert!(good > 200 && wrong > 20);
         // As long as OpenSSL prints a kind, and longer.
-        let long = "1.3.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295";
+        let long =
+            "1.3.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295.4294967295";
         let sets = vec![vec![text(long, "a")]];
         assert_eq!(ours(&sets), theirs(&sets));
     }

@@ -98,7 +98,8 @@ impl Trust {
         };
         let roots: Vec<_> = certificates.map(with_kind).collect();
         let is_between = |root: &&Root| root.certificate.is_authority() && !root.is_root;
-        let between = roots.iter().filter(is_between).map(|root| root.certificate.der.clone().into()).collect();
+        let between =
+            roots.iter().filter(is_between).map(|root| root.certificate.der.clone().into()).collect();
         let trust = Self {
             roots,
             between,
@@ -107,7 +108,8 @@ impl Trust {
             current: ArcSwap::from_pointee(Verifiers { of: Vec::new(), servers: None, clients: None }),
         };
         // Of all roots, whenever they are valid: a list that cannot be used is found now.
-        let of = (0..trust.roots.len()).filter(|at| trust.roots.get(*at).is_some_and(Root::may_vouch)).collect();
+        let of =
+            (0..trust.roots.len()).filter(|at| trust.roots.get(*at).is_some_and(Root::may_vouch)).collect();
         trust.current.store(Arc::new(trust.verifiers(of)?));
         Ok(trust)
     }
@@ -126,11 +128,8 @@ impl Trust {
             return Ok(Verifiers { of, servers: None, clients: None });
         }
         let store = Arc::new(store);
-        let lists: Vec<_> = self
-            .revocations
-            .iter()
-            .map(|(_, der)| CertificateRevocationListDer::from(der.clone()))
-            .collect();
+        let lists: Vec<_> =
+            self.revocations.iter().map(|(_, der)| CertificateRevocationListDer::from(der.clone())).collect();
         let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
         let provider = Arc::clone(&self.provider);
         let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(&provider))
@@ -365,7 +364,12 @@ mod tests {
     struct Counting(&'static dyn SignatureVerificationAlgorithm);
 
     impl SignatureVerificationAlgorithm for Counting {
-        fn verify_signature(&self, key: &[u8], message: &[u8], signature: &[u8]) -> Result<(), InvalidSignature> {
+        fn verify_signature(
+            &self,
+            key: &[u8],
+            message: &[u8],
+            signature: &[u8],
+        ) -> Result<(), InvalidSignature> {
             VERIFIED.fetch_add(1, Relaxed);
             self.0.verify_signature(key, message, signature)
         }
