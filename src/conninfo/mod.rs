@@ -43,7 +43,9 @@ pub use password_file::PasswordFileWarning;
 pub use require_auth::{AuthRequest, RequireAuth};
 pub use settings::Settings;
 pub(crate) use surroundings::home_directory;
-pub use surroundings::{FixedSurroundings, FoundFile, LISTED_FILES_MAX, ProcessSurroundings, Surroundings};
+pub use surroundings::{
+    FileIdentity, FixedSurroundings, FoundFile, LISTED_FILES_MAX, ProcessSurroundings, Surroundings,
+};
 pub use values::{
     ChannelBinding, GssEncMode, LoadBalanceHosts, ProtocolVersion, SslCertMode, SslMode, SslNegotiation,
     TargetSessionAttrs, TlsVersion,

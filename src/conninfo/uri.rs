@@ -4,6 +4,8 @@
 //! ports are lists, an empty part is left out, and a password may hold anything but `@` and `/`. Where it seems to hold one
 //! of them nothing of the text is shown, and an `@` behind it is refused: libpq would tell half a password as a host.
 
+use zeroize::Zeroizing;
+
 use crate::conninfo::{ConninfoError, REDACTED, Settings, keyword::Keyword};
 
 /// What follows `postgresql://` or `postgres://`; `None` when this is no URI.
@@ -164,7 +166,7 @@ fn parse_query(settings: &mut Settings, query: &str) -> Result<(), ConninfoError
 }
 
 /// Stores `keyword=value` and returns the keyword.
-fn parse_parameter(settings: &mut Settings, parameter: &str) -> Result<String, ConninfoError> {
+fn parse_parameter(settings: &mut Settings, parameter: &str) -> Result<Zeroizing<String>, ConninfoError> {
     let (keyword, value) =
         parameter.split_once('=').ok_or_else(|| ConninfoError::MissingSeparator(parameter.to_owned()))?;
     if value.contains('=') {
@@ -198,8 +200,8 @@ fn store_decoded(settings: &mut Settings, keyword: &str, text: &str) -> Result<(
 }
 
 /// Resolves `%xy`; spaces around are dropped, spaces within refused.
-fn decode(text: &str) -> Result<String, ConninfoError> {
-    let mut decoded = Vec::with_capacity(text.len());
+fn decode(text: &str) -> Result<Zeroizing<String>, ConninfoError> {
+    let mut decoded = Zeroizing::new(Vec::with_capacity(text.len()));
     let mut bytes = text.trim_start_matches(' ').bytes();
     while let Some(byte) = bytes.next() {
         match byte {
@@ -218,7 +220,8 @@ fn decode(text: &str) -> Result<String, ConninfoError> {
             other => decoded.push(other),
         }
     }
-    String::from_utf8(decoded).map_err(|_| ConninfoError::NotUtf8(text.to_owned()))
+    let decoded = String::from_utf8(std::mem::take(&mut *decoded)).map(Zeroizing::new);
+    decoded.map_err(|_| ConninfoError::NotUtf8(text.to_owned()))
 }
 
 fn hexadecimal_digit(digit: Option<u8>) -> Option<u8> {

@@ -10,6 +10,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::{
     DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
     client::danger::HandshakeSignatureValid,
@@ -26,7 +27,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::config;
-use crate::conninfo::Surroundings;
+use crate::conninfo::{FileIdentity, Surroundings};
 use crate::net::TlsFacts;
 use crate::net::tls::{
     ALPN, TlsError,
@@ -52,7 +53,7 @@ struct Loaded {
     /// Last second of the certificate's validity, since 1970.
     expires_at: u64,
     /// All that was read, to see whether it has changed.
-    content: Content,
+    content: Mutex<Content>,
 }
 
 /// What was read again.
@@ -60,8 +61,17 @@ struct Loaded {
 pub struct Renewed(Loaded);
 
 /// What stood in the files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Content(Vec<(PathBuf, [u8; 32])>);
+#[derive(Clone, Debug, Default)]
+struct Content(Vec<Entry>);
+
+/// What stood in one of them.
+#[derive(Clone, Debug)]
+struct Entry {
+    path: PathBuf,
+    /// As long as this holds the file is not read.
+    identity: Option<FileIdentity>,
+    fingerprint: [u8; 32],
+}
 
 /// What a reload did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,7 +111,11 @@ impl ServerTls {
 
     /// Reads the files again, and changes nothing; `None`: they are as before.
     pub fn read_again(&self, surroundings: &dyn Surroundings) -> Result<Option<Renewed>, TlsError> {
-        if Content::of(&self.settings, surroundings) == self.current.load().content {
+        let current = self.current.load();
+        let mut known = current.content.lock();
+        let found = Content::of(&self.settings, surroundings, &known);
+        if found.is_same(&known) {
+            *known = found;
             return Ok(None);
         }
         Ok(Some(Renewed(Loaded::read(&self.settings, surroundings)?)))
@@ -144,11 +158,11 @@ impl ServerTls {
 impl Loaded {
     fn read(settings: &config::Tls, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
         let provider = provider();
-        let content = Content::of(settings, surroundings);
+        let content = Mutex::new(Content::of(settings, surroundings, &Content::default()));
         let chain = files::certificates(surroundings, "server certificate file", &settings.cert)?;
         let key = files::private_key(surroundings, &settings.key, None)?;
         let leaf = chain.first().cloned().ok_or(TlsError::NoServerCertificate)?;
-        let own = own_key(chain, key, &settings.key, &provider)?;
+        let own = own_key(chain, &key, &settings.key)?;
         let versions: &[_] = match settings.min_version {
             config::TlsVersion::V1_3 => &[&TLS13],
             config::TlsVersion::V1_2 => &[&TLS12, &TLS13],
@@ -174,10 +188,28 @@ impl Loaded {
 }
 
 impl Content {
-    fn of(settings: &config::Tls, surroundings: &dyn Surroundings) -> Self {
+    /// Reads the files, but for those that are as they are known.
+    fn of(settings: &config::Tls, surroundings: &dyn Surroundings, known: &Self) -> Self {
         let optional = settings.client_ca.iter().chain(&settings.client_crl);
         let paths = [&settings.cert, &settings.key].into_iter().chain(optional);
-        Self(paths.map(|path| (path.clone(), files::fingerprint(surroundings, path))).collect())
+        let look = |path: &PathBuf| {
+            // Before the file is read: what is changed meanwhile is seen the next time.
+            let identity = surroundings.identity(path);
+            let same = known.0.iter().find(|entry| entry.path == *path && entry.identity == identity);
+            let fingerprint = match same.filter(|_| identity.is_some()) {
+                Some(entry) => entry.fingerprint,
+                None => files::fingerprint(surroundings, path),
+            };
+            Entry { path: path.clone(), identity, fingerprint }
+        };
+        Self(paths.map(look).collect())
+    }
+
+    fn is_same(&self, other: &Self) -> bool {
+        let content = |content: &Self| -> Vec<(PathBuf, [u8; 32])> {
+            content.0.iter().map(|entry| (entry.path.clone(), entry.fingerprint)).collect()
+        };
+        content(self) == content(other)
     }
 }
 
