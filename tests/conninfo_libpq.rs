@@ -92,6 +92,7 @@ fn ask_random_strings(mut psql: Psql) {
             }
             // What may be half a password is refused before libpq would come to it.
             Err(ConninfoError::InvalidInteger { value, .. }) if value == REDACTED => {}
+            Err(ConninfoError::UnexpectedAtSign) => {}
             // libpq may have tried another host before it came to the wrong port of this one, and shows passwords.
             Err(error) => {
                 let theirs = psql.run(&text);

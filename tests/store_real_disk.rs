@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -478,6 +479,36 @@ fn what_a_new_slot_is_promised_does_not_go_while_the_slot_is_made() {
     opened.store.create_slot("late", SlotKind::Permanent, true).unwrap();
     let promised = opened.store.slots().get("late").unwrap().restart_lsn;
     assert_eq!((promised, opened.store.oldest()), (oldest, oldest), "the slot points at WAL that is gone");
+}
+
+/// Counts what is touched of mapped memory.
+#[derive(Default)]
+struct Touched(AtomicUsize);
+
+impl Hooks for Touched {
+    fn before_slice(&self, _range: &std::ops::Range<usize>) {
+        self.0.fetch_add(1, Relaxed);
+    }
+}
+
+#[test]
+fn a_checksum_is_computed_without_touching_mapped_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let wal = some_wal(3 << 20);
+    let mut opened = fresh(dir.path(), &wal);
+    deliver(&mut opened, &wal);
+    opened.watch.wait_until("all", |now| now.flushed == wal.end() && now.sealed.is_some());
+    drop(opened);
+    // Where a disk fails then, that would be a signal: the end of the process.
+    let touched = Arc::new(Touched::default());
+    let opened = open_on(Arc::new(HookedDisk(touched.clone())), settings(dir.path())).unwrap();
+    let mut reader = opened.store.reader(TimelineId::FIRST, Access::Mapped);
+    let range = LsnRange::new(wal.start(), wal.start().advance(8192)).unwrap();
+    let Read::Cold(cold) = reader.read(range).unwrap() else { panic!("nothing was compared yet") };
+    cold.load().unwrap();
+    assert_eq!(touched.0.load(Relaxed), 0);
+    assert!(matches!(reader.read(range).unwrap(), Read::Ready(_)));
+    assert_ne!(touched.0.load(Relaxed), 0);
 }
 
 /// The disk does not answer who reads from it alone.

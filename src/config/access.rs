@@ -210,7 +210,7 @@ struct Included<'a>(&'a dyn Surroundings);
 impl IncludedFiles for Included<'_> {
     fn read(&self, path: &Path) -> io::Result<String> {
         match self.0.read(path)? {
-            FoundFile::Plain { text, .. } => Ok(text),
+            FoundFile::Plain { text, .. } => Ok(text.as_str().to_owned()),
             FoundFile::NotPlain => Err(io::Error::other("not a plain file")),
         }
     }

@@ -53,21 +53,21 @@ impl TryFrom<Loaded<'_>> for Config {
 }
 
 fn relay(raw: &RawRelay, directory: &Path) -> Result<Relay, Problem> {
-    let name = required(&raw.name, "relay.name", "name = \"dc1_a\"")?;
+    let name = required(raw.name.as_deref(), "relay.name", "name = \"dc1_a\"")?;
     let is_good = NAME_BYTES.contains(&name.len()) && name.bytes().all(|byte| (b' '..=b'~').contains(&byte));
     if !is_good {
         let advice =
             format!("expected {} to {} printable ASCII characters", NAME_BYTES.start(), NAME_BYTES.end());
         return Err(Problem::invalid("relay.name", name, advice));
     }
-    let data_dir = required(&raw.data_dir, "relay.data_dir", "data_dir = \"/var/lib/walrelay\"")?;
+    let data_dir = required(raw.data_dir.as_deref(), "relay.data_dir", "data_dir = \"/var/lib/walrelay\"")?;
     let (name, data_dir) = (name.to_owned(), directory.join(data_dir));
     Ok(Relay { name, data_dir, data_must_exist: raw.data_must_exist })
 }
 
 fn upstream(raw: &RawUpstream, name: &str, surroundings: &dyn Surroundings) -> Result<Upstream, Problem> {
     let text = required(
-        &raw.conninfo,
+        raw.conninfo.as_ref().map(|text| text.0.as_str()),
         "upstream.conninfo",
         "conninfo = \"host=10.1.0.10,10.1.0.11 user=replicator target_session_attrs=read-write\"",
     )?;
@@ -306,11 +306,11 @@ fn is_chosen_by_the_system(address: &ListenAddress) -> bool {
 }
 
 fn required<'a>(
-    value: &'a Option<String>,
+    value: Option<&'a str>,
     key: &'static str,
     example: &'static str,
 ) -> Result<&'a str, Problem> {
-    let value = value.as_deref().filter(|value| !value.is_empty());
+    let value = value.filter(|value| !value.is_empty());
     value.ok_or(Problem::Missing { key, example })
 }
 

@@ -30,14 +30,14 @@ impl<'a> Document<'a> {
         }
     }
 
-    /// Reads it as a `T` that knows the keys of `known` and no others.
-    pub(crate) fn read<T: DeserializeOwned>(&self, known: &impl Serialize) -> Result<T, Problem> {
-        self.check_keys(&known_keys(known))?;
-        self.read_any()
+    /// All that it says, not interpreted; texts without escapes are not copied.
+    pub(crate) fn table(&self) -> &DeTable<'a> {
+        self.table.get_ref()
     }
 
-    /// Reads it as a `T`.
-    pub(crate) fn read_any<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+    /// Reads it as a `T` that knows the keys of `known` and no others. Errors show the value.
+    pub(crate) fn read<T: DeserializeOwned>(&self, known: &impl Serialize) -> Result<T, Problem> {
+        self.check_keys(&known_keys(known))?;
         toml::from_str(self.text).map_err(|error| {
             let at = error.span().map_or(0, |span| span.start);
             let (key, value) = self.entry_at(at).unwrap_or_default();

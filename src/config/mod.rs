@@ -377,7 +377,7 @@ fn hide_secrets(problem: Problem) -> Problem {
 
 /// A file that was read.
 struct ReadFile {
-    text: String,
+    text: Zeroizing<String>,
     mode: u32,
 }
 
@@ -402,6 +402,6 @@ impl FileKind {
         if file.mode & WORLD_BITS != 0 {
             return Err(ConfigError::WorldAccess { kind: self, file: path.to_owned() });
         }
-        Ok(Zeroizing::new(file.text))
+        Ok(file.text)
     }
 }

@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{
-    Deserialize, Deserializer, Serialize,
+    Deserialize, Deserializer, Serialize, Serializer,
     de::{Error, SeqAccess, Visitor},
 };
+
+use zeroize::Zeroizing;
 
 use crate::config::tls::RawTls;
 
@@ -37,7 +39,7 @@ pub(crate) struct RawRelay {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RawUpstream {
-    pub(crate) conninfo: Option<String>,
+    pub(crate) conninfo: Option<Secret>,
     pub(crate) patroni: Vec<String>,
     pub(crate) slot: Option<String>,
     pub(crate) create_slot: bool,
@@ -246,6 +248,22 @@ impl<'de> Deserialize<'de> for Quantity {
         }
 
         deserializer.deserialize_any(TextOrNumber)
+    }
+}
+
+/// A text that may hold a password.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Secret(pub(crate) Zeroizing<String>);
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(|text| Self(Zeroizing::new(text)))
+    }
+}
+
+impl Serialize for Secret {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
     }
 }
 

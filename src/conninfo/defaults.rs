@@ -4,6 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
+use zeroize::Zeroizing;
+
 use crate::conninfo::{
     ConninfoError, Settings,
     keyword::{KEYWORDS, Keyword},
@@ -31,7 +33,7 @@ pub(crate) fn add_defaults(
         }
         if let Some(value) = keyword.variable.and_then(|name| surroundings.variable(name)) {
             sslmode_from_environment |= keyword.name == "sslmode";
-            settings.store_default(keyword, &value);
+            settings.store_default(keyword, &Zeroizing::new(value));
         } else if keyword.name == "sslmode" && is_tls_required_by_old_variable(surroundings) {
             sslmode_from_environment = true;
             settings.store_default(keyword, "require");
@@ -87,7 +89,7 @@ fn add_service(settings: &mut Settings, surroundings: &dyn Surroundings) -> Resu
     Err(ConninfoError::ServiceNotFound(service))
 }
 
-fn read(surroundings: &dyn Surroundings, path: &Path) -> Option<String> {
+fn read(surroundings: &dyn Surroundings, path: &Path) -> Option<Zeroizing<String>> {
     match surroundings.read(path) {
         Ok(FoundFile::Plain { text, .. }) => Some(text),
         Ok(FoundFile::NotPlain) | Err(_) => None,

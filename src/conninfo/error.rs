@@ -57,6 +57,9 @@ pub enum ConninfoError {
         /// The whole URI.
         uri: String,
     },
+    /// A password with an `@` in it, most likely; libpq takes what follows for a part of the host, and shows it.
+    #[error("unexpected \"@\" after user and password in URI, use percent-encoded \"@\" (%40) instead")]
+    UnexpectedAtSign,
     /// A zero byte, which no libpq string can hold.
     #[error("null byte in connection info string")]
     NullByte,

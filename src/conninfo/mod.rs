@@ -13,7 +13,7 @@
 //! Differences from libpq, all deliberate: values must be UTF-8; LDAP lookups in service files are a syntax error, as
 //! in a libpq built without LDAP; GSSAPI is not there; an empty host means the socket directory
 //! `/var/run/postgresql`, as Debian, Red Hat and the official images build libpq (the source's own default is `/tmp`).
-//! Where libpq would print a password in an error, asterisks stand.
+//! Where libpq would print a password in an error, asterisks stand; an `@` in a URI behind `user:password@` is refused.
 
 mod defaults;
 mod error;
@@ -43,7 +43,9 @@ pub use password_file::PasswordFileWarning;
 pub use require_auth::{AuthRequest, RequireAuth};
 pub use settings::Settings;
 pub(crate) use surroundings::home_directory;
-pub use surroundings::{FixedSurroundings, FoundFile, LISTED_FILES_MAX, ProcessSurroundings, Surroundings};
+pub use surroundings::{
+    FileIdentity, FixedSurroundings, FoundFile, LISTED_FILES_MAX, ProcessSurroundings, Surroundings,
+};
 pub use values::{
     ChannelBinding, GssEncMode, LoadBalanceHosts, ProtocolVersion, SslCertMode, SslMode, SslNegotiation,
     TargetSessionAttrs, TlsVersion,
@@ -110,8 +112,10 @@ pub type ScramKey = Arc<SecretBox<[u8; 32]>>;
 /// One host to try.
 #[derive(Clone, Debug)]
 pub struct Host {
-    /// As given: for messages, for the certificate's name, for the password file.
+    /// As given, else its address: for messages, for the password file.
     pub name: String,
+    /// What its certificate must name; empty where only an address is given for the connection, as in libpq.
+    pub certificate_name: String,
     /// Where it is.
     pub address: HostAddress,
     /// Its port; part of the path for a socket.

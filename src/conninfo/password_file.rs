@@ -9,6 +9,7 @@ use std::{
 };
 
 use secrecy::SecretString;
+use zeroize::Zeroizing;
 
 use crate::conninfo::surroundings::{FoundFile, Surroundings};
 
@@ -35,7 +36,7 @@ impl fmt::Display for PasswordFileWarning {
 }
 
 /// A password file that has been read.
-pub(crate) struct PasswordFile(String);
+pub(crate) struct PasswordFile(Zeroizing<String>);
 
 impl PasswordFile {
     /// Reads the file; one that is not there is as good as empty.
@@ -64,7 +65,7 @@ impl PasswordFile {
             Some(unescape(rest))
         });
         // An empty one ends the search, but is as good as none.
-        password.filter(|password| !password.is_empty()).map(SecretString::from)
+        password.filter(|password| !password.is_empty()).map(|password| SecretString::from(password.as_str()))
     }
 }
 
@@ -91,8 +92,9 @@ fn matching<'a>(line: &'a str, word: &str) -> Option<&'a str> {
 }
 
 /// The last field: up to a colon, which the format leaves room for.
-fn unescape(field: &str) -> String {
-    let mut password = String::with_capacity(field.len());
+fn unescape(field: &str) -> Zeroizing<String> {
+    // So much room that nothing is left behind where it grew.
+    let mut password = Zeroizing::new(String::with_capacity(field.len()));
     let mut characters = field.chars();
     while let Some(character) = characters.next() {
         match character {
@@ -114,7 +116,7 @@ mod tests {
     use crate::conninfo::FixedSurroundings;
 
     fn lookup(file: &str, key: [&str; 4]) -> Option<String> {
-        PasswordFile(file.to_owned()).password(key).map(|password| password.expose_secret().to_owned())
+        PasswordFile(file.to_owned().into()).password(key).map(|password| password.expose_secret().to_owned())
     }
 
     const KEY: [&str; 4] = ["db1", "5432", "replication", "replicator"];

@@ -147,6 +147,7 @@ fn locate(texts: HostTexts) -> Result<Host, ConninfoError> {
         port_text = DEFAULT_PORT.to_string();
     }
     let mut address_text = address.clone();
+    let certificate_name = name.clone();
     let (name, address) = if address.is_empty() {
         let name = if name.is_empty() { DEFAULT_SOCKET_DIRECTORY.to_owned() } else { name };
         let address = if is_socket_directory(&name) {
@@ -160,7 +161,7 @@ fn locate(texts: HostTexts) -> Result<Host, ConninfoError> {
         let parsed = numeric_address(&address)?;
         (if name.is_empty() { address } else { name }, parsed)
     };
-    Ok(Host { name, address, port, address_text, port_text, password: None })
+    Ok(Host { name, certificate_name, address, port, address_text, port_text, password: None })
 }
 
 fn port(text: &str) -> Result<u16, ConninfoError> {

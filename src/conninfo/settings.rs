@@ -5,6 +5,8 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use zeroize::Zeroizing;
+
 use crate::conninfo::{
     ConninfoError, REDACTED,
     keyword::{KEYWORDS, Keyword},
@@ -16,7 +18,7 @@ use crate::conninfo::{
 /// `Debug` and `Display` hide secrets; [`Settings::to_connection_string`] does not.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Settings {
-    values: BTreeMap<&'static str, String>,
+    values: BTreeMap<&'static str, Zeroizing<String>>,
 }
 
 impl Settings {
@@ -33,7 +35,7 @@ impl Settings {
 
     /// The text given for `keyword`; an empty one is not the same as none.
     pub fn value(&self, keyword: &str) -> Option<&str> {
-        self.values.get(keyword).map(String::as_str)
+        self.values.get(keyword).map(|value| value.as_str())
     }
 
     /// As [`Self::value`], where an empty text means none.
@@ -51,13 +53,13 @@ impl Settings {
         };
         let known =
             Keyword::named(keyword).ok_or_else(|| ConninfoError::InvalidOption(keyword.to_owned()))?;
-        self.values.insert(known.name, value.to_owned());
+        self.values.insert(known.name, Zeroizing::new(value.to_owned()));
         Ok(())
     }
 
     /// Sets `keyword` unless it is set.
     pub(crate) fn store_default(&mut self, keyword: &'static Keyword, value: &str) {
-        self.values.entry(keyword.name).or_insert_with(|| value.to_owned());
+        self.values.entry(keyword.name).or_insert_with(|| Zeroizing::new(value.to_owned()));
     }
 
     /// The same settings without their secrets.
@@ -65,7 +67,7 @@ impl Settings {
         let mut shown = self.clone();
         for keyword in KEYWORDS.iter().filter(|keyword| keyword.is_secret()) {
             if let Some(value) = shown.values.get_mut(keyword.name) {
-                *value = REDACTED.to_owned();
+                *value = Zeroizing::new(REDACTED.to_owned());
             }
         }
         shown
@@ -112,13 +114,13 @@ fn parse_key_values(text: &str) -> Result<Settings, ConninfoError> {
     while !rest.is_empty() {
         let end = rest.find(|character| character == '=' || is_space(character)).unwrap_or(rest.len());
         let (name, after) = rest.split_at_checked(end).unwrap_or((rest, ""));
+        // Most likely the second half of a password with a space in it: libpq would print it.
+        let shown = if follows_secret { REDACTED } else { name };
         let Some(value) = after.trim_start_matches(is_space).strip_prefix('=') else {
-            // Most likely the second half of a password with a space in it: libpq would print it.
-            let shown = if follows_secret { REDACTED } else { name };
             return Err(ConninfoError::MissingEquals(shown.to_owned()));
         };
         let (value, after) = take_value(value.trim_start_matches(is_space))?;
-        settings.store(name, &value)?;
+        settings.store(name, &value).map_err(|_| ConninfoError::InvalidOption(shown.to_owned()))?;
         follows_secret = Keyword::named(name).is_some_and(Keyword::is_secret);
         rest = after.trim_start_matches(is_space);
     }
@@ -126,8 +128,9 @@ fn parse_key_values(text: &str) -> Result<Settings, ConninfoError> {
 }
 
 /// The value at the start of `text`, its quotes and backslashes resolved, and what follows.
-fn take_value(text: &str) -> Result<(String, &str), ConninfoError> {
-    let mut value = String::new();
+fn take_value(text: &str) -> Result<(Zeroizing<String>, &str), ConninfoError> {
+    // So much room that nothing is left behind where it grew.
+    let mut value = Zeroizing::new(String::with_capacity(text.len()));
     let quoted = text.strip_prefix('\'');
     let mut characters = quoted.unwrap_or(text).chars();
     while let Some(character) = characters.next() {
@@ -205,6 +208,10 @@ mod tests {
     fn a_password_with_a_space_is_not_shown_in_the_error() {
         let error = Settings::parse("host=a password=my secret").unwrap_err();
         assert_eq!(error.to_string(), r#"missing "=" after "********" in connection info string"#);
+        for text in ["password=my sec=ret", "host=a sslpassword='my'sec=ret"] {
+            let error = Settings::parse(text).unwrap_err();
+            assert_eq!(error.to_string(), r#"invalid connection option "********""#, "{text}");
+        }
     }
 
     #[test]

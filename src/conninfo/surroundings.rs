@@ -7,7 +7,10 @@ use std::{
     collections::BTreeMap,
     io,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use zeroize::Zeroizing;
 
 /// The process's environment as libpq looks at it.
 pub trait Surroundings {
@@ -25,6 +28,12 @@ pub trait Surroundings {
 
     /// The file at `path`.
     fn read(&self, path: &Path) -> io::Result<FoundFile>;
+
+    /// What tells the file at `path` from another one and from itself after any change, without reading it; `None`: only reading
+    /// it tells.
+    fn identity(&self, _path: &Path) -> Option<FileIdentity> {
+        None
+    }
 
     /// The files in the directory at `path`, at most [`LISTED_FILES_MAX`], by name; none if it is not there.
     fn list(&self, path: &Path) -> Vec<PathBuf>;
@@ -47,11 +56,22 @@ pub enum FoundFile {
         mode: u32,
         /// The user it belongs to.
         owner: u32,
-        /// Content; bytes that are not UTF-8 are replaced, which spoils only the lines they stand in.
-        text: String,
+        /// Content; bytes that are not UTF-8 are replaced, which spoils only the lines they stand in. It may hold secrets.
+        text: Zeroizing<String>,
     },
     /// A directory, a device, a pipe: never read.
     NotPlain,
+}
+
+/// One state of one file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileIdentity {
+    /// Device and inode.
+    pub place: (u64, u64),
+    /// Its length.
+    pub bytes: u64,
+    /// When its content or its permissions were last changed; seconds and nanoseconds since 1970.
+    pub changed_at: (i64, i64),
 }
 
 /// The true environment of this process.
@@ -79,6 +99,10 @@ impl Surroundings for ProcessSurroundings {
 
     fn read(&self, path: &Path) -> io::Result<FoundFile> {
         read_file(path)
+    }
+
+    fn identity(&self, path: &Path) -> Option<FileIdentity> {
+        identity_at(path, SystemTime::now())
     }
 
     fn list(&self, path: &Path) -> Vec<PathBuf> {
@@ -116,10 +140,26 @@ fn read_file(path: &Path) -> io::Result<FoundFile> {
         return Err(io::Error::from(io::ErrorKind::FileTooLarge));
     }
     // It may hold secrets: no copy is made of one that is as it should be.
-    let text = String::from_utf8(std::fs::read(path)?);
-    let text = text.unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+    let text = String::from_utf8(std::fs::read(path)?).unwrap_or_else(|error| {
+        let bytes = Zeroizing::new(error.into_bytes());
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
     let mode = metadata.permissions().mode() & 0o7777;
-    Ok(FoundFile::Plain { mode, owner: metadata.uid(), text })
+    Ok(FoundFile::Plain { mode, owner: metadata.uid(), text: Zeroizing::new(text) })
+}
+
+/// None for a file that was changed just before `now`: another change may still be of the same time by the file system's clock.
+fn identity_at(path: &Path, now: SystemTime) -> Option<FileIdentity> {
+    use std::os::unix::fs::MetadataExt as _;
+
+    let metadata = path.metadata().ok()?;
+    let changed_at = UNIX_EPOCH + Duration::from_secs(u64::try_from(metadata.ctime()).ok()?);
+    let age = now.duration_since(changed_at).ok()?;
+    (age >= SETTLED_AGE).then_some(FileIdentity {
+        place: (metadata.dev(), metadata.ino()),
+        bytes: metadata.len(),
+        changed_at: (metadata.ctime(), metadata.ctime_nsec()),
+    })
 }
 
 // As above.
@@ -134,6 +174,9 @@ fn list_files(path: &Path) -> Vec<PathBuf> {
 
 /// Most files of a directory that are looked at.
 pub const LISTED_FILES_MAX: usize = 1024;
+
+/// Longer than any file system takes for one time.
+const SETTLED_AGE: Duration = Duration::from_secs(3);
 
 /// Largest file that is read.
 const FILE_BYTES_MAX: u64 = 4 << 20;
@@ -167,7 +210,10 @@ impl FixedSurroundings {
     /// Adds a plain file.
     #[must_use]
     pub fn with_file(mut self, path: &str, mode: u32, text: &str) -> Self {
-        self.files.insert(PathBuf::from(path), FoundFile::Plain { mode, owner: 1000, text: text.to_owned() });
+        self.files.insert(
+            PathBuf::from(path),
+            FoundFile::Plain { mode, owner: 1000, text: text.to_owned().into() },
+        );
         self
     }
 }
@@ -209,6 +255,25 @@ mod tests {
         assert_eq!(surroundings.read(Path::new("/dev/null")).unwrap(), FoundFile::NotPlain);
         assert_eq!(surroundings.read(Path::new("/")).unwrap(), FoundFile::NotPlain);
         assert!(surroundings.read(Path::new("/no/such/file")).is_err());
+    }
+
+    #[test]
+    fn a_file_is_known_by_its_looks_once_it_has_settled() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        let path = place.path();
+        let (now, later) = (SystemTime::now(), SystemTime::now() + 2 * SETTLED_AGE);
+        assert_eq!(identity_at(path, now), None, "it was just made");
+        let first = identity_at(path, later).unwrap();
+        assert_eq!(identity_at(path, later), Some(first));
+        // Not even what keeps its length, its place and the time that it claims goes unseen.
+        std::io::Write::write_all(&mut place.as_file(), b"key").unwrap();
+        let second = identity_at(path, later).unwrap();
+        place.as_file().set_modified(UNIX_EPOCH).unwrap();
+        let third = identity_at(path, later).unwrap();
+        assert!(
+            first != second && second.changed_at >= first.changed_at && third.changed_at >= second.changed_at
+        );
+        assert_eq!(identity_at(Path::new("/no/such/file"), later), None);
     }
 
     #[test]

@@ -112,6 +112,9 @@ fn hosts_addresses_and_ports_are_matched() {
     );
     assert_eq!(parse("hostaddr=fe80::1%eth0").hosts[0].address, HostAddress::Name("fe80::1%eth0".to_owned()));
     assert_eq!(parse("host=n hostaddr=1.2.3.4").hosts[0].name, "n");
+    assert_eq!(parse("host=n hostaddr=1.2.3.4").hosts[0].certificate_name, "n");
+    assert_eq!(parse("hostaddr=1.2.3.4").hosts[0].certificate_name, "");
+    assert_eq!(parse("host=1.2.3.4").hosts[0].certificate_name, "1.2.3.4");
     for (text, address) in
         [("7", "0.0.0.7"), ("127.1", "127.0.0.1"), ("0x7f.0.0.010", "127.0.0.8"), ("1.2.772", "1.2.3.4")]
     {

@@ -1,9 +1,12 @@
 //! The URI form: `postgresql://user:password@host:port,host:port/dbname?keyword=value`.
 //!
 //! Owns reading it, character for character as `conninfo_uri_parse_options` does, which is not quite RFC 3986: hosts and
-//! ports are lists, an empty part is left out, and a password may hold anything but `@` and `/`.
+//! ports are lists, an empty part is left out, and a password may hold anything but `@` and `/`. Where it seems to hold one
+//! of them nothing of the text is shown, and an `@` behind it is refused: libpq would tell half a password as a host.
 
-use crate::conninfo::{ConninfoError, REDACTED, Settings};
+use zeroize::Zeroizing;
+
+use crate::conninfo::{ConninfoError, REDACTED, Settings, keyword::Keyword};
 
 /// What follows `postgresql://` or `postgres://`; `None` when this is no URI.
 pub(crate) fn after_prefix(text: &str) -> Option<&str> {
@@ -15,8 +18,13 @@ pub(crate) fn parse(uri: &str, rest: &str) -> Result<Settings, ConninfoError> {
     let mut settings = Settings::default();
     let (credentials, rest) = split_credentials(rest);
     let mut shown_uri = uri.to_owned();
+    let mut may_hold_password = false;
     if let Some(credentials) = credentials {
         let (user, password) = cut(credentials, &[':']);
+        if !password.is_empty() {
+            refuse_at_sign(rest)?;
+            may_hold_password = rest.contains('@');
+        }
         store_decoded(&mut settings, "user", user)?;
         if let Some(password) = password.strip_prefix(':').filter(|password| !password.is_empty()) {
             shown_uri = redact(uri, rest, user);
@@ -27,13 +35,24 @@ pub(crate) fn parse(uri: &str, rest: &str) -> Result<Settings, ConninfoError> {
         refuse_ports(uri, rest)?;
         return parse_places(settings, uri, rest, REDACTED).map_err(without_text);
     }
-    parse_places(settings, uri, rest, &shown_uri)
+    let parsed = parse_places(settings, uri, rest, &shown_uri);
+    parsed.map_err(|error| if may_hold_password { without_text(error) } else { error })
 }
 
 /// Whether this looks like `user:pass/word@host`, where libpq sees a host, a port and a database, and would tell them.
 fn is_password_cut_short(rest: &str) -> bool {
     let (authority, path) = cut(rest, &['/']);
     authority.contains(':') && path.contains('@')
+}
+
+/// In `user:p@ss@host` libpq would look for a host `ss@host`, and in `user:p@ss?x@host` for a parameter `x@host`.
+fn refuse_at_sign(rest: &str) -> Result<(), ConninfoError> {
+    let (places, query) = cut(rest, &['?']);
+    let first = cut(query, &['&', '=']).0;
+    if places.contains('@') || first.contains('@') {
+        return Err(ConninfoError::UnexpectedAtSign);
+    }
+    Ok(())
 }
 
 /// A port that is half a password is not shown; a number is taken for what it is, as libpq takes it.
@@ -136,26 +155,40 @@ fn parse_query(settings: &mut Settings, query: &str) -> Result<(), ConninfoError
     if query.is_empty() {
         return Ok(());
     }
+    let mut follows_secret = false;
     for parameter in parameters.split('&') {
-        let (keyword, value) =
-            parameter.split_once('=').ok_or_else(|| ConninfoError::MissingSeparator(parameter.to_owned()))?;
-        if value.contains('=') {
-            return Err(ConninfoError::ExtraSeparator(keyword.to_owned()));
-        }
-        let keyword = decode(keyword)?;
-        let is_secret = crate::conninfo::keyword::Keyword::named(&keyword).is_some_and(|k| k.is_secret());
-        let value = decode(value).map_err(|error| if is_secret { without_text(error) } else { error })?;
-        // JDBC's way to say it.
-        let (keyword, value) = match (keyword.as_str(), value.as_str()) {
-            ("ssl", "true") => ("sslmode", "require"),
-            other => other,
-        };
-        settings.store(keyword, value).map_err(|error| match error {
-            ConninfoError::InvalidOption(name) => ConninfoError::InvalidQueryParameter(name),
-            other => other,
-        })?;
+        let stored = parse_parameter(settings, parameter);
+        // Most likely the second half of a password with a "&" in it: libpq would print it.
+        let keyword = stored.map_err(|error| if follows_secret { without_text(error) } else { error })?;
+        follows_secret = is_secret(&keyword);
     }
     Ok(())
+}
+
+/// Stores `keyword=value` and returns the keyword.
+fn parse_parameter(settings: &mut Settings, parameter: &str) -> Result<Zeroizing<String>, ConninfoError> {
+    let (keyword, value) =
+        parameter.split_once('=').ok_or_else(|| ConninfoError::MissingSeparator(parameter.to_owned()))?;
+    if value.contains('=') {
+        return Err(ConninfoError::ExtraSeparator(keyword.to_owned()));
+    }
+    let keyword = decode(keyword)?;
+    let value =
+        decode(value).map_err(|error| if is_secret(&keyword) { without_text(error) } else { error })?;
+    // JDBC's way to say it.
+    let (name, value) = match (keyword.as_str(), value.as_str()) {
+        ("ssl", "true") => ("sslmode", "require"),
+        other => other,
+    };
+    settings.store(name, value).map_err(|error| match error {
+        ConninfoError::InvalidOption(name) => ConninfoError::InvalidQueryParameter(name),
+        other => other,
+    })?;
+    Ok(keyword)
+}
+
+fn is_secret(keyword: &str) -> bool {
+    Keyword::named(keyword).is_some_and(Keyword::is_secret)
 }
 
 /// Sets `keyword` unless the text is empty: an empty part must not hide the environment's value.
@@ -167,8 +200,8 @@ fn store_decoded(settings: &mut Settings, keyword: &str, text: &str) -> Result<(
 }
 
 /// Resolves `%xy`; spaces around are dropped, spaces within refused.
-fn decode(text: &str) -> Result<String, ConninfoError> {
-    let mut decoded = Vec::with_capacity(text.len());
+fn decode(text: &str) -> Result<Zeroizing<String>, ConninfoError> {
+    let mut decoded = Zeroizing::new(Vec::with_capacity(text.len()));
     let mut bytes = text.trim_start_matches(' ').bytes();
     while let Some(byte) = bytes.next() {
         match byte {
@@ -187,7 +220,8 @@ fn decode(text: &str) -> Result<String, ConninfoError> {
             other => decoded.push(other),
         }
     }
-    String::from_utf8(decoded).map_err(|_| ConninfoError::NotUtf8(text.to_owned()))
+    let decoded = String::from_utf8(std::mem::take(&mut *decoded)).map(Zeroizing::new);
+    decoded.map_err(|_| ConninfoError::NotUtf8(text.to_owned()))
 }
 
 fn hexadecimal_digit(digit: Option<u8>) -> Option<u8> {
@@ -322,10 +356,38 @@ mod tests {
             "postgresql://u:hush?hush/hush@h/d",
             "postgresql://u:1?hush/hush@h/d",
             "postgresql://u:1?hush=%zz/hush@h/d",
+            "postgresql://u:p@h?hush=hush@h/d",
+            "postgresql://h?password=x&hush",
+            "postgresql://h?password=x&hush=w",
+            "postgresql://h?password=x&hush=w=v",
+            "postgresql://h?password=x&hush%zz=w",
+            "postgresql://h?sslpassword=x&user=%zzhush",
         ] {
             let error = Settings::parse(uri).unwrap_err().to_string();
             assert!(!error.contains("hu") && error.contains(REDACTED), "{uri}: {error}");
         }
+    }
+
+    #[test]
+    fn an_at_sign_in_a_password_ends_it_and_what_follows_is_not_taken_for_a_host() {
+        let text = "unexpected \"@\" after user and password in URI, use percent-encoded \"@\" (%40) instead";
+        for uri in [
+            "postgresql://u:p@ss@h/d",
+            "postgresql://u:@ss@h/d",
+            "postgresql://:p@ss@h",
+            "postgresql://u:p@ss@h1,h2:5433/d",
+            "postgresql://u:p@h1,ss@h2/d",
+            "postgresql://u:p@ss:1@h/d",
+            "postgresql://u:p@ss/word@h/d",
+            "postgresql://u:p@ss?word@h/d?sslmode=require",
+        ] {
+            assert_eq!(Settings::parse(uri).unwrap_err().to_string(), text, "{uri}");
+        }
+        assert_eq!(self::text("postgresql://u@x@h/d@e"), "user=u dbname=d@e host=x@h", "no password");
+        assert_eq!(
+            self::text("postgresql://u:p%40ss@%40h?application_name=a@b&options=@"),
+            "user=u password=p@ss host=@h options=@ application_name=a@b"
+        );
     }
 
     fn encode(text: &str) -> String {

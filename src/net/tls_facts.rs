@@ -54,6 +54,6 @@ pub struct TlsFacts {
 pub struct ClientCertificate {
     /// The subject's common name (the first one, if there are several); absent where it has none.
     pub common_name: Option<String>,
-    /// The subject's distinguished name as of RFC 2253, which is what PostgreSQL compares for `clientname=DN`.
+    /// The subject's distinguished name as OpenSSL prints it by RFC 2253, which is what PostgreSQL compares for `clientname=DN`.
     pub distinguished_name: String,
 }

@@ -125,6 +125,7 @@ impl Relay {
     /// Opens the store, which recovers it, and binds every listener. Nothing is received or served yet. The HTTP listener comes
     /// before the store: while a relay has its data directory nobody else can have its port, and see what is sent there.
     pub async fn build(mut config: Config, log_lines_dropped: LinesDropped) -> Result<Self, RelayError> {
+        keep_memory_private();
         let hangups = signal(SignalKind::hangup()).map_err(RelayError::Signals)?;
         let downstream_settings = downstream_settings(&config)?;
         let metrics = AllMetrics::default();
@@ -254,6 +255,14 @@ impl Relay {
         let stopped = tokio::time::timeout(STOP_TIME_MAX, stop(upstream, downstream, self.store)).await;
         admin_shutdown.cancel();
         stopped.map_err(|_| RelayError::StopTimedOut)
+    }
+}
+
+/// There are passwords and keys in it: who has our account does not look into it, and no core file is made of it.
+fn keep_memory_private() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "the memory of this process can be read by others of its account");
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! Owns the list of live mappings, and the question whether a segment's file may be used again: not while a mapping or
 //! any bytes cut from it are left. A complete segment is compared with its checksum once per mapping, before the first
-//! byte leaves it. Nothing here touches mapped memory before it was brought in by `populate`, where a disk error is an
-//! error and not a signal.
+//! byte leaves it. Nothing here touches mapped memory: checksums are computed of what is read, where a disk error is an error
+//! and not a signal.
 
 use std::collections::HashMap;
 use std::io;
@@ -38,8 +38,11 @@ pub(super) struct MappedSegment {
 /// Bytes that are looked for at once. What was found may have left when it is sent: only so much of it.
 const RESIDENT_WINDOW_BYTES: usize = 1 << 20;
 
-/// Bytes brought in ahead of a reader, and while a checksum is computed.
+/// Bytes brought in ahead of a reader.
 pub(super) const COLD_WINDOW_BYTES: usize = 4 << 20;
+
+/// Bytes read at a time while a checksum is computed.
+const CHECKED_WINDOW_BYTES: usize = 1 << 20;
 
 impl Mappings {
     /// The mapping of a segment that is held; blocks.
@@ -168,11 +171,11 @@ impl MappedSegment {
             return Err(ReadError::Suspect { name, detail: detail.to_owned() });
         }
         let mut hasher = Hasher::new();
-        for start in (0..self.bytes).step_by(COLD_WINDOW_BYTES) {
-            let window = start..(start + COLD_WINDOW_BYTES).min(self.bytes);
-            self.mapping.populate(window.clone()).map_err(|error| self.tell(shared, Fault::of(error)))?;
-            let keep = Arc::new(());
-            hasher.update(&self.mapping.slice(window, keep).unwrap_or_default());
+        // Read, and not touched: what was brought in may have left again, and the disk may have failed meanwhile.
+        for start in (0..self.bytes).step_by(CHECKED_WINDOW_BYTES) {
+            let window = start..(start + CHECKED_WINDOW_BYTES).min(self.bytes);
+            let read = self.mapping.copy(window).map_err(|error| self.tell(shared, Fault::of(error)))?;
+            hasher.update(&read);
         }
         let found = hasher.finalize();
         if let Some(expected) = segment.crc.filter(|expected| *expected != found) {

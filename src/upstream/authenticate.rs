@@ -40,14 +40,8 @@ pub(crate) struct Credentials<'a> {
     pub(crate) extensions: &'a [String],
 }
 
-/// Opens the session: from the startup packet to the first ReadyForQuery.
-pub(crate) async fn open_session(
-    dialog: &mut Dialog,
-    startup: &FirstPacket,
-    credentials: &Credentials<'_>,
-) -> Result<(), UpstreamError> {
-    dialog.send(|output| startup.encode(output)).await?;
-    authenticate(dialog, credentials).await?;
+/// Waits for the end of what a server says once it knows who we are: the first ReadyForQuery.
+pub(crate) async fn wait_ready(dialog: &mut Dialog) -> Result<(), UpstreamError> {
     loop {
         match dialog.receive().await? {
             Message::BackendKeyData { process_id, .. } => dialog.introduction.process_id = Some(process_id),
@@ -58,7 +52,13 @@ pub(crate) async fn open_session(
     }
 }
 
-async fn authenticate(dialog: &mut Dialog, credentials: &Credentials<'_>) -> Result<(), UpstreamError> {
+/// From the startup packet to the server's word that we may come in.
+pub(crate) async fn authenticate(
+    dialog: &mut Dialog,
+    startup: &FirstPacket,
+    credentials: &Credentials<'_>,
+) -> Result<(), UpstreamError> {
+    dialog.send(|output| startup.encode(output)).await?;
     let (mut proved, mut negotiated, mut is_bound) = (false, false, false);
     loop {
         let request = match dialog.receive().await? {

@@ -15,7 +15,7 @@ use crate::protocol::{
     scram::ChannelBindingPolicy,
 };
 use crate::upstream::UpstreamError;
-use crate::upstream::authenticate::{Credentials, open_session};
+use crate::upstream::authenticate::{Credentials, authenticate, wait_ready};
 use crate::upstream::dialog::Dialog;
 use crate::upstream::encryption::{self, Attempt};
 use crate::upstream::link::LinkWish;
@@ -73,8 +73,8 @@ async fn log_in_at(
     for attempt in encryption::attempts(conninfo.ssl.mode, &host.address) {
         match log_in_by(*attempt, conninfo, host, address, link).await {
             Ok(dialog) => return Ok(dialog),
-            Err(error) => {
-                let goes_on = encryption::may_try_otherwise(&error);
+            Err(Refusal { error, is_final }) => {
+                let goes_on = !is_final && encryption::may_try_otherwise(&error);
                 let way = match attempt {
                     Attempt::Plain => "without SSL",
                     Attempt::Tls => "with SSL",
@@ -92,13 +92,26 @@ async fn log_in_at(
     }
 }
 
+/// An attempt that failed.
+struct Refusal {
+    error: UpstreamError,
+    /// The server knew who we are, or had declined encryption: nothing would be otherwise with the other one, as for libpq.
+    is_final: bool,
+}
+
+impl From<UpstreamError> for Refusal {
+    fn from(error: UpstreamError) -> Self {
+        Self { error, is_final: false }
+    }
+}
+
 async fn log_in_by(
     attempt: Attempt,
     conninfo: &Conninfo,
     host: &Host,
     address: &Address,
     link: Option<&LinkWish>,
-) -> Result<Dialog, UpstreamError> {
+) -> Result<Dialog, Refusal> {
     let mut socket = dial(conninfo, host, address).await?;
     let tls = match attempt {
         Attempt::Plain => None,
@@ -127,9 +140,15 @@ async fn log_in_by(
         min_version: protocol_version(conninfo.min_protocol_version),
         extensions: &extensions,
     };
-    open_session(&mut dialog, &FirstPacket::Startup(startup), &credentials).await?;
+    // In clear text already, because the server has no TLS.
+    let is_final = attempt == Attempt::Tls && tls.is_none();
+    let authenticated = authenticate(&mut dialog, &FirstPacket::Startup(startup), &credentials).await;
+    authenticated.map_err(|error| Refusal { error, is_final })?;
+    let after_login = |error| Refusal { error, is_final: true };
+    wait_ready(&mut dialog).await.map_err(after_login)?;
     if let Some(link) = link {
-        dialog.introduction.link = link.outcome(&dialog.introduction, &host.to_string())?;
+        let outcome = link.outcome(&dialog.introduction, &host.to_string());
+        dialog.introduction.link = outcome.map_err(after_login)?;
     }
     Ok(dialog)
 }
@@ -179,3 +198,70 @@ const ADDRESSES_MAX: usize = 16;
 
 /// Time to connect and authenticate where the connection string sets none; libpq would wait for ever.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+    use crate::conninfo::FixedSurroundings;
+
+    /// AuthenticationOk.
+    const LET_IN: &[u8] = b"R\0\0\0\x08\0\0\0\0";
+    const REFUSED: &[u8] = b"E\0\0\0\x29SFATAL\0C53300\0Mtoo many connections\0\0";
+
+    /// A server without TLS that answers a startup packet so. Returns its port, and the codes of the first packets it gets.
+    async fn server(answer: Vec<u8>) -> (u16, Arc<Mutex<Vec<u32>>>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let codes = Arc::new(Mutex::new(Vec::new()));
+        let seen = Arc::clone(&codes);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut is_first = true;
+                while let Ok(length) = stream.read_u32().await {
+                    let mut packet = vec![0; usize::try_from(length).unwrap() - 4];
+                    stream.read_exact(&mut packet).await.unwrap();
+                    let code = u32::from_be_bytes(packet[..4].try_into().unwrap());
+                    if std::mem::take(&mut is_first) {
+                        seen.lock().unwrap().push(code);
+                    }
+                    if code == SSL_REQUEST {
+                        stream.write_all(b"N").await.unwrap();
+                    } else {
+                        stream.write_all(&answer).await.unwrap();
+                        break;
+                    }
+                }
+            }
+        });
+        (port, codes)
+    }
+
+    async fn first_packets(mode: &str, answer: &[&[u8]]) -> (String, Vec<u32>) {
+        let (port, codes) = server(answer.concat()).await;
+        let text = format!("host=127.0.0.1 port={port} user=u dbname=d sslmode={mode}");
+        let conninfo = Conninfo::parse(&text, &FixedSurroundings::of_user("u")).unwrap();
+        let error = log_in(&conninfo, &conninfo.hosts[0]).await.err().unwrap().to_string();
+        let codes = codes.lock().unwrap().clone();
+        (error, codes)
+    }
+
+    #[tokio::test]
+    async fn who_was_let_in_and_is_refused_then_does_not_try_the_other_encryption() {
+        for mode in ["allow", "prefer"] {
+            let (error, codes) = first_packets(mode, &[LET_IN, REFUSED]).await;
+            assert_eq!(codes.len(), 1, "{mode}: {error}");
+            assert!(error.contains("too many connections"), "{error}");
+        }
+        let (_, codes) = first_packets("allow", &[REFUSED]).await;
+        assert_eq!(codes, [STARTUP, SSL_REQUEST], "that may be for the want of encryption");
+        let (_, codes) = first_packets("prefer", &[REFUSED]).await;
+        assert_eq!(codes, [SSL_REQUEST], "it was in clear text already");
+    }
+
+    const STARTUP: u32 = 196_608;
+    const SSL_REQUEST: u32 = 80_877_103;
+}

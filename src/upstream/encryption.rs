@@ -46,7 +46,8 @@ pub(super) async fn encrypt(
     let ssl = &conninfo.ssl;
     let failed = |source| UpstreamError::Tls { host: host.to_string(), source: Box::new(source) };
     // The files may be on a disk that is slow.
-    let tls = block_in_place(|| ClientTls::read(ssl, &host.name, &ProcessSurroundings)).map_err(failed)?;
+    let tls = block_in_place(|| ClientTls::read(ssl, &host.certificate_name, &ProcessSurroundings));
+    let tls = tls.map_err(failed)?;
     if ssl.negotiation == SslNegotiation::Postgres && !ask(socket).await? {
         return match ssl.mode {
             SslMode::Prefer => Ok(None),

@@ -122,7 +122,7 @@ impl Psql {
             if path.is_file() {
                 let mode = fs::metadata(&path).unwrap().permissions().mode() & 0o777;
                 let text = fs::read_to_string(&path).unwrap();
-                surroundings.files.insert(path, FoundFile::Plain { mode, owner: 1000, text });
+                surroundings.files.insert(path, FoundFile::Plain { mode, owner: 1000, text: text.into() });
             }
         }
         surroundings

@@ -103,7 +103,8 @@ fn readers_of_cold_wal_get_all_up_to_the_fork_and_the_end_of_their_timeline() {
     new.start();
     let fork = new.replayed();
     let from = fork - fork % 8192;
-    faults.set("populate_hangs", 0);
+    // Where whole segments are read, to compare their checksums.
+    faults.set("read_hangs", MB);
     // As many as may wait for the disk at once, and one more, whose read begins when the timeline has been left.
     let cold_bytes = || relay.metric("walrelay_downstream_cold_bytes_total");
     let mut clients = Vec::new();
@@ -118,7 +119,7 @@ fn readers_of_cold_wal_get_all_up_to_the_fork_and_the_end_of_their_timeline() {
     new.promote();
     wait_timeline(&relay, 2);
     assert_eq!(fork_of(&new, 2), fork);
-    faults.clear("populate_hangs");
+    faults.clear("read_hangs");
     let expected = primary_bytes_of(&old.wal_dir(), MB, 1, from, fork);
     for mut client in clients {
         assert!(client.read_wal(from, fork) == expected);

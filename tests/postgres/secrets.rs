@@ -2,13 +2,17 @@
 
 use std::time::Duration;
 
+use rustix::process::Signal;
+
 use crate::support::MB;
+use crate::support::certificates::Authority;
 use crate::support::http;
-use crate::support::lab::Installation;
+use crate::support::lab::{self, Installation};
 use crate::support::load::write_wal;
 use crate::support::postgres::Settings;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
+use crate::support::tls_site::{Site, read};
 use crate::support::wait::wait_until;
 
 /// What would be seen from afar wherever it turned up.
@@ -47,7 +51,11 @@ fn no_secret_is_in_logs_pages_arguments_or_errors() {
     relay.wait_logged("configuration files contain errors");
     let id = relay.process().id();
     for name in ["cmdline", "environ", "comm", "status"] {
-        let read = std::fs::read(format!("/proc/{id}/{name}")).unwrap();
+        let read = match std::fs::read(format!("/proc/{id}/{name}")) {
+            // Its environment is for nobody but root.
+            Err(_) if name == "environ" && !lab::is_root() => continue,
+            read => read.unwrap(),
+        };
         told.push(String::from_utf8_lossy(&read).into_owned());
     }
     for path in ["/status", "/metrics", "/readyz", "/livez"] {
@@ -115,3 +123,94 @@ fn mistakes_in_the_users_file(relay: &Relay, scram: &str) -> Vec<String> {
     }
     told
 }
+
+/// All memory of a process that it can write, and so may have written a secret to; `None`: we may not look.
+fn memory_of(id: u32) -> Option<Vec<Vec<u8>>> {
+    let maps = std::fs::read_to_string(format!("/proc/{id}/maps")).ok()?;
+    let memory = std::fs::File::open(format!("/proc/{id}/mem")).ok()?;
+    let mut parts = Vec::new();
+    for line in maps.lines().filter(|line| line.split(' ').nth(1).is_some_and(|may| may.starts_with("rw"))) {
+        let (start, end) = line.split(' ').next()?.split_once('-')?;
+        let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
+        let mut part = vec![0; usize::try_from(end - start).unwrap()];
+        // What went away meanwhile, or cannot be read, holds nothing.
+        let length = std::os::unix::fs::FileExt::read_at(&memory, &mut part, start).unwrap_or(0);
+        part.truncate(length);
+        parts.push(part);
+    }
+    Some(parts)
+}
+
+fn is_in(memory: &[Vec<u8>], secret: &str) -> bool {
+    let first = secret.as_bytes()[0];
+    memory.iter().any(|part| {
+        let starts = part.iter().enumerate().filter(|(_, byte)| **byte == first).map(|(at, _)| at);
+        let mut starts = starts.filter(|at| part[*at..].starts_with(secret.as_bytes()));
+        starts.next().is_some()
+    })
+}
+
+/// The second line of a PEM file's base64.
+fn line_of_key(text: &str) -> String {
+    text.lines().nth(2).unwrap().to_owned()
+}
+
+#[test]
+fn what_was_read_of_secrets_and_is_not_needed_is_nowhere_in_memory() {
+    let Some(installation) = Installation::any() else { return };
+    let authority = Authority::new("root");
+    let server = authority.issue("server", "IP:127.0.0.1");
+    let mut site = Site::new(&installation, &server);
+    site.primary.sql(&format!("create role relay replication login password '{UPSTREAM}'"));
+    site.primary.demand("host all,replication relay 127.0.0.1/32 scram-sha-256", "relay");
+    let client = authority.issue("relay", "DNS:relay");
+    let encrypted = authority.encrypted(&client, "canary-passphrase-4e");
+    let port = site.primary.port;
+    let passwords = format!(
+        "other:5432:*:relay:{PASSFILE}\n# {PASSFILE}\n127.0.0.1:{port}:*:relay:{UPSTREAM}\nlast:*:*:*:{PASSFILE}\n"
+    );
+    let passfile = site.relay.file("passfile", 0o600, &passwords);
+    let conninfo = format!(
+        "host=127.0.0.1 port={port} user=relay passfile={} sslmode=require sslcert={} sslkey={} sslpassword=canary-passphrase-4e",
+        passfile.display(),
+        encrypted.cert.display(),
+        encrypted.key.display()
+    );
+    site.relay.set("upstream.conninfo", &format!("{conninfo:?}"));
+    // The primary's own users stand in its WAL, which is in memory, too.
+    let own = Relay::command_with_input(&["scram", "--user", "elsewhere"], "pencil\n");
+    let users = format!("# {USERS_COMMENT}\n{own}{}", read(&site.relay.file_path("users.toml")));
+    site.relay.write_file("users.toml", &users);
+    site.relay.terminate();
+    site.relay.start();
+    // Logins, right and wrong; all files are read again.
+    for password in ["secret", "wrong"] {
+        let rest = format!("host=127.0.0.1 sslmode=require password={password}");
+        assert_eq!(site.ask_both(&installation, &rest).1.is_ok(), password == "secret");
+    }
+    site.relay.process_mut().signal(Signal::HUP);
+    site.relay.wait_logged("configuration files were read again");
+    let Some(memory) = memory_of(site.relay.process().id()) else {
+        lab::skip("reading another process's memory needs root");
+        return;
+    };
+    // What is in use is there, or nothing would be found that should not be.
+    assert!(is_in(&memory, UPSTREAM), "the password for the next connection");
+    let verifier = own.split('"').nth(1).unwrap().to_owned();
+    assert!(verifier.starts_with("SCRAM-SHA-256$"), "{own}");
+    for (what, secret) in [
+        ("other lines of the password file", PASSFILE.to_owned()),
+        ("the password file around the password", format!("{UPSTREAM}\nlast")),
+        ("the server's key", line_of_key(&read(&server.key))),
+        ("the client's key, encrypted", line_of_key(&read(&encrypted.key))),
+        ("the client's key", line_of_key(&read(&client.key))),
+        ("the users file", USERS_COMMENT.to_owned()),
+        ("a user's verifier", verifier),
+        ("the configuration file", format!("user=relay passfile={}", passfile.display())),
+    ] {
+        assert!(!is_in(&memory, &secret), "{what} is in memory");
+    }
+}
+
+const PASSFILE: &str = "canary-passfile-0b77";
+const USERS_COMMENT: &str = "canary-users-e81c";

@@ -1,116 +1,23 @@
 //! The relay as a TLS server: real clients of every major with each `sslmode`, channel binding, certificates that change while
 //! clients are connected. What a client may do is compared with what it may do at a primary that has the same certificate.
 
-use std::path::Path;
-
 use rustix::process::Signal;
 
 use crate::support::MB;
-use crate::support::certificates::{Authority, Pair};
-use crate::support::compare::{assert_equal_clusters, assert_same_wal};
+use crate::support::certificates::Authority;
+use crate::support::compare::assert_equal_clusters;
 use crate::support::lab::{self, Installation, chosen_majors};
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
 use crate::support::psql::run_psql;
-use crate::support::receivewal::PgReceivewal;
 use crate::support::relay::Relay;
+use crate::support::tls_site::{Site, read, shown, users_of};
 use crate::support::wait::wait_until;
-
-/// A primary with TLS, and a relay behind it with the same certificate and the same user.
-struct Site {
-    primary: Postgres,
-    relay: Relay,
-}
-
-impl Site {
-    fn new(installation: &Installation, server: &Pair, client_ca: Option<&Path>) -> Self {
-        let mut primary = Settings::new().segment_size_mb(1).start(installation);
-        let data = primary.data();
-        for (from, to) in [(&server.cert, "server.crt"), (&server.key, "server.key")] {
-            std::fs::copy(from, data.join(to)).unwrap();
-            lab::give_all_to_server(&data.join(to));
-        }
-        primary.add_settings("ssl = on\nssl_cert_file = 'server.crt'\nssl_key_file = 'server.key'\npassword_encryption = 'scram-sha-256'");
-        primary.restart(crate::support::postgres::Stop::Fast);
-        primary.sql("create role standby replication login password 'secret'");
-        primary.demand("host replication standby 127.0.0.1/32 scram-sha-256", "standby");
-        let mut relay = Relay::new("tls_site", primary.port).with_token();
-        let users = relay.write_file("users.toml", &users_of(&primary));
-        relay.set("downstream.users", &format!("{users:?}"));
-        let (cert, key) = (
-            relay.write_file("server.crt", &read(&server.cert)),
-            relay.write_file("server.key", &read(&server.key)),
-        );
-        let client_ca = client_ca.map_or(String::new(), |path| format!(", client_ca = {path:?}"));
-        relay.set("downstream.tls", &format!("{{ cert = {cert:?}, key = {key:?}{client_ca} }}"));
-        relay.start();
-        Self { primary, relay }
-    }
-
-    /// Both asked the same by the same client. The answer's first row has no position in it.
-    fn ask_both(
-        &self,
-        client: &Installation,
-        rest: &str,
-    ) -> (Result<String, String>, Result<String, String>) {
-        let ask = |port: u16| {
-            let conninfo = format!("port={port} user=standby password=secret replication=true {rest}");
-            run_psql(client, &conninfo, "IDENTIFY_SYSTEM").map(|row| row.split('|').take(2).collect())
-        };
-        (ask(self.primary.port), ask(self.relay.port))
-    }
-
-    /// Whether a client that trusts only this authority is let in.
-    fn is_believed(&self, client: &Installation, authority: &Authority) -> bool {
-        self.lets_in(client, ("standby", "secret"), authority)
-    }
-
-    fn lets_in(&self, client: &Installation, (user, password): (&str, &str), authority: &Authority) -> bool {
-        let conninfo = format!(
-            "host=127.0.0.1 port={} user={user} password={password} replication=true sslmode=verify-full sslrootcert={}",
-            self.relay.port,
-            authority.root().display()
-        );
-        run_psql(client, &conninfo, "IDENTIFY_SYSTEM").is_ok()
-    }
-
-    /// The next clients are to see this certificate.
-    fn write_pair(&self, renewed: &Pair) {
-        self.relay.write_file("server.crt", &read(&renewed.cert));
-        self.relay.write_file("server.key", &read(&renewed.key));
-    }
-
-    /// pg_receivewal over TLS.
-    fn archive(&self, installation: &Installation, arguments: &[&str]) -> PgReceivewal {
-        let conninfo =
-            format!("host=127.0.0.1 port={} user=standby password=secret sslmode=require", self.relay.port);
-        PgReceivewal::start(installation, self.relay.port, &[&["-d", &conninfo], arguments].concat())
-    }
-
-    /// Waits until all complete segments up to `upto` are there, and compares them.
-    fn wait_archived(&self, archive: &PgReceivewal, upto: u64) {
-        let end = upto - upto % MB;
-        wait_until("pg_receivewal to have all complete segments", || archive.completed(MB) >= end);
-        assert_same_wal(archive.folder(), &self.primary, end);
-    }
-}
-
-fn read(path: &Path) -> String {
-    std::fs::read_to_string(path).unwrap()
-}
-
-fn shown(verdict: &Result<String, String>) -> String {
-    match verdict {
-        Ok(_) => "in".to_owned(),
-        Err(text) => format!("refused: {}", text.replace('\n', " ")),
-    }
-}
 
 #[test]
 fn each_sslmode_of_each_client_gets_what_a_primary_gives_it() {
     let Some(server) = Installation::any() else { return };
     let (authority, other) = (Authority::new("root"), Authority::new("other"));
-    let site = Site::new(&server, &authority.issue("server", "IP:127.0.0.1,DNS:localhost"), None);
+    let site = Site::new(&server, &authority.issue("server", "IP:127.0.0.1,DNS:localhost"));
     let root = |authority: &Authority| format!("sslrootcert={}", authority.root().display());
     println!("| client | connection | primary | relay |");
     for major in chosen_majors() {
@@ -158,7 +65,7 @@ fn standbys_and_archives_stream_over_bound_connections() {
     let server = authority.issue("server", "IP:127.0.0.1");
     for major in chosen_majors() {
         let Some(installation) = Installation::of(major) else { continue };
-        let site = Site::new(&installation, &server, None);
+        let site = Site::new(&installation, &server);
         let tls = format!(
             "user=standby password=secret sslmode=verify-full channel_binding=require sslrootcert={}",
             authority.root().display()
@@ -191,7 +98,7 @@ fn standbys_and_archives_stream_over_bound_connections() {
 fn who_is_far_behind_catches_up_from_files_over_tls() {
     let Some(installation) = Installation::any() else { return };
     let authority = Authority::new("root");
-    let site = Site::new(&installation, &authority.issue("server", "IP:127.0.0.1"), None);
+    let site = Site::new(&installation, &authority.issue("server", "IP:127.0.0.1"));
     // pg_receivewal's own --create-slot keeps no WAL from the beginning on.
     let conninfo = format!(
         "host=127.0.0.1 port={} user=standby password=secret sslmode=require replication=true",
@@ -214,7 +121,7 @@ fn who_is_far_behind_catches_up_from_files_over_tls() {
 fn a_certificate_without_a_hash_in_its_signature_keeps_nobody_out() {
     let Some(installation) = Installation::any() else { return };
     let authority = Authority::new("root");
-    let site = Site::new(&installation, &authority.self_signed("ed25519", "ed25519"), None);
+    let site = Site::new(&installation, &authority.self_signed("ed25519", "ed25519"));
     for major in chosen_majors() {
         let Some(client) = Installation::of(major) else { continue };
         for rest in ["", "channel_binding=prefer"] {
@@ -230,7 +137,7 @@ fn a_certificate_without_a_hash_in_its_signature_keeps_nobody_out() {
 fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
     let Some(installation) = Installation::any() else { return };
     let (first, second) = (Authority::new("first"), Authority::new("second"));
-    let mut site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
+    let mut site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"));
     let mut archive = site.archive(&installation, &["--no-loop"]);
     site.relay.wait_downstream("pg_receivewal", "streaming");
     let believes = |site: &Site, authority: &Authority| site.is_believed(&installation, authority);
@@ -254,7 +161,7 @@ fn new_certificates_are_seen_by_new_clients_and_nobody_is_dropped() {
 #[test]
 fn a_signal_reads_new_certificates_at_once() {
     let Some(installation) = Installation::any() else { return };
-    let site = Site::new(&installation, &Authority::new("first").issue("server", "IP:127.0.0.1"), None);
+    let site = Site::new(&installation, &Authority::new("first").issue("server", "IP:127.0.0.1"));
     let looked = || site.relay.times_logged("TLS files have changed");
     let read_at = || site.relay.status()["reload"]["at"].clone();
     // Where the look from time to time came before the signal nothing is proved, and other files are tried.
@@ -278,7 +185,7 @@ fn a_signal_reads_new_certificates_at_once() {
 fn a_refused_reload_changes_neither_tls_nor_anything_else() {
     let Some(installation) = Installation::any() else { return };
     let (first, second, third) = (Authority::new("first"), Authority::new("second"), Authority::new("third"));
-    let site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"), None);
+    let site = Site::new(&installation, &first.issue("server", "IP:127.0.0.1"));
     let believes = |authority: &Authority| site.is_believed(&installation, authority);
     let relay = &site.relay;
     let refused = |words: &str| {
@@ -315,80 +222,4 @@ fn a_refused_reload_changes_neither_tls_nor_anything_else() {
     site.write_pair(&third.issue("server", "IP:127.0.0.1"));
     wait_until("the new certificate to be seen", || believes(&third));
     assert!(relay.status()["reload"]["error"].is_string(), "the users are still wrong");
-}
-
-/// The users file for the one that there is.
-fn users_of(primary: &Postgres) -> String {
-    let verifier = primary.sql("select rolpassword from pg_authid where rolname = 'standby'");
-    format!("standby = \"{verifier}\"\n")
-}
-
-#[test]
-fn client_certificates_are_demanded_where_a_primary_demands_them() {
-    let Some(installation) = Installation::in_turn(1) else { return };
-    let (authority, other) = (Authority::new("root"), Authority::new("other"));
-    let server = authority.issue("server", "IP:127.0.0.1");
-    let mut site = Site::new(&installation, &server, Some(&authority.root()));
-    let rules = "hostssl replication standby 127.0.0.1/32 scram-sha-256 clientcert=verify-full\n\
-        hostssl replication mapped 127.0.0.1/32 cert map=machines\n\
-        hostssl replication anyone 127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n\
-        hostnossl replication standby 127.0.0.1/32 reject\n";
-    let map = "machines  edge1.example  mapped\n";
-    for role in ["mapped", "anyone"] {
-        site.primary.sql(&format!("create role {role} replication login password 'secret'"));
-    }
-    // The primary, by its own files.
-    let data = site.primary.data();
-    std::fs::copy(authority.root(), data.join("ca.crt")).unwrap();
-    site.primary.add_settings("ssl_ca_file = 'ca.crt'");
-    std::fs::write(data.join("pg_ident.conf"), map).unwrap();
-    let rest = std::fs::read_to_string(data.join("pg_hba.conf")).unwrap();
-    std::fs::write(data.join("pg_hba.conf"), format!("{rules}{rest}")).unwrap();
-    site.primary.restart(crate::support::postgres::Stop::Fast);
-    // The relay, by the same ones.
-    let verifier =
-        |role: &str| site.primary.sql(&format!("select rolpassword from pg_authid where rolname = '{role}'"));
-    let users = format!(
-        "standby = \"{}\"\nanyone = \"{}\"\nmapped = {{}}\n",
-        verifier("standby"),
-        verifier("anyone")
-    );
-    site.relay.write_file("users.toml", &users);
-    let (hba, ident) =
-        (site.relay.write_file("pg_hba.conf", rules), site.relay.write_file("pg_ident.conf", map));
-    site.relay.set("downstream.hba", &format!("{hba:?}"));
-    site.relay.set("downstream.ident", &format!("{ident:?}"));
-    site.relay.terminate();
-    site.relay.start();
-    let shown = |pair: &Pair| format!("sslcert={} sslkey={}", pair.cert.display(), pair.key.display());
-    let own = shown(&authority.issue("standby", "DNS:standby"));
-    let edge = shown(&authority.issue("edge1.example", "DNS:edge1.example"));
-    let foreign = shown(&other.issue("standby", "DNS:standby"));
-    println!("| user | certificate | primary | relay |");
-    for (user, what, certificate, expected) in [
-        ("standby", "own", &own, true),
-        ("standby", "another's", &edge, false),
-        ("standby", "none", &String::new(), false),
-        ("standby", "of another authority", &foreign, false),
-        ("mapped", "mapped", &edge, true),
-        ("mapped", "not mapped", &own, false),
-        ("anyone", "any", &edge, true),
-        ("anyone", "none", &String::new(), false),
-    ] {
-        let ask = |port: u16| {
-            let conninfo = format!(
-                "host=127.0.0.1 port={port} user={user} password=secret replication=true sslmode=verify-full sslrootcert={} {certificate}",
-                authority.root().display()
-            );
-            run_psql(&installation, &conninfo, "IDENTIFY_SYSTEM")
-                .map(drop)
-                .map_err(|text| text.rsplit("FATAL:").next().unwrap_or_default().trim().to_owned())
-        };
-        let (primary, relay) = (ask(site.primary.port), ask(site.relay.port));
-        println!("| {user} | {what} | {primary:?} | {relay:?} |");
-        assert_eq!((primary.is_ok(), relay.is_ok()), (expected, expected), "{user}, {what}");
-        if primary.as_ref().is_err_and(|text| !text.contains("SSL error")) {
-            assert_eq!(relay, primary, "{user}, {what}");
-        }
-    }
 }

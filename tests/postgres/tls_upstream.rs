@@ -123,6 +123,15 @@ fn each_sslmode_connects_where_libpq_does_and_nowhere_else() {
                 assert_same_verdict(&installation, &primary, &mut count, &rest);
             }
         }
+        // An address alone is no name: nothing can be verified.
+        for mode in ["verify-ca", "verify-full"] {
+            let root = authority.root().display().to_string();
+            let rest = format!(
+                "user=by_scram password=secret sslmode={mode} sslrootcert={root} host='' hostaddr=127.0.0.1"
+            );
+            let verdict = assert_same_verdict(&installation, &primary, &mut count, &rest);
+            assert_eq!(verdict, (mode == "verify-ca").then_some(true), "{rest}");
+        }
     }
     // A server without TLS.
     let primary = Settings::new().segment_size_mb(1).start(&installation);

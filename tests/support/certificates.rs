@@ -33,6 +33,24 @@ impl Authority {
         authority
     }
 
+    /// An authority that this one vouches for.
+    pub(crate) fn below(&self, name: &str) -> Self {
+        let below = Self { folder: lab::scratch() };
+        below.openssl(&format!(
+            "req -new -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -subj /CN={name} -keyout ca.key -out ca.csr"
+        ));
+        std::fs::write(
+            below.path("ca.ext"),
+            "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\n",
+        )
+        .unwrap();
+        self.openssl(&format!(
+            "x509 -req -in {0}/ca.csr -days 30 -CA ca.crt -CAkey ca.key -CAcreateserial -extfile {0}/ca.ext -out {0}/ca.crt",
+            below.folder.path().display()
+        ));
+        below
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -53,6 +71,26 @@ impl Authority {
             extensions.display()
         ));
         self.pair(common_name)
+    }
+
+    /// A certificate with any subject, as `/O=acme/CN=edge`, in strings of the kind that `mask` says (`string_mask`).
+    pub(crate) fn issue_to(&self, name: &str, subject: &str, mask: &str) -> Pair {
+        let config = format!("[req]\ndistinguished_name=none\nstring_mask={mask}\n[none]\n");
+        std::fs::write(self.path(&format!("{name}.conf")), config).unwrap();
+        let mut arguments: Vec<String> = format!(
+            "req -new -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -utf8 -config {name}.conf -keyout {name}.key \
+             -out {name}.csr -subj"
+        )
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect();
+        arguments.push(subject.to_owned());
+        self.openssl_with(&arguments);
+        std::fs::write(self.path(&format!("{name}.ext")), format!("subjectAltName=DNS:{name}\n")).unwrap();
+        self.openssl(&format!(
+            "x509 -req -in {name}.csr -days 30 -CA ca.crt -CAkey ca.key -CAcreateserial -extfile {name}.ext -out {name}.crt"
+        ));
+        self.pair(name)
     }
 
     /// As PostgreSQL's manual makes it: without extensions, which in many versions of openssl is an X.509 v1.
@@ -113,12 +151,17 @@ impl Authority {
     }
 
     fn openssl(&self, arguments: &str) {
-        let output = Command::new("openssl")
-            .args(arguments.split_whitespace())
-            .current_dir(self.folder.path())
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "openssl {arguments}:\n{}", String::from_utf8_lossy(&output.stderr));
+        self.openssl_with(&arguments.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    }
+
+    fn openssl_with(&self, arguments: &[String]) {
+        let mut program = Command::new("openssl");
+        let output = program.args(arguments).current_dir(self.folder.path()).output().unwrap();
+        assert!(
+            output.status.success(),
+            "openssl {arguments:?}:\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }
 

@@ -21,6 +21,7 @@ pub(crate) mod psql;
 pub(crate) mod raw;
 pub(crate) mod receivewal;
 pub(crate) mod relay;
+pub(crate) mod tls_site;
 pub(crate) mod two_sites;
 pub(crate) mod wait;
 pub(crate) mod wan;

@@ -124,6 +124,11 @@ impl Relay {
         self.file(name, 0o600, text)
     }
 
+    /// Where such a file is.
+    pub(crate) fn file_path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
     /// What the admin listener wants to see, if anything.
     pub(crate) fn token(&self) -> Option<&'static str> {
         self.token

@@ -15,7 +15,7 @@
  *   send_faults    sending that many bytes or more at once to a socket fails with EFAULT: how the kernel tells that a page of
  *                  a mapped file had to be read again and could not be
  *   read_fails     pread fails with EIO, and so does bringing mapped pages into memory, as the kernel tells it (EFAULT)
- *   populate_hangs mapped pages are brought into memory when the fault is switched off
+ *   read_hangs     pread of that many bytes or more returns when the fault is switched off
  *   open_denied    opening a file to read it fails with EACCES
  *   resolver_hangs names are looked up when the fault is switched off
  *   clock_ahead    the wall clock is that many seconds ahead; other clocks go right
@@ -172,9 +172,14 @@ int fallocate64(int fd, int mode, off64_t at, off64_t size) { return spoiled_gro
 int posix_fallocate(int fd, off_t at, off_t size) { return spoiled_grow(fd) ? ENOSPC : NEXT(posix_fallocate)(fd, at, size); }
 int posix_fallocate64(int fd, off64_t at, off64_t size) { return spoiled_grow(fd) ? ENOSPC : NEXT(posix_fallocate64)(fd, at, size); }
 
+static void hang_in_read(size_t size) {
+  for (long limit; (limit = trigger("read_hangs")) >= 0 && size >= (size_t)limit;) nanosleep(&(struct timespec){0, 5000000}, NULL);
+}
+
 #define SPOILED_READ(name, type)                                                            \
   ssize_t name(int fd, void *data, size_t size, type at) {                                  \
     if (ours(fd) && trigger("read_fails") >= 0) { errno = EIO; return -1; }                 \
+    if (ours(fd)) hang_in_read(size);                                                       \
     return NEXT(name)(fd, data, size, at);                                                  \
   }
 
@@ -184,7 +189,6 @@ SPOILED_READ(pread64, off64_t)
 /* Only the store asks for this advice. */
 int madvise(void *start, size_t size, int advice) {
   if (advice == MADV_POPULATE_READ && trigger("read_fails") >= 0) { errno = EFAULT; return -1; }
-  while (advice == MADV_POPULATE_READ && trigger("populate_hangs") >= 0) nanosleep(&(struct timespec){0, 5000000}, NULL);
   return NEXT(madvise)(start, size, advice);
 }
 

@@ -1,7 +1,7 @@
 //! What is read out of an X.509 certificate.
 //!
-//! Owns the parsing, the hash that SCRAM is bound to (RFC 5929), and the names by which a server or a client is known.
-//! Decides nothing about trust.
+//! Owns the parsing, the hash that SCRAM is bound to (RFC 5929), and the names by which a server is known; those of a client are
+//! in `subject.rs`. Decides nothing about trust.
 
 use aws_lc_rs::digest;
 use x509_cert::{
@@ -18,7 +18,7 @@ use x509_cert::{
     spki::AlgorithmIdentifierOwned,
 };
 
-use crate::net::ClientCertificate;
+use crate::net::tls::der;
 use crate::protocol::scram::ChannelBinding;
 
 /// A certificate that was read.
@@ -140,16 +140,6 @@ impl Parsed {
         }
         names
     }
-
-    /// Whom it names, for rules about clients. A name with a zero byte in it names nobody (CVE-2009-4034).
-    pub(super) fn client(&self) -> Option<ClientCertificate> {
-        let common_name = common_name(self.subject());
-        if common_name.as_ref().is_some_and(|name| name.contains(&0)) {
-            return None;
-        }
-        let common_name = common_name.and_then(|name| String::from_utf8(name).ok());
-        Some(ClientCertificate { common_name, distinguished_name: self.subject().to_string() })
-    }
 }
 
 /// What SCRAM is bound to when a server shows this certificate: its hash, by the algorithm of its signature. Ed25519 has none.
@@ -209,33 +199,15 @@ fn common_name(name: &Name) -> Option<Vec<u8>> {
 
 /// The first element of a DER sequence, with its own header: what is signed in a certificate and in a revocation list.
 pub(super) fn first_element(der: &[u8]) -> Option<&[u8]> {
-    let body = der.get(header_bytes(der)?..)?;
-    body.get(..header_bytes(body)?.checked_add(content_bytes(body)?)?)
-}
-
-/// Bytes of tag and length at the beginning of a DER value.
-fn header_bytes(der: &[u8]) -> Option<usize> {
-    let first = *der.get(1)?;
-    Some(if first < 0x80 { 2 } else { 2 + usize::from(first & 0x7f) })
-}
-
-/// Bytes of its content.
-fn content_bytes(der: &[u8]) -> Option<usize> {
-    let first = *der.get(1)?;
-    if first < 0x80 {
-        return Some(usize::from(first));
-    }
-    let length = der.get(2..2 + usize::from(first & 0x7f))?;
-    if length.len() > 4 {
-        return None;
-    }
-    Some(length.iter().fold(0, |all, byte| all << 8 | usize::from(*byte)))
+    let mut rest = der;
+    let mut content = der::take(&mut rest)?.content;
+    Some(der::take(&mut content)?.whole)
 }
 
 /// The content of an algorithm identifier: what libraries compare.
 pub(super) fn algorithm_content(algorithm: &AlgorithmIdentifierOwned) -> Option<Vec<u8>> {
     let der = algorithm.to_der().ok()?;
-    der.get(header_bytes(&der)?..).map(<[u8]>::to_vec)
+    der::take(&mut der.as_slice()).map(|element| element.content.to_vec())
 }
 
 const COMMON_NAME: ObjectIdentifier = ObjectIdentifier::new_unwrap("2.5.4.3");

@@ -63,12 +63,13 @@ pub struct ServerTlsFacts {
 }
 
 impl ClientTls {
-    /// Reads all that `ssl` names. `host` is the name, or the address in text, that the connection string gives.
+    /// Reads all that `ssl` names. `host` is the name, or the address in text, that the connection string
+    /// gives as `host`; empty: it gives none.
     pub fn read(ssl: &SslSettings, host: &str, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
         let provider = provider();
         let home = home_directory(surroundings).map(|home| home.join(".postgresql"));
         let trust = trust(ssl, home.as_deref(), surroundings, &provider)?;
-        let key = own_certificate(ssl, home.as_deref(), surroundings, &provider)?;
+        let key = own_certificate(ssl, home.as_deref(), surroundings)?;
         let own = Arc::new(OwnCertificate {
             key,
             was_requested: AtomicBool::new(false),
@@ -217,7 +218,6 @@ fn own_certificate(
     ssl: &SslSettings,
     home: Option<&Path>,
     surroundings: &dyn Surroundings,
-    provider: &CryptoProvider,
 ) -> Result<Option<Arc<CertifiedKey>>, TlsError> {
     let in_home = |name: &str| home.map(|home| home.join(name));
     let path = ssl.cert.clone().or_else(|| in_home("postgresql.crt"));
@@ -235,7 +235,7 @@ fn own_certificate(
         }
         Err(error) => return Err(error.into()),
     };
-    Ok(Some(Arc::new(own_key(chain, key, &path, provider)?)))
+    Ok(Some(Arc::new(own_key(chain, &key, &path)?)))
 }
 
 fn is_absent(error: &std::io::Error) -> bool {

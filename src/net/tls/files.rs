@@ -1,16 +1,19 @@
 //! Certificates, keys and revocation lists in their files.
 //!
 //! Owns what may stand in such a file and who may read it: PEM as OpenSSL writes it, keys in PKCS #1, SEC 1 and PKCS #8, also
-//! encrypted. Opens no file itself, prints no key, and says nothing of a key but its file's name.
+//! encrypted. Opens no file itself, prints no key, leaves none in memory, and says nothing of a key but its file's name.
 
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest;
+use base64::{Engine, engine::general_purpose::STANDARD};
 use pkcs8::{EncryptedPrivateKeyInfoRef, SecretDocument};
 use rustls::pki_types::{
-    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject,
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer,
+    PrivateSec1KeyDer, pem::PemObject,
 };
 use secrecy::{ExposeSecret, SecretString};
+use zeroize::Zeroizing;
 
 use crate::conninfo::{FoundFile, Surroundings};
 
@@ -91,12 +94,42 @@ pub(super) fn revocations(
     Ok(all)
 }
 
+/// A private key, zeroed when it goes.
+pub(super) struct PrivateKey {
+    form: KeyForm,
+    der: Zeroizing<Vec<u8>>,
+}
+
+/// How the key is written.
+#[derive(Clone, Copy)]
+enum KeyForm {
+    Pkcs8,
+    Pkcs1,
+    Sec1,
+}
+
+/// The labels in PEM.
+const KEY_FORMS: [(&str, KeyForm); 3] =
+    [("PRIVATE KEY", KeyForm::Pkcs8), ("RSA PRIVATE KEY", KeyForm::Pkcs1), ("EC PRIVATE KEY", KeyForm::Sec1)];
+
+impl PrivateKey {
+    /// For the library, which makes no copy of it that it does not look after itself.
+    pub(super) fn as_der(&self) -> PrivateKeyDer<'_> {
+        let der = self.der.as_slice();
+        match self.form {
+            KeyForm::Pkcs8 => PrivatePkcs8KeyDer::from(der).into(),
+            KeyForm::Pkcs1 => PrivatePkcs1KeyDer::from(der).into(),
+            KeyForm::Sec1 => PrivateSec1KeyDer::from(der).into(),
+        }
+    }
+}
+
 /// Reads a private key; `passphrase` is for one that is encrypted.
 pub(super) fn private_key(
     surroundings: &dyn Surroundings,
     path: &Path,
     passphrase: Option<&SecretString>,
-) -> Result<PrivateKeyDer<'static>, TlsFileError> {
+) -> Result<PrivateKey, TlsFileError> {
     let found = read(surroundings, KEY, path)?;
     // The group may read what root keeps for a service.
     let forbidden = if found.owner == 0 { 0o037 } else { 0o077 };
@@ -107,7 +140,7 @@ pub(super) fn private_key(
         |detail: &str| TlsFileError::Invalid { what: KEY, path: path.to_owned(), detail: detail.to_owned() };
     if let Some(encrypted) = section(&found.text, "ENCRYPTED PRIVATE KEY") {
         let passphrase = passphrase.ok_or_else(|| invalid("it is encrypted, and there is no passphrase"))?;
-        return decrypt(encrypted, passphrase).ok_or_else(|| {
+        return decrypt(encrypted.whole, passphrase).ok_or_else(|| {
             invalid("it could not be decrypted: the passphrase is wrong, or its encryption is not known (PKCS #8 with PBES2 is)")
         });
     }
@@ -116,22 +149,46 @@ pub(super) fn private_key(
             "it is encrypted in OpenSSL's old format; convert it with \"openssl pkcs8 -topk8\"",
         ));
     }
-    PrivateKeyDer::from_pem_slice(found.text.as_bytes()).map_err(|_| invalid("no private key in it"))
+    let sections = KEY_FORMS.iter().filter_map(|(label, form)| Some((section(&found.text, label)?, *form)));
+    let first = sections.min_by_key(|(section, _)| section.start);
+    let key = first.and_then(|(section, form)| Some(PrivateKey { form, der: decode(section.body)? }));
+    key.ok_or_else(|| invalid("no private key in it"))
 }
 
-fn decrypt(pem: &str, passphrase: &SecretString) -> Option<PrivateKeyDer<'static>> {
+fn decrypt(pem: &str, passphrase: &SecretString) -> Option<PrivateKey> {
     let (_, encrypted) = SecretDocument::from_pem(pem).ok()?;
     let info = EncryptedPrivateKeyInfoRef::try_from(encrypted.as_bytes()).ok()?;
     let plain = info.decrypt(passphrase.expose_secret()).ok()?;
-    Some(PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(plain.as_bytes().to_vec())))
+    Some(PrivateKey { form: KeyForm::Pkcs8, der: Zeroizing::new(plain.as_bytes().to_vec()) })
 }
 
-/// One section of a PEM file, with its marks.
-fn section<'a>(text: &'a str, label: &str) -> Option<&'a str> {
+/// Base64 in lines of any length.
+fn decode(body: &str) -> Option<Zeroizing<Vec<u8>>> {
+    // So much room that nothing is left behind where it grew.
+    let mut digits = Zeroizing::new(String::with_capacity(body.len()));
+    digits.extend(body.chars().filter(|character| !character.is_ascii_whitespace()));
+    let mut der = Zeroizing::new(vec![0; base64::decoded_len_estimate(digits.len())]);
+    let length = STANDARD.decode_slice(digits.as_bytes(), &mut der).ok()?;
+    der.truncate(length);
+    Some(der)
+}
+
+/// A part of a PEM file.
+struct Section<'a> {
+    start: usize,
+    /// With its marks.
+    whole: &'a str,
+    /// Between them.
+    body: &'a str,
+}
+
+/// The first section of this kind.
+fn section<'a>(text: &'a str, label: &str) -> Option<Section<'a>> {
     let (begin, end) = (format!("-----BEGIN {label}-----"), format!("-----END {label}-----"));
     let start = text.find(&begin)?;
     let rest = text.get(start..)?;
-    rest.get(..rest.find(&end)? + end.len())
+    let at = rest.find(&end)?;
+    Some(Section { start, whole: rest.get(..at + end.len())?, body: rest.get(begin.len()..at)? })
 }
 
 /// A value that changes when the file does.
@@ -146,7 +203,7 @@ pub(super) fn fingerprint(surroundings: &dyn Surroundings, path: &Path) -> [u8; 
 }
 
 struct Found {
-    text: String,
+    text: Zeroizing<String>,
     mode: u32,
     owner: u32,
 }

@@ -6,14 +6,17 @@
 //!
 //! ```text
 //!  files ──▶ trust ──▶ client   (peer_name: whether it is who was meant)
-//!    └────────┴──────▶ server   (certificate: whom a client's names, what SCRAM is bound to)
+//!    └────────┴──────▶ server   (subject: whom a client's certificate names; certificate: what SCRAM is bound to)
 //! ```
 
 mod certificate;
 mod client;
+mod der;
 mod files;
 mod peer_name;
 mod server;
+mod short_names;
+mod subject;
 #[cfg(test)]
 mod tests;
 mod trust;
@@ -23,7 +26,7 @@ use std::{io, path::PathBuf, sync::Arc};
 use rustls::{
     AlertDescription, Error,
     crypto::{CryptoProvider, aws_lc_rs},
-    pki_types::{CertificateDer, PrivateKeyDer},
+    pki_types::CertificateDer,
     sign::CertifiedKey,
 };
 use x509_cert::der::Encode;
@@ -161,16 +164,15 @@ fn provider() -> Arc<CryptoProvider> {
 /// A certificate with its key, which must belong together.
 fn own_key(
     chain: Vec<CertificateDer<'static>>,
-    key: PrivateKeyDer<'static>,
+    key: &files::PrivateKey,
     key_path: &std::path::Path,
-    provider: &CryptoProvider,
 ) -> Result<CertifiedKey, TlsError> {
     let invalid = |error: Error| TlsFileError::Invalid {
         what: "private key file",
         path: key_path.to_owned(),
         detail: error.to_string(),
     };
-    let key = provider.key_provider.load_private_key(key).map_err(invalid)?;
+    let key = aws_lc_rs::sign::any_supported_type(&key.as_der()).map_err(invalid)?;
     // Compared here, because the library does not read certificates of the first version.
     let leaf = chain.first().and_then(|leaf| Parsed::of(leaf));
     let in_certificate =

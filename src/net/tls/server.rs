@@ -10,6 +10,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::{
     DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
     client::danger::HandshakeSignatureValid,
@@ -26,12 +27,13 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::config;
-use crate::conninfo::Surroundings;
+use crate::conninfo::{FileIdentity, Surroundings};
 use crate::net::TlsFacts;
 use crate::net::tls::{
     ALPN, TlsError,
     certificate::{Parsed, end_point_binding},
     files, own_key, provider,
+    subject::Subject,
     trust::{Role, TlsSignature, Trust, verify_handshake},
 };
 use crate::protocol::scram::ChannelBinding;
@@ -51,7 +53,7 @@ struct Loaded {
     /// Last second of the certificate's validity, since 1970.
     expires_at: u64,
     /// All that was read, to see whether it has changed.
-    content: Content,
+    content: Mutex<Content>,
 }
 
 /// What was read again.
@@ -62,12 +64,21 @@ pub struct Renewed {
 }
 
 /// What stood in the files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Content(Vec<(PathBuf, [u8; 32])>);
+#[derive(Clone, Debug, Default)]
+struct Content(Vec<Entry>);
+
+/// What stood in one of them.
+#[derive(Clone, Debug)]
+struct Entry {
+    path: PathBuf,
+    /// As long as this holds the file is not read.
+    identity: Option<FileIdentity>,
+    fingerprint: [u8; 32],
+}
 
 /// The files that are not as they were when what holds was read, each with what is in it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Changes(Content);
+pub struct Changes(Vec<(PathBuf, [u8; 32])>);
 
 /// How a client began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,7 +107,15 @@ impl ServerTls {
 
     /// The files that are not as before.
     pub fn changes(&self, surroundings: &dyn Surroundings) -> Changes {
-        Content::of(&self.settings, surroundings).without(&self.current.load().content)
+        let current = self.current.load();
+        let mut known = current.content.lock();
+        let found = Content::of(&self.settings, surroundings, &known);
+        let changes = found.without(&known);
+        if changes.is_empty() {
+            // The same in other files, which are not read again either.
+            *known = found;
+        }
+        changes
     }
 
     /// New connections begin with what was read.
@@ -124,8 +143,8 @@ impl ServerTls {
         let shown = session.peer_certificates().and_then(|chain| chain.first());
         let client_certificate = match shown {
             Some(leaf) => {
-                let parsed = Parsed::of(leaf).ok_or(TlsError::UnreadableClientCertificate)?;
-                Some(parsed.client().ok_or(TlsError::EmbeddedNul)?)
+                let subject = Subject::of(leaf).ok_or(TlsError::UnreadableClientCertificate)?;
+                Some(subject.client().ok_or(TlsError::EmbeddedNul)?)
             }
             None => None,
         };
@@ -136,11 +155,11 @@ impl ServerTls {
 impl Loaded {
     fn read(settings: &config::Tls, surroundings: &dyn Surroundings) -> Result<Self, TlsError> {
         let provider = provider();
-        let content = Content::of(settings, surroundings);
+        let content = Mutex::new(Content::of(settings, surroundings, &Content::default()));
         let chain = files::certificates(surroundings, "server certificate file", &settings.cert)?;
         let key = files::private_key(surroundings, &settings.key, None)?;
         let leaf = chain.first().cloned().ok_or(TlsError::NoServerCertificate)?;
-        let own = own_key(chain, key, &settings.key, &provider)?;
+        let own = own_key(chain, &key, &settings.key)?;
         let versions: &[_] = match settings.min_version {
             config::TlsVersion::V1_3 => &[&TLS13],
             config::TlsVersion::V1_2 => &[&TLS12, &TLS13],
@@ -166,33 +185,48 @@ impl Loaded {
 }
 
 impl Content {
-    fn of(settings: &config::Tls, surroundings: &dyn Surroundings) -> Self {
+    /// Reads the files, but for those that are as they are known.
+    fn of(settings: &config::Tls, surroundings: &dyn Surroundings, known: &Self) -> Self {
         let optional = settings.client_ca.iter().chain(&settings.client_crl);
         let paths = [&settings.cert, &settings.key].into_iter().chain(optional);
-        Self(paths.map(|path| (path.clone(), files::fingerprint(surroundings, path))).collect())
+        let look = |path: &PathBuf| {
+            // Before the file is read: what is changed meanwhile is seen the next time.
+            let identity = surroundings.identity(path);
+            let same = known.0.iter().find(|entry| entry.path == *path && entry.identity == identity);
+            let fingerprint = match same.filter(|_| identity.is_some()) {
+                Some(entry) => entry.fingerprint,
+                None => files::fingerprint(surroundings, path),
+            };
+            Entry { path: path.clone(), identity, fingerprint }
+        };
+        Self(paths.map(look).collect())
     }
 
-    fn without(mut self, before: &Self) -> Changes {
-        self.0.retain(|file| !before.0.contains(file));
-        Changes(self)
+    /// What is not as it was before.
+    fn without(&self, before: &Self) -> Changes {
+        let is_new = |entry: &&Entry| {
+            !before.0.iter().any(|known| known.path == entry.path && known.fingerprint == entry.fingerprint)
+        };
+        let changed = self.0.iter().filter(is_new);
+        changed.map(|entry| (entry.path.clone(), entry.fingerprint)).collect()
     }
 }
 
 impl Changes {
     /// Whether all is as before.
     pub fn is_empty(&self) -> bool {
-        self.0.0.is_empty()
+        self.0.is_empty()
     }
 
     /// Whether one of the files is among others, with the same in it.
     pub fn has_one_of(&self, others: &Self) -> bool {
-        self.0.0.iter().any(|file| others.0.0.contains(file))
+        self.0.iter().any(|file| others.0.contains(file))
     }
 }
 
 impl FromIterator<(PathBuf, [u8; 32])> for Changes {
     fn from_iter<I: IntoIterator<Item = (PathBuf, [u8; 32])>>(files: I) -> Self {
-        Self(Content(files.into_iter().collect()))
+        Self(files.into_iter().collect())
     }
 }
 

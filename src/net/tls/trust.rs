@@ -7,6 +7,7 @@
 
 use std::{cmp::Reverse, sync::Arc};
 
+use arc_swap::ArcSwap;
 use rustls::{
     CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
     client::{
@@ -23,21 +24,40 @@ use crate::net::tls::certificate::{
     CLIENT_PURPOSE, Parsed, SERVER_PURPOSE, algorithm_content, first_element,
 };
 
-/// Roots and revocations, ready to check with.
+/// Roots and revocations, ready to check with. What can be known of the roots is found out once: whoever shows a certificate is
+/// a stranger, and must not make this a lot of work.
 #[derive(Debug)]
 pub(super) struct Trust {
     /// All that the root file holds.
-    roots: Vec<Parsed>,
+    roots: Vec<Root>,
     /// What it holds between roots and leaves: helps to find the way to a root, and is none.
     between: Vec<CertificateDer<'static>>,
     revocations: Vec<(CertificateList, Vec<u8>)>,
     provider: Arc<CryptoProvider>,
-    verifiers: Verifiers,
+    current: ArcSwap<Verifiers>,
 }
 
-/// webpki's, over the roots that may vouch.
-#[derive(Clone, Debug)]
+/// A certificate of the root file.
+#[derive(Debug)]
+struct Root {
+    certificate: Parsed,
+    /// Signed by itself.
+    is_root: bool,
+}
+
+impl Root {
+    /// webpki asks nothing of a root but its name and its key, so only those may be given to it that OpenSSL would end at:
+    /// signed by themselves, of an authority, and valid.
+    fn may_vouch(&self) -> bool {
+        self.is_root && self.certificate.may_sign_certificates()
+    }
+}
+
+/// webpki's, over some of the roots.
+#[derive(Debug)]
 struct Verifiers {
+    /// Which of the roots, by their places in the file.
+    of: Vec<usize>,
     servers: Option<Arc<WebPkiServerVerifier>>,
     clients: Option<Arc<dyn ClientCertVerifier>>,
 }
@@ -54,36 +74,6 @@ pub(super) enum Role {
 #[error("{0}")]
 pub struct UnusableTrust(pub(super) String);
 
-impl Verifiers {
-    /// webpki asks nothing of a root but its name and its key, so only those may be given to it that OpenSSL would end at:
-    /// signed by themselves, of an authority, and valid.
-    fn new<'a>(
-        roots: impl Iterator<Item = &'a Parsed>,
-        revocations: &[(CertificateList, Vec<u8>)],
-        provider: &Arc<CryptoProvider>,
-    ) -> Result<Self, UnusableTrust> {
-        let mut store = RootCertStore::empty();
-        store.add_parsable_certificates(roots.map(|root| CertificateDer::from(root.der.clone())));
-        if store.is_empty() {
-            return Ok(Self { servers: None, clients: None });
-        }
-        let store = Arc::new(store);
-        let lists: Vec<_> =
-            revocations.iter().map(|(_, der)| CertificateRevocationListDer::from(der.clone())).collect();
-        let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
-        let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(provider))
-            .with_crls(lists.clone())
-            .enforce_revocation_expiration();
-        let servers = builder.build().map_err(|error| unusable(&error))?;
-        let builder = WebPkiClientVerifier::builder_with_provider(store, Arc::clone(provider))
-            .with_crls(lists)
-            .enforce_revocation_expiration()
-            .allow_unauthenticated();
-        let clients = builder.build().map_err(|error| unusable(&error))?;
-        Ok(Self { servers: Some(servers), clients: Some(clients) })
-    }
-}
-
 impl Trust {
     /// These roots, and these revocations: with any, each certificate's issuer must have published a list, as with OpenSSL.
     pub(super) fn new(
@@ -91,7 +81,6 @@ impl Trust {
         revocations: Vec<CertificateRevocationListDer<'static>>,
         provider: &Arc<CryptoProvider>,
     ) -> Result<Self, UnusableTrust> {
-        let roots: Vec<_> = roots.iter().filter_map(|root| Parsed::of(root)).collect();
         let mut lists = Vec::new();
         for der in &revocations {
             let list = CertificateList::from_der(der).map_err(|error| {
@@ -101,36 +90,72 @@ impl Trust {
         }
         // Of several lists of one issuer the newest counts, and the first is looked at.
         lists.sort_by_key(|(list, _)| Reverse(list.tbs_cert_list.this_update.to_unix_duration()));
-        let mut trust = Self {
-            between: Vec::new(),
+        let certificates = roots.iter().filter_map(|root| Parsed::of(root));
+        let with_kind = |certificate: Parsed| {
+            let is_root = certificate.subject() == certificate.issuer()
+                && has_signed(provider, &certificate, &certificate).is_some();
+            Root { certificate, is_root }
+        };
+        let roots: Vec<_> = certificates.map(with_kind).collect();
+        let is_between = |root: &&Root| root.certificate.is_authority() && !root.is_root;
+        let between =
+            roots.iter().filter(is_between).map(|root| root.certificate.der.clone().into()).collect();
+        let trust = Self {
+            roots,
+            between,
             revocations: lists,
             provider: Arc::clone(provider),
-            verifiers: Verifiers { servers: None, clients: None },
-            roots,
+            current: ArcSwap::from_pointee(Verifiers { of: Vec::new(), servers: None, clients: None }),
         };
-        let is_between = |root: &&Parsed| root.is_authority() && !trust.is_root(root);
-        trust.between = trust
-            .roots
-            .iter()
-            .filter(is_between)
-            .map(|root| CertificateDer::from(root.der.clone()))
-            .collect();
-        trust.verifiers = Verifiers::new(trust.usable_roots(), &trust.revocations, provider)?;
+        // Of all roots, whenever they are valid: a list that cannot be used is found now.
+        let of =
+            (0..trust.roots.len()).filter(|at| trust.roots.get(*at).is_some_and(Root::may_vouch)).collect();
+        trust.current.store(Arc::new(trust.verifiers(of)?));
         Ok(trust)
     }
 
     /// Whether names are limited by any of what is trusted.
     pub(super) fn constrains_names(&self) -> bool {
-        self.roots.iter().any(Parsed::constrains_names)
+        self.roots.iter().any(|root| root.certificate.constrains_names())
     }
 
-    /// Signed by itself.
-    fn is_root(&self, certificate: &Parsed) -> bool {
-        certificate.subject() == certificate.issuer() && self.has_signed(certificate, certificate).is_some()
+    /// webpki's, over these of the roots.
+    fn verifiers(&self, of: Vec<usize>) -> Result<Verifiers, UnusableTrust> {
+        let mut store = RootCertStore::empty();
+        let roots = of.iter().filter_map(|at| self.roots.get(*at));
+        store.add_parsable_certificates(roots.map(|root| CertificateDer::from(root.certificate.der.clone())));
+        if store.is_empty() {
+            return Ok(Verifiers { of, servers: None, clients: None });
+        }
+        let store = Arc::new(store);
+        let lists: Vec<_> =
+            self.revocations.iter().map(|(_, der)| CertificateRevocationListDer::from(der.clone())).collect();
+        let unusable = |error: &dyn std::error::Error| UnusableTrust(error.to_string());
+        let provider = Arc::clone(&self.provider);
+        let builder = WebPkiServerVerifier::builder_with_provider(Arc::clone(&store), Arc::clone(&provider))
+            .with_crls(lists.clone())
+            .enforce_revocation_expiration();
+        let servers = builder.build().map_err(|error| unusable(&error))?;
+        let builder = WebPkiClientVerifier::builder_with_provider(store, provider)
+            .with_crls(lists)
+            .enforce_revocation_expiration()
+            .allow_unauthenticated();
+        let clients = builder.build().map_err(|error| unusable(&error))?;
+        Ok(Verifiers { of, servers: Some(servers), clients: Some(clients) })
     }
 
-    fn usable_roots(&self) -> impl Iterator<Item = &Parsed> {
-        self.roots.iter().filter(|root| root.may_sign_certificates() && self.is_root(root))
+    /// Those over the roots that are valid now. They are made anew only when other roots are valid than before, as happens when
+    /// one runs out while a server runs.
+    fn verifiers_at(&self, now: UnixTime) -> Result<Arc<Verifiers>, UnusableTrust> {
+        let is_valid = |root: &Root| root.may_vouch() && root.certificate.is_valid_at(now.as_secs());
+        let valid = self.roots.iter().enumerate().filter(|(_, root)| is_valid(root)).map(|(at, _)| at);
+        let current = self.current.load_full();
+        if valid.clone().eq(current.of.iter().copied()) {
+            return Ok(current);
+        }
+        let renewed = Arc::new(self.verifiers(valid.collect())?);
+        self.current.store(Arc::clone(&renewed));
+        Ok(renewed)
     }
 
     /// Whether a root vouches for the certificate.
@@ -147,7 +172,7 @@ impl Trust {
                 Some(parsed)
                     if parsed.is_old_version()
                         || parsed.is_authority()
-                        || self.roots.iter().any(|root| root.der == parsed.der) =>
+                        || self.roots.iter().any(|root| root.certificate.der == parsed.der) =>
                 {
                     self.check_directly(role, &parsed, now.as_secs())
                 }
@@ -164,18 +189,11 @@ impl Trust {
         now: UnixTime,
     ) -> Result<(), Error> {
         let unknown = || Error::InvalidCertificate(CertificateError::UnknownIssuer);
-        let is_valid = |root: &&Parsed| root.is_valid_at(now.as_secs());
-        // Roots run out while a server runs.
-        let verifiers = if self.usable_roots().all(|root| is_valid(&root)) {
-            self.verifiers.clone()
-        } else {
-            let valid = self.usable_roots().filter(is_valid);
-            Verifiers::new(valid, &self.revocations, &self.provider).map_err(|_| unknown())?
-        };
+        let verifiers = self.verifiers_at(now).map_err(|_| unknown())?;
         let intermediates: Vec<_> = intermediates.iter().chain(&self.between).cloned().collect();
         match role {
             Role::Server => {
-                let verifier = verifiers.servers.ok_or_else(unknown)?;
+                let verifier = verifiers.servers.as_ref().ok_or_else(unknown)?;
                 let nobody = ServerName::try_from("name.invalid").map_err(|_| unknown())?;
                 match verifier.verify_server_cert(certificate, &intermediates, &nobody, &[], now) {
                     // The name is looked at last, and not here.
@@ -187,7 +205,7 @@ impl Trust {
                 }
             }
             Role::Client => {
-                let verifier = verifiers.clients.ok_or_else(unknown)?;
+                let verifier = verifiers.clients.as_ref().ok_or_else(unknown)?;
                 verifier.verify_client_cert(certificate, &intermediates, now).map(drop)
             }
         }
@@ -206,21 +224,21 @@ impl Trust {
         if certificate.has_unknown_demands() {
             return refused(CertificateError::UnhandledCriticalExtension);
         }
-        let vouches = |root: &&Parsed| {
-            let is_itself = root.der == certificate.der;
-            root.subject() == certificate.issuer()
-                && self.is_root(root)
-                && (is_itself || (root.may_sign_certificates() && !root.constrains_names()))
-                && self.has_signed(root, certificate).is_some()
+        let vouches = |root: &&Root| {
+            let is_itself = root.certificate.der == certificate.der;
+            root.is_root
+                && root.certificate.subject() == certificate.issuer()
+                && (is_itself || (root.may_vouch() && !root.certificate.constrains_names()))
+                && has_signed(&self.provider, &root.certificate, certificate).is_some()
         };
         let mut vouching = self.roots.iter().filter(vouches).peekable();
         if vouching.peek().is_none() {
             return refused(CertificateError::UnknownIssuer);
         }
         // Of a root that was renewed with its key there are two.
-        let valid = vouching.find(|root| root.is_valid_at(now) && certificate.is_valid_at(now));
+        let valid = vouching.find(|root| root.certificate.is_valid_at(now) && certificate.is_valid_at(now));
         let Some(root) = valid else { return refused(CertificateError::Expired) };
-        self.check_revocation(root, certificate, now)
+        self.check_revocation(&root.certificate, certificate, now)
     }
 
     fn check_revocation(&self, root: &Parsed, certificate: &Parsed, now: u64) -> Result<(), Error> {
@@ -233,7 +251,7 @@ impl Trust {
             list.tbs_cert_list.issuer == *certificate.issuer()
                 && first_element(der).is_some_and(|signed| {
                     let signature = list.signature.raw_bytes();
-                    self.verify(key, &list.signature_algorithm, signed, signature).is_some()
+                    verify(&self.provider, key, &list.signature_algorithm, (signed, signature)).is_some()
                 })
         };
         let refused = |reason| Err(Error::InvalidCertificate(reason));
@@ -251,29 +269,28 @@ impl Trust {
         }
         Ok(())
     }
+}
 
-    fn has_signed(&self, issuer: &Parsed, certificate: &Parsed) -> Option<()> {
-        let key = issuer.certificate.tbs_certificate().subject_public_key_info();
-        let signature = certificate.certificate.signature().raw_bytes();
-        let algorithm = certificate.certificate.signature_algorithm();
-        self.verify(key, algorithm, certificate.signed_part()?, signature)
-    }
+fn has_signed(provider: &CryptoProvider, issuer: &Parsed, certificate: &Parsed) -> Option<()> {
+    let key = issuer.certificate.tbs_certificate().subject_public_key_info();
+    let signature = certificate.certificate.signature().raw_bytes();
+    let algorithm = certificate.certificate.signature_algorithm();
+    verify(provider, key, algorithm, (certificate.signed_part()?, signature))
+}
 
-    fn verify(
-        &self,
-        key: &SubjectPublicKeyInfoOwned,
-        algorithm: &x509_cert::spki::AlgorithmIdentifierOwned,
-        signed: &[u8],
-        signature: &[u8],
-    ) -> Option<()> {
-        let (key_algorithm, algorithm) = (algorithm_content(&key.algorithm)?, algorithm_content(algorithm)?);
-        let fits = self.provider.signature_verification_algorithms.all.iter().filter(|known| {
-            known.public_key_alg_id().as_ref() == key_algorithm
-                && known.signature_alg_id().as_ref() == algorithm
-        });
-        let key = key.subject_public_key.raw_bytes();
-        fits.into_iter().any(|known| known.verify_signature(key, signed, signature).is_ok()).then_some(())
-    }
+/// Whether the second of the two is the key's signature of the first.
+fn verify(
+    provider: &CryptoProvider,
+    key: &SubjectPublicKeyInfoOwned,
+    algorithm: &x509_cert::spki::AlgorithmIdentifierOwned,
+    (signed, signature): (&[u8], &[u8]),
+) -> Option<()> {
+    let (key_algorithm, algorithm) = (algorithm_content(&key.algorithm)?, algorithm_content(algorithm)?);
+    let fits = provider.signature_verification_algorithms.all.iter().filter(|known| {
+        known.public_key_alg_id().as_ref() == key_algorithm && known.signature_alg_id().as_ref() == algorithm
+    });
+    let key = key.subject_public_key.raw_bytes();
+    fits.into_iter().any(|known| known.verify_signature(key, signed, signature).is_ok()).then_some(())
 }
 
 /// Which version of TLS a signature is of.
@@ -328,4 +345,86 @@ fn is_for_tls13(scheme: SignatureScheme) -> bool {
             | SignatureScheme::RSA_PSS_SHA512
             | SignatureScheme::ED25519
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd};
+    use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
+    use rustls::pki_types::{AlgorithmIdentifier, InvalidSignature, SignatureVerificationAlgorithm};
+
+    use super::*;
+
+    static VERIFIED: AtomicUsize = AtomicUsize::new(0);
+
+    /// Counts signatures that are checked.
+    #[derive(Debug)]
+    struct Counting(&'static dyn SignatureVerificationAlgorithm);
+
+    impl SignatureVerificationAlgorithm for Counting {
+        fn verify_signature(
+            &self,
+            key: &[u8],
+            message: &[u8],
+            signature: &[u8],
+        ) -> Result<(), InvalidSignature> {
+            VERIFIED.fetch_add(1, Relaxed);
+            self.0.verify_signature(key, message, signature)
+        }
+
+        fn public_key_alg_id(&self) -> AlgorithmIdentifier {
+            self.0.public_key_alg_id()
+        }
+
+        fn signature_alg_id(&self) -> AlgorithmIdentifier {
+            self.0.signature_alg_id()
+        }
+    }
+
+    fn counting_provider() -> Arc<CryptoProvider> {
+        let mut provider = aws_lc_rs::default_provider();
+        let known = provider.signature_verification_algorithms;
+        let counting = known.all.iter().map(|one| &*Box::leak(Box::new(Counting(*one))) as _);
+        let all: &'static [&'static dyn SignatureVerificationAlgorithm] = counting.collect::<Vec<_>>().leak();
+        provider.signature_verification_algorithms =
+            WebPkiSupportedAlgorithms { all, mapping: known.mapping };
+        Arc::new(provider)
+    }
+
+    /// A root that is valid up to the beginning of a year.
+    fn root(name: &str, until: i32) -> CertifiedIssuer<'static, KeyPair> {
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.not_after = date_time_ymd(until, 1, 1);
+        CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
+    }
+
+    fn in_year(year: u64) -> UnixTime {
+        UnixTime::since_unix_epoch(std::time::Duration::from_secs((year - 1970) * 365 * 24 * 60 * 60))
+    }
+
+    #[test]
+    fn a_stranger_costs_one_signature_however_many_roots_there_are_and_whatever_is_wrong_with_them() {
+        let roots = [root("a", 2090), root("b", 2020), root("c", 2050)];
+        let ders: Vec<_> = roots.iter().map(|root| root.der().clone()).collect();
+        let trust = Trust::new(&ders, Vec::new(), &counting_provider()).unwrap();
+        assert_eq!(VERIFIED.load(Relaxed), 3, "each of them has signed itself");
+        let params = CertificateParams::new(vec!["client".to_owned()]).unwrap();
+        let client = params.signed_by(&KeyPair::generate().unwrap(), &roots[0]).unwrap();
+        for _ in 0..10 {
+            let before = VERIFIED.load(Relaxed);
+            trust.check(Role::Client, client.der(), &[], in_year(2030)).unwrap();
+            assert_eq!(VERIFIED.load(Relaxed) - before, 1);
+        }
+        let first = trust.verifiers_at(in_year(2030)).unwrap();
+        assert_eq!(first.of, [0, 2], "one had run out before");
+        assert!(Arc::ptr_eq(&first, &trust.verifiers_at(in_year(2031)).unwrap()), "they are made once");
+        let later = trust.verifiers_at(in_year(2060)).unwrap();
+        assert_eq!(later.of, [0]);
+        assert!(Arc::ptr_eq(&later, &trust.verifiers_at(in_year(2060)).unwrap()));
+        assert!(trust.check(Role::Client, client.der(), &[], in_year(2095)).is_err(), "all of them have");
+    }
 }
