@@ -78,6 +78,7 @@ const REPORT_SUFFIX: &str = ".json";
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::disk::{Disk, RealDisk, read_small};
     use crate::store::small;
 
     #[test]
@@ -91,15 +92,16 @@ mod tests {
         store.report_lost(timeline(9), lost(600, 700)).unwrap();
         let newest = Some(lost(500, 0x1_0000_0000_0000));
         assert_eq!(store.reports().unwrap(), Reports { diverged: false, lost: newest });
-        let reports = || std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
-        let of_ten = reports().find(|path| path.to_str().unwrap().contains("lost.0000000A")).unwrap();
-        assert!(std::fs::read_to_string(&of_ten).unwrap().contains("\"from\": \"0/1F4\""));
-        std::fs::remove_file(of_ten).unwrap();
+        let of_ten = dir.path().join(lost_name(timeline(10), lost(500, 0x1_0000_0000_0000)));
+        let content = read_small(&RealDisk, &of_ten, 1000).unwrap().unwrap();
+        assert!(String::from_utf8(content).unwrap().contains("\"from\": \"0/1F4\""));
+        RealDisk.unlink(&of_ten).unwrap();
         assert_eq!(store.reports().unwrap().lost, Some(lost(600, 700)));
-        let diverged = dir.path().join("walrelay.diverged.00000001.0000000000000200.json");
-        std::fs::write(&diverged, "").unwrap();
+        let diverged = "walrelay.diverged.00000001.0000000000000200.json";
+        replace_durably(&RealDisk, dir.path(), diverged, b"").unwrap();
         assert!(store.reports().unwrap().diverged);
-        std::fs::rename(&diverged, diverged.with_extension("seen")).unwrap();
+        let diverged = dir.path().join(diverged);
+        RealDisk.rename(&diverged, &diverged.with_extension("seen")).unwrap();
         assert!(!store.reports().unwrap().diverged);
     }
 }

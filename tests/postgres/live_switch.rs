@@ -58,7 +58,7 @@ fn what_a_standby_holds_back_the_new_primary_keeps_from_its_first_moment_on() {
     let Some(installation) = Installation::in_turn(2) else { return };
     let old = primary(&installation);
     let middle = old.standby("middle", old.port, "");
-    let mut relay = Relay::new("relay", middle.port).from_standby_at(middle.port);
+    let mut relay = Relay::new("relay", middle.port).with_standby_at(middle.port);
     relay.start();
     old.sql("create table t (id int)");
     // Its own reports are ten seconds apart: none of them makes up for what the relay would take back.

@@ -170,7 +170,7 @@ fn a_server_that_vanishes_at_the_end_of_its_timeline_holds_up_neither_a_fence_no
         let primary = Settings::new().segment_size_mb(1).start(&installation);
         let upstream = primary.standby("upstream", primary.port, "");
         let proxy = Proxy::to(upstream.port);
-        let mut relay = Relay::new("relay", proxy.port).from_standby_at(proxy.port).with_token();
+        let mut relay = Relay::new("relay", proxy.port).with_standby_at(proxy.port).with_token();
         relay.start();
         let is_silent = Arc::new(AtomicBool::new(false));
         let (mut has_ended, silent) = (false, Arc::clone(&is_silent));

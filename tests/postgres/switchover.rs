@@ -221,7 +221,7 @@ fn an_address_that_moves_to_another_server_is_followed_where_that_may_be_followe
     let new = old.standby("next", old.port, "");
     let stale = old.standby("stale", old.port, "");
     let address = Proxy::to(old.port);
-    let mut relay = Relay::new("relay", address.port).from_standby_at(address.port);
+    let mut relay = Relay::new("relay", address.port).with_standby_at(address.port);
     relay.start();
     write_wal(&old, MB);
     let upto = old.flushed();

@@ -131,7 +131,7 @@ fn a_promotion_is_followed_on_the_live_connection() {
     let Some(installation) = Installation::in_turn(1) else { return };
     let old = primary(&installation);
     let middle = old.standby("middle", old.port, "");
-    let mut relay = Relay::new("relay", middle.port).from_standby_at(middle.port);
+    let mut relay = Relay::new("relay", middle.port).with_standby_at(middle.port);
     relay.start();
     let standby = old.standby("standby", relay.port, "");
     write_wal(&old, 2 * MB);
@@ -286,7 +286,7 @@ fn a_standby_is_streamed_from_only_where_that_is_said() {
         primary.wait_reported_flush("relay", primary.flushed());
         // What is said holds, and where the stream comes from is shown.
         relay.terminate();
-        let mut relay = relay.from_standby_at(standby.port);
+        let mut relay = relay.with_standby_at(standby.port);
         relay.start();
         write_wal(&primary, MB);
         relay.wait_flushed(primary.flushed());

@@ -464,7 +464,7 @@ fn a_slot_that_is_made_while_its_server_is_promoted_is_of_use_all_the_same() {
             }
             heir.wait_replayed(primary.flushed());
             promoted_before_the_slot(&heir, &proxy);
-            relay = relay.from_standby_at(proxy.port);
+            relay = relay.with_standby_at(proxy.port);
             relay.start();
             wait_until("the relay to follow", || relay.status()["store"]["timeline"] == 2);
             write_wal(&heir, MB);

@@ -91,7 +91,7 @@ impl Relay {
     }
 
     /// From the server at this port, which may be a standby.
-    pub(crate) fn from_standby_at(self, port: u16) -> Self {
+    pub(crate) fn with_standby_at(self, port: u16) -> Self {
         let server = format!("host=127.0.0.1 port={port} user=postgres sslmode=disable");
         self.with_conninfo(&format!("{server} target_session_attrs=any"))
     }
