@@ -11,7 +11,8 @@ use std::{
 pub enum ListenAddress {
     /// A TCP address.
     Tcp(SocketAddr),
-    /// A socket file, named as PostgreSQL names its own (`.s.PGSQL.5433`), so that libpq finds it by directory and port.
+    /// A socket file, named as PostgreSQL names its own (`.s.PGSQL.5433`), so that libpq finds it by directory and port. Where its
+    /// path begins with `@` there is no file: it is in the abstract namespace.
     Unix(PathBuf),
 }
 
@@ -48,10 +49,11 @@ pub(crate) const ADVICE: &str = "expected an IP address and a port, as in \"127.
 
 /// Reads a list; sockets get the port of the first TCP address. The error is the text that is wrong.
 pub(crate) fn parse_list(texts: &[String]) -> Result<Vec<ListenAddress>, String> {
-    let tcp = |text: &String| (!text.starts_with('/')).then(|| parse_tcp(text)).flatten();
+    let is_directory = |text: &String| text.starts_with(['/', '@']);
+    let tcp = |text: &String| (!is_directory(text)).then(|| parse_tcp(text)).flatten();
     let port = texts.iter().find_map(tcp).map_or(DEFAULT_PORT, |address| address.port());
     let parse = |text: &String| {
-        let address = if text.starts_with('/') {
+        let address = if is_directory(text) {
             parse_directory(text, port)
         } else {
             parse_tcp(text).map(ListenAddress::Tcp)

@@ -488,6 +488,8 @@ fn sockets_are_where_libpq_looks_for_them() {
     assert_eq!(config.downstream.listen[0], ListenAddress::Unix("/run/w/.s.PGSQL.6000".into()));
     let config = load(&format!("{LEAST}[downstream]\nlisten = \"/run/w\"\n")).unwrap();
     assert_eq!(config.downstream.listen, [ListenAddress::Unix("/run/w/.s.PGSQL.5433".into())]);
+    let config = load(&format!("{LEAST}[downstream]\nlisten = \"@walrelay\"\n")).unwrap();
+    assert_eq!(config.downstream.listen, [ListenAddress::Unix("@walrelay/.s.PGSQL.5433".into())]);
 }
 
 #[test]

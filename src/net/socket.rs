@@ -3,10 +3,15 @@
 //! Owns connecting, listening, socket options and halves that read and write independently. Never interprets bytes.
 
 use std::{
+    borrow::Cow,
+    ffi::OsString,
     io,
     net::SocketAddr,
-    os::unix::fs::FileTypeExt,
-    path::PathBuf,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::FileTypeExt,
+    },
+    path::{Path, PathBuf},
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -111,9 +116,9 @@ impl Socket {
         Ok(Self::Tcp(stream))
     }
 
-    /// Connects to a Unix socket.
-    pub async fn connect_unix(path: &std::path::Path) -> io::Result<Self> {
-        UnixStream::connect(path).await.map(Self::Unix)
+    /// Connects to a Unix socket; one whose path begins with `@` is in the abstract namespace.
+    pub async fn connect_unix(path: &Path) -> io::Result<Self> {
+        UnixStream::connect(system_path(path)).await.map(Self::Unix)
     }
 
     /// The operating system user at the other end; `None` where that cannot be known.
@@ -177,6 +182,18 @@ impl Socket {
                 (ReadHalf::Unix(read), WriteHalf::Unix(write))
             }
         }
+    }
+}
+
+/// As the system takes it: a name in the abstract namespace, which belongs to no file, begins with a zero byte there and with `@`
+/// in libpq and PostgreSQL.
+fn system_path(path: &Path) -> Cow<'_, Path> {
+    match path.as_os_str().as_bytes() {
+        [ABSTRACT, name @ ..] => {
+            let name = [b"\0", name].concat();
+            Cow::Owned(PathBuf::from(OsString::from_vec(name)))
+        }
+        _ => Cow::Borrowed(path),
     }
 }
 
@@ -308,8 +325,8 @@ delegate_write!(WriteHalf);
 pub enum Listener {
     /// For TCP.
     Tcp(TcpListener),
-    /// For Unix sockets; the file is removed when the listener goes.
-    Unix(UnixListener, UnixSocketFile),
+    /// For Unix sockets; the file, if there is one, is removed when the listener goes.
+    Unix(UnixListener, Option<UnixSocketFile>),
 }
 
 /// Removes a socket file when the listener goes.
@@ -328,6 +345,9 @@ impl Listener {
     pub async fn bind(address: &ListenAddress) -> io::Result<Self> {
         match address {
             ListenAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
+            ListenAddress::Unix(path) if path.as_os_str().as_bytes().first() == Some(&ABSTRACT) => {
+                Ok(Self::Unix(UnixListener::bind(system_path(path))?, None))
+            }
             ListenAddress::Unix(path) => {
                 let is_socket =
                     path.symlink_metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
@@ -336,7 +356,7 @@ impl Listener {
                 }
                 let listener = UnixListener::bind(path)?;
                 rustix::fs::chmod(path, rustix::fs::Mode::from_raw_mode(SOCKET_FILE_MODE))?;
-                Ok(Self::Unix(listener, UnixSocketFile(path.clone())))
+                Ok(Self::Unix(listener, Some(UnixSocketFile(path.clone()))))
             }
         }
     }
@@ -364,6 +384,9 @@ impl Listener {
         }
     }
 }
+
+/// Begins a name in the abstract namespace.
+const ABSTRACT: u8 = b'@';
 
 /// PostgreSQL's default `unix_socket_permissions`.
 const SOCKET_FILE_MODE: u32 = 0o777;

@@ -11,8 +11,9 @@ use crate::support::MB;
 use crate::support::faults::Faults;
 use crate::support::lab::{Installation, chosen_majors};
 use crate::support::load::write_wal;
-use crate::support::postgres::{Postgres, Settings};
+use crate::support::postgres::{Postgres, Settings, Stop};
 use crate::support::proxy::Proxy;
+use crate::support::psql::run_psql;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::wait_until;
@@ -251,6 +252,37 @@ fn a_server_that_is_full_is_waited_for_and_nobody_is_called() {
     assert!(!relay.needs_attention());
     drop(occupied);
     relay.wait_ready();
+}
+
+#[test]
+fn sockets_without_a_file_are_found_by_both_sides() {
+    let Some(installation) = Installation::since(14) else { return };
+    let mut primary = Settings::new().segment_size_mb(1).start(&installation);
+    let (theirs, ours) = (format!("@walrelay_{}", primary.port), format!("@relay_{}", primary.port));
+    primary.add_settings(&format!("unix_socket_directories = '{theirs}'"));
+    primary.restart(Stop::Fast);
+    let conninfo = format!("host={theirs} port={} user=postgres", primary.port);
+    let mut relay = Relay::new("abstract", 1).with_conninfo(&conninfo);
+    relay.set("downstream.listen", &format!("[\"127.0.0.1:{}\", {ours:?}]", relay.port));
+    relay.start();
+    let addresses =
+        "select string_agg(distinct coalesce(client_addr::text, 'socket'), ' ') from pg_stat_replication";
+    assert_eq!(primary.sql(addresses), "socket");
+    let at = |host: &str, port: u16| {
+        let conninfo = format!("host={host} port={port} user=postgres replication=true");
+        run_psql(&installation, &conninfo, "IDENTIFY_SYSTEM").unwrap().split('|').next().unwrap().to_owned()
+    };
+    assert_eq!(at(&ours, relay.port), at(&theirs, primary.port));
+    // Nobody takes the name while it is used, and it is free when its owner has gone.
+    let mut second = Relay::new("second", 1).with_conninfo(&conninfo);
+    second.set("downstream.listen", &format!("[{ours:?}, \"127.0.0.1:{}\"]", relay.port));
+    second.launch();
+    assert!(!second.wait_for_end().success());
+    let log = second.log();
+    assert!(log.contains("could not listen on") && log.contains(&ours), "{log}");
+    relay.terminate();
+    relay.start();
+    assert_eq!(at(&ours, relay.port), at(&theirs, primary.port));
 }
 
 #[test]
