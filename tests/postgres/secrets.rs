@@ -1,5 +1,6 @@
 //! No secret is told by anything that the relay writes or shows.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -315,5 +316,29 @@ fn what_was_read_of_secrets_and_is_not_needed_is_nowhere_in_memory() {
         ("the configuration file", format!("user=relay passfile={}", passfile.display())),
     ] {
         assert!(!is_in(&memory, &secret), "{what} is in memory");
+    }
+}
+
+#[test]
+fn who_has_the_same_account_does_not_see_into_the_process() {
+    let Some((user, group)) = lab::server_user() else {
+        lab::skip("running the relay as somebody else needs root");
+        return;
+    };
+    let mut relay = Relay::new("relay", 1);
+    std::fs::create_dir(relay.data_dir()).unwrap();
+    std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(0o700)).unwrap();
+    lab::give_to_server(relay.data_dir());
+    let (user_argument, group_argument) = (format!("--reuid={user}"), format!("--regid={group}"));
+    relay.wrapper =
+        ["setpriv", &user_argument, &group_argument, "--clear-groups", "--"].map(str::to_owned).to_vec();
+    relay.launch();
+    wait_until("the relay to answer", || relay.status().is_object());
+    let about = format!("/proc/{}", relay.process().id());
+    let uid = std::fs::read_to_string(format!("{about}/status")).unwrap();
+    assert!(uid.contains(&format!("Uid:\t{user}\t")), "{uid}");
+    // Where its account may look, these are its account's own.
+    for name in ["mem", "environ", "maps"] {
+        assert_eq!(std::fs::metadata(format!("{about}/{name}")).unwrap().uid(), 0, "{name}");
     }
 }
