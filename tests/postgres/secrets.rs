@@ -1,5 +1,6 @@
 //! No secret is told by anything that the relay writes or shows.
 
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -13,12 +14,15 @@ use crate::support::postgres::Settings;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::tls_site::{Site, read};
-use crate::support::wait::wait_until;
+use crate::support::wait::{wait_for, wait_until};
 
 /// What would be seen from afar wherever it turned up.
 const UPSTREAM: &str = "canary-upstream-51f0";
 const CLIENT: &str = "canary-client-93ab";
 const MD5_CLIENT: &str = "canary-md5-7c21";
+const PASSPHRASE: &str = "canary-passphrase-4e02";
+const PASSFILE: &str = "canary-passfile-0b77";
+const USERS_COMMENT: &str = "canary-users-e81c";
 
 #[test]
 fn no_secret_is_in_logs_pages_arguments_or_errors() {
@@ -112,6 +116,8 @@ fn mistakes_in_the_users_file(relay: &Relay, scram: &str) -> Vec<String> {
         format!("standby = {{ secret = \"{CLIENT}\" }}\n"),
         format!("standby = {{ secrets = \"{CLIENT}\" }}\n"),
         format!("standby = {{ secret = [\"{CLIENT}\"] }}\n"),
+        format!("standby = {{ may = [\"stream\", \"{CLIENT}\"] }}\n"),
+        format!("standby = {{ may = [{scram:?}] }}\n"),
         format!("standby = {scram:?}\n{CLIENT} = \n"),
     ] {
         relay.file("users.toml", 0o600, &wrong);
@@ -122,6 +128,107 @@ fn mistakes_in_the_users_file(relay: &Relay, scram: &str) -> Vec<String> {
         told.extend([answer.to_string(), relay.status().to_string(), out, complaint]);
     }
     told
+}
+
+/// Connection strings in which passwords are not written as they should be; each piece of one is a canary.
+const WRONG: &[&str] = &[
+    "postgresql://u:canary@canary@127.0.0.1:1/d",
+    "postgresql://u:canary@canary:canary@127.0.0.1:1/d",
+    "postgresql://u:canary@canary/canary@127.0.0.1:1/d",
+    "postgresql://u:canary@canary?canary@127.0.0.1:1/d",
+    "postgresql://u:canary@127.0.0.1?canary=canary@127.0.0.1:1/d",
+    "postgresql://u:canary/canary@127.0.0.1:1/d",
+    "postgresql://u:canary@[127.0.0.1",
+    "postgresql://127.0.0.1:1/d?password=canary&canary",
+    "postgresql://127.0.0.1:1/d?password=canary&canary=canary",
+    "postgresql://127.0.0.1:1/d?password=canary=canary",
+    "postgresql://127.0.0.1:1/d?password=canary%zz",
+    "host=127.0.0.1 password=canary canary",
+    "host=127.0.0.1 password=canary canary=canary",
+    "host=127.0.0.1 password='canary' sslpassword=canary canary=1",
+    "host=127.0.0.1 password='canary",
+    "host=127.0.0.1 scram_client_key=canary",
+];
+
+#[test]
+fn no_piece_of_a_password_is_in_what_is_said_of_a_wrong_connection_string() {
+    for conninfo in WRONG {
+        let mut relay = Relay::new("relay", 1).with_conninfo(conninfo);
+        let path = relay.write_config();
+        let (status, out, complaint) =
+            Relay::command(&["config", "check", "--config", path.to_str().unwrap()]);
+        assert!(!status.success(), "{conninfo}: {out}");
+        relay.launch();
+        assert!(!relay.wait_for_end().success(), "{conninfo}");
+        for text in [out, complaint, relay.log()] {
+            assert!(!text.contains("canary"), "{conninfo}: {text}");
+        }
+    }
+}
+
+#[test]
+fn keys_passphrases_and_password_files_are_told_nowhere() {
+    let Some(installation) = Installation::any() else { return };
+    let authority = Authority::new("root");
+    let server = authority.issue("server", "IP:127.0.0.1");
+    let mut site = Site::new(&installation, &server);
+    site.primary.sql(&format!("create role relay replication login password '{UPSTREAM}'"));
+    site.primary.demand("host all,replication relay 127.0.0.1/32 scram-sha-256", "relay");
+    let (client, port) = (authority.issue("relay", "DNS:relay"), site.primary.port);
+    let encrypted = authority.encrypted(&client, PASSPHRASE);
+    let passwords = format!("other:*:*:*:{PASSFILE}\n127.0.0.1:{port}:*:relay:{UPSTREAM}\n");
+    let passfile = site.relay.file("passfile", 0o600, &passwords);
+    let conninfo = format!(
+        "host=127.0.0.1 port={port} user=relay passfile={} sslmode=require sslcert={} sslkey={}",
+        passfile.display(),
+        encrypted.cert.display(),
+        encrypted.key.display()
+    );
+    site.relay.set("log.level", "\"trace\"");
+    site.relay.terminate();
+    let mut told = Vec::new();
+    // A wrong passphrase, the right one, and a password file that is not used because others may read it.
+    for (passphrase, mode, expected) in [
+        (format!("{PASSPHRASE}-wrong"), 0o600, Err("could not be decrypted")),
+        (PASSPHRASE.to_owned(), 0o600, Ok(())),
+        (PASSPHRASE.to_owned(), 0o644, Err("no password supplied")),
+    ] {
+        site.relay.file("passfile", mode, &passwords);
+        site.relay.set("upstream.conninfo", &format!("\"{conninfo} sslpassword={passphrase}\""));
+        site.relay.launch();
+        let outcome = wait_for("the relay to stream or to say why not", || {
+            let status = site.relay.status();
+            let error = status["upstream"]["last_error"].as_str().map(|error| Err(error.to_owned()));
+            error.or_else(|| (status["upstream"]["sessions"].as_u64() > Some(0)).then_some(Ok(())))
+        });
+        match (&outcome, expected) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(words)) => assert!(error.contains(words), "{error}"),
+            other => panic!("{other:?}"),
+        }
+        for path in ["/status", "/metrics"] {
+            told.push(http::get(site.relay.admin_port, path).unwrap().1);
+        }
+        let command_line = std::fs::read(format!("/proc/{}/cmdline", site.relay.process().id())).unwrap();
+        told.push(String::from_utf8_lossy(&command_line).into_owned());
+        site.relay.terminate();
+    }
+    // A key that is not the certificate's, and one that is broken.
+    for key in [read(&client.key), read(&server.key).replacen('A', "", 1), format!("{PASSPHRASE}\n")] {
+        site.relay.write_file("server.key", &key);
+        site.relay.launch();
+        assert!(!site.relay.wait_for_end().success());
+    }
+    let log = site.relay.log();
+    assert!(log.contains("does not match private key file") && log.contains("no private key in it"), "{log}");
+    told.push(log);
+    let mut secrets = vec![PASSPHRASE.to_owned(), PASSFILE.to_owned(), UPSTREAM.to_owned()];
+    secrets.extend([&server.key, &client.key, &encrypted.key].map(|key| line_of_key(&read(key))));
+    for secret in secrets {
+        for text in &told {
+            assert!(!text.contains(&secret), "{secret} is told:\n{text}");
+        }
+    }
 }
 
 /// All memory of a process that it can write, and so may have written a secret to; `None`: we may not look.
@@ -164,14 +271,14 @@ fn what_was_read_of_secrets_and_is_not_needed_is_nowhere_in_memory() {
     site.primary.sql(&format!("create role relay replication login password '{UPSTREAM}'"));
     site.primary.demand("host all,replication relay 127.0.0.1/32 scram-sha-256", "relay");
     let client = authority.issue("relay", "DNS:relay");
-    let encrypted = authority.encrypted(&client, "canary-passphrase-4e");
+    let encrypted = authority.encrypted(&client, PASSPHRASE);
     let port = site.primary.port;
     let passwords = format!(
         "other:5432:*:relay:{PASSFILE}\n# {PASSFILE}\n127.0.0.1:{port}:*:relay:{UPSTREAM}\nlast:*:*:*:{PASSFILE}\n"
     );
     let passfile = site.relay.file("passfile", 0o600, &passwords);
     let conninfo = format!(
-        "host=127.0.0.1 port={port} user=relay passfile={} sslmode=require sslcert={} sslkey={} sslpassword=canary-passphrase-4e",
+        "host=127.0.0.1 port={port} user=relay passfile={} sslmode=require sslcert={} sslkey={} sslpassword={PASSPHRASE}",
         passfile.display(),
         encrypted.cert.display(),
         encrypted.key.display()
@@ -212,5 +319,26 @@ fn what_was_read_of_secrets_and_is_not_needed_is_nowhere_in_memory() {
     }
 }
 
-const PASSFILE: &str = "canary-passfile-0b77";
-const USERS_COMMENT: &str = "canary-users-e81c";
+#[test]
+fn who_has_the_same_account_does_not_see_into_the_process() {
+    let Some((user, group)) = lab::server_user() else {
+        lab::skip("running the relay as somebody else needs root");
+        return;
+    };
+    let mut relay = Relay::new("relay", 1);
+    std::fs::create_dir(relay.data_dir()).unwrap();
+    std::fs::set_permissions(relay.data_dir(), PermissionsExt::from_mode(0o700)).unwrap();
+    lab::give_to_server(relay.data_dir());
+    let (user_argument, group_argument) = (format!("--reuid={user}"), format!("--regid={group}"));
+    relay.wrapper =
+        ["setpriv", &user_argument, &group_argument, "--clear-groups", "--"].map(str::to_owned).to_vec();
+    relay.launch();
+    wait_until("the relay to answer", || relay.status().is_object());
+    let about = format!("/proc/{}", relay.process().id());
+    let uid = std::fs::read_to_string(format!("{about}/status")).unwrap();
+    assert!(uid.contains(&format!("Uid:\t{user}\t")), "{uid}");
+    // Where its account may look, these are its account's own.
+    for name in ["mem", "environ", "maps"] {
+        assert_eq!(std::fs::metadata(format!("{about}/{name}")).unwrap().uid(), 0, "{name}");
+    }
+}

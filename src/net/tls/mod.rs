@@ -13,6 +13,7 @@ mod certificate;
 mod client;
 mod der;
 mod files;
+mod fuzz;
 mod peer_name;
 mod server;
 mod short_names;
@@ -34,6 +35,7 @@ use x509_cert::der::Encode;
 pub use client::{ClientTls, ServerTlsFacts};
 pub use files::TlsFileError;
 pub use server::{Changes, Renewed, ServerTls, TlsStart};
+pub use fuzz::fuzz_certificate;
 pub use trust::UnusableTrust;
 
 use crate::net::tls::certificate::Parsed;
