@@ -266,7 +266,9 @@ impl Outgoing {
 
     /// Whether a small message may be added, which answers a client or asks him: also while there is no room for WAL.
     pub(super) fn has_room_for_control(&self) -> bool {
-        self.control.len() < CONTROL_BYTES_MAX && self.pieces.len() < UNSENT_PIECES_MAX + CONTROL_PIECES_MAX
+        let is_bounded = self.control.len() < CONTROL_BYTES_MAX
+            && self.pieces.len() < UNSENT_PIECES_MAX + CONTROL_PIECES_MAX;
+        is_bounded || self.has_room()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -424,6 +426,25 @@ mod tests {
         assert_eq!((outgoing.pieces.len(), outgoing.bytes), (1, bytes + 4));
         assert!(outgoing.has_room());
     }
+
+    #[test]
+    fn small_messages_have_room_behind_a_full_queue_and_not_without_end() {
+        let mut outgoing = Outgoing::default();
+        outgoing.push_wal(b"h", vec![Bytes::from(vec![0; UNSENT_BYTES_MAX])]);
+        let mut count = 0;
+        while outgoing.has_room_for_control() {
+            outgoing.encode(|out| out.extend_from_slice(b"pong"));
+            // As when the client takes nothing.
+            outgoing.seal_control();
+            count += 1;
+        }
+        assert!((CONTROL_PIECES_MAX..2 * CONTROL_PIECES_MAX + UNSENT_PIECES_MAX).contains(&count), "{count}");
+        outgoing.detach().unwrap();
+        assert!(!outgoing.has_room() && outgoing.has_room_for_control());
+        outgoing.encode(|out| out.extend_from_slice(&[0; CONTROL_BYTES_MAX]));
+        assert!(!outgoing.has_room_for_control());
+    }
+
     #[test]
     fn a_page_that_is_gone_is_an_error_and_not_the_end_of_the_process() {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -258,5 +258,8 @@ mod tests {
         drop((first, next));
         let _other = links.tail(timeline, Compression::Lz4, Lsn::MIN);
         assert_eq!(links.tails.lock().len(), 1, "those without links are forgotten");
+        let levels = (1..9).map(|level| Compression::Zstd { level });
+        let _all: Vec<_> = levels.map(|level| links.tail(timeline, level, Lsn::MIN)).collect();
+        assert_eq!(links.tails.lock().len(), 2, "no position has more encoders than there are codecs");
     }
 }
