@@ -11,7 +11,8 @@ use crate::support::two_sites::TwoSites;
 const ROUND_TRIP: Duration = Duration::from_millis(200);
 const RATE_BITS: u64 = 1_000_000_000;
 /// Linux's own limits of what it gives a connection, in bytes, and ones that hold what is under way on this pipe (25 MB).
-const LIMITS: [(&str, u64, u64); 2] = [("Linux's defaults", 4 << 20, 6 << 20), ("raised", 64 << 20, 64 << 20)];
+const LIMITS: [(&str, u64, u64); 2] =
+    [("Linux's defaults", 4 << 20, 6 << 20), ("raised", 64 << 20, 64 << 20)];
 
 #[test]
 fn a_long_pipe_is_filled_as_far_as_the_kernels_limits_let_a_connection_grow() {

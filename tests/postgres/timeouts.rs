@@ -118,8 +118,7 @@ fn a_silent_client_is_asked_once_and_dropped_without_an_error() {
 
 #[test]
 fn a_half_open_client_frees_its_slot_for_its_successor() {
-    let Some((primary, _proxy, relay)) =
-        chain(|relay| relay.with("downstream.wal_sender_timeout", "\"6s\""))
+    let Some((primary, _proxy, relay)) = chain(|relay| relay.with("downstream.wal_sender_timeout", "\"6s\""))
     else {
         return;
     };

@@ -34,8 +34,8 @@ use x509_cert::der::Encode;
 
 pub use client::{ClientTls, ServerTlsFacts};
 pub use files::TlsFileError;
-pub use server::{Changes, Renewed, ServerTls, TlsStart};
 pub use fuzz::fuzz_certificate;
+pub use server::{Changes, Renewed, ServerTls, TlsStart};
 pub use trust::UnusableTrust;
 
 use crate::net::tls::certificate::Parsed;

@@ -1,5 +1,7 @@
 //! Both handshakes against one another, over memory and with files made for the test.
 
+mod renewal;
+
 use std::path::{Path, PathBuf};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
@@ -11,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
 use crate::config;
-use crate::conninfo::{Conninfo, FileIdentity, FixedSurroundings, FoundFile, Surroundings};
+use crate::conninfo::{Conninfo, FixedSurroundings};
 use crate::net::TlsFacts;
 use crate::protocol::scram::ChannelBinding;
 
@@ -534,70 +536,4 @@ async fn an_authority_that_may_name_only_some_names_nobody_by_the_common_name() 
     assert!(says(&params("x", &["db.b.example"]), "db.b.example").await.is_err());
     let refused = says(&params("db.b.example", &[]), "db.b.example").await;
     assert_eq!(refused.unwrap_err(), "could not get server's host name from server certificate");
-}
-
-/// Counts how often files are read, and tells how they look.
-struct Watched<'a> {
-    files: &'a FixedSurroundings,
-    reads: std::cell::Cell<usize>,
-    changed_at: std::cell::Cell<Option<i64>>,
-}
-
-impl Surroundings for Watched<'_> {
-    fn variable(&self, name: &str) -> Option<String> {
-        self.files.variable(name)
-    }
-
-    fn user_name(&self) -> Option<String> {
-        self.files.user_name()
-    }
-
-    fn user_id(&self) -> u32 {
-        self.files.user_id()
-    }
-
-    fn user_home(&self) -> Option<PathBuf> {
-        self.files.user_home()
-    }
-
-    fn read(&self, path: &Path) -> std::io::Result<FoundFile> {
-        self.reads.set(self.reads.get() + 1);
-        self.files.read(path)
-    }
-
-    fn identity(&self, _: &Path) -> Option<FileIdentity> {
-        let changed_at = self.changed_at.get()?;
-        Some(FileIdentity { place: (1, 1), bytes: 1, changed_at: (changed_at, 0) })
-    }
-
-    fn list(&self, path: &Path) -> Vec<PathBuf> {
-        self.files.list(path)
-    }
-}
-
-#[test]
-fn files_that_look_as_before_are_not_read_again() {
-    let root = authority("root");
-    let files = Files::new().with_server(issued(&params("server", &["db.example"]), &root));
-    let server = files.server(None).unwrap();
-    let with = |files| Watched { files, reads: 0.into(), changed_at: None.into() };
-    let mut watched = with(&files.0);
-    let reads_of = |watched: &Watched<'_>| {
-        watched.reads.set(0);
-        assert!(server.read_again(watched).unwrap().is_none());
-        watched.reads.get()
-    };
-    assert_eq!(reads_of(&watched), 2, "they were changed just now, and only reading tells more");
-    assert_eq!(reads_of(&watched), 2);
-    watched.changed_at.set(Some(7));
-    assert_eq!(reads_of(&watched), 2, "now they have settled");
-    assert_eq!(reads_of(&watched), 0);
-    watched.changed_at.set(Some(8));
-    assert_eq!((reads_of(&watched), reads_of(&watched)), (2, 0), "they were written with what they had");
-    let renewed = Files::new().with_server(issued(&params("server", &["db.example"]), &root));
-    watched.files = &renewed.0;
-    watched.changed_at.set(Some(9));
-    let read = server.read_again(&watched).unwrap();
-    server.replace(read.expect("what was changed"));
-    assert_eq!(reads_of(&watched), 0);
 }
