@@ -321,6 +321,17 @@ fn an_apply_beyond_flush_counts_up_to_flush() {
 }
 
 #[test]
+fn an_apply_that_was_told_without_a_flush_does_not_stay_beyond_the_first() {
+    let mut sender = current(1 << 20, (1 << 20) + 8192, Instant::now());
+    send_all(&mut sender);
+    let (now, end) = (Instant::now(), (1 << 20) + 8192);
+    sender.handle_reply(reply(end, 0, end), now);
+    assert_eq!(sender.progress().apply, Some(at(end)));
+    sender.handle_reply(reply(end, end - 8, 0), now);
+    assert_eq!((sender.progress().flush, sender.progress().apply), (Some(at(end - 8)), Some(at(end - 8))));
+}
+
+#[test]
 fn after_a_reconnection_write_is_not_below_flush() {
     let now = Instant::now();
     let mut sender = current(SEGMENT, SEGMENT + 2_000, now);

@@ -491,7 +491,9 @@ impl Sender {
         let applied = reply.apply.map(|at| flush.or(write).map_or(at, |most| at.min(most)));
         self.standby.write = write;
         self.standby.flush = flush;
-        self.standby.apply = clamp(applied, self.standby.apply);
+        // One that told of no flush before may have told of an apply that is beyond the first.
+        let apply = clamp(applied, self.standby.apply);
+        self.standby.apply = flush.map_or(apply, |most| apply.map(|at| at.min(most)));
     }
 
     fn measure_lag(&mut self, before: Progress, now: Instant) {
