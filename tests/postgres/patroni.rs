@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::support::{MB, lsn_text};
 use crate::support::compare::{assert_equal_clusters, primary_bytes_of};
 use crate::support::lab::Installation;
 use crate::support::patroni::Cluster;
@@ -15,6 +14,7 @@ use crate::support::proxy::Proxy;
 use crate::support::raw::RawClient;
 use crate::support::relay::Relay;
 use crate::support::wait::{wait_for, wait_until};
+use crate::support::{MB, lsn_text};
 use crate::timelines::{dead_branches, fork_of, primary, relay_of, wait_timeline};
 
 /// Commits one id after the other, wherever writes are taken, until dropped.
