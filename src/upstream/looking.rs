@@ -73,6 +73,7 @@ impl Looking {
             pause = match looked.unwrap_or(Err(UpstreamError::OpeningTimeout)) {
                 Ok(Some(view)) => self.take_in(view),
                 Ok(None) if self.is_relay => {
+                    self.failures = 0;
                     self.expectation.judge(None);
                     LOOK_INTERVAL
                 }
@@ -97,7 +98,12 @@ impl Looking {
         if self.failures < FAILURES_MAX {
             return SECOND_LOOK_DELAY;
         }
-        self.tell_blind(&error.chain());
+        if self.is_relay {
+            // Nothing would be told anyway.
+            self.expectation.judge(None);
+        } else {
+            self.tell_blind(&error.chain());
+        }
         LOOK_INTERVAL
     }
 
