@@ -208,6 +208,7 @@ mod tests {
         let told = small::open_in(&dir).0.only_copy_before().unwrap();
         assert_eq!((told.elsewhere, told.end, told.age), (None, start, None));
     }
+
     #[test]
     fn what_is_known_of_a_timeline_is_not_told_of_another() {
         let folder = tempfile::tempdir().unwrap();

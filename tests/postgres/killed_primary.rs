@@ -29,18 +29,21 @@ fn let_it_run(chance: &mut Chance, milliseconds_max: u64) {
 
 #[test]
 fn every_id_that_was_confirmed_is_on_the_standby_that_is_promoted_after_the_primary_was_killed() {
-    each_time(drained_from_the_relay);
+    each_time(rounds(KILLS, 20), drained_from_the_relay);
 }
 
 #[test]
 fn every_id_that_waited_for_the_standby_is_on_it_after_the_primary_and_the_relay_were_killed() {
-    each_time(relay_lost_too);
+    each_time(rounds(KILLS, 20).div_ceil(2), relay_lost_too);
 }
 
-fn each_time(round: impl Fn(&Installation, &mut Chance)) {
+/// How many primaries are killed.
+const KILLS: &str = "WALRELAY_PRIMARY_KILLS";
+
+fn each_time(rounds: u32, round: impl Fn(&Installation, &mut Chance)) {
     let Some(installation) = Installation::any() else { return };
     let mut chance = Chance::seeded();
-    for _ in 0..rounds("WALRELAY_PRIMARY_KILLS", 20) {
+    for _ in 0..rounds {
         round(&installation, &mut chance);
     }
 }
@@ -95,7 +98,7 @@ fn relay_lost_too(installation: &Installation, chance: &mut Chance) {
 fn with_a_quorum_of_two_far_relays_one_of_them_and_the_near_one_can_be_lost_with_the_primary() {
     let Some(installation) = Installation::any() else { return };
     let mut chance = Chance::seeded();
-    for _ in 0..rounds("WALRELAY_PRIMARY_KILLS", 20).div_ceil(2) {
+    for _ in 0..rounds(KILLS, 20).div_ceil(2) {
         let mut primary = primary_waiting_for(&installation, "relay");
         let proxy = Proxy::to(primary.port);
         let mut near = Relay::new("relay", proxy.port).with("upstream.acknowledge", "\"ANY 1 (a, b)\"");
