@@ -485,15 +485,18 @@ impl Sender {
     /// `flush`, because the standby asks again for the whole segment; the greater of both is what it has.
     fn take_positions(&mut self, reply: StandbyReply) {
         let sent = self.sent.min(self.limit);
-        let clamp = |reported: Option<Lsn>, before: Option<Lsn>| reported.map(|at| at.min(sent)).max(before);
+        let clamp = |reported: Option<Lsn>, before: Option<Lsn>| match (reported, before) {
+            (Some(at), Some(before)) => Some(at.min(sent).max(before)),
+            (Some(at), None) => Some(at.min(sent)),
+            (None, before) => before,
+        };
         let flush = clamp(reply.flush, self.standby.flush);
         let write = clamp(reply.write, self.standby.write).max(flush);
-        let applied = reply.apply.map(|at| flush.or(write).map_or(at, |most| at.min(most)));
         self.standby.write = write;
         self.standby.flush = flush;
-        // One that told of no flush before may have told of an apply that is beyond the first.
-        let apply = clamp(applied, self.standby.apply);
-        self.standby.apply = flush.map_or(apply, |most| apply.map(|at| at.min(most)));
+        // Bounded at the end: who told of no flush before may have told of an apply that is beyond the first.
+        let most = flush.or(write).unwrap_or(sent);
+        self.standby.apply = clamp(reply.apply, self.standby.apply).map(|at| at.min(most));
     }
 
     fn measure_lag(&mut self, before: Progress, now: Instant) {
