@@ -14,7 +14,7 @@ tests/install.sh
 cargo build --locked --all-targets
 cargo test --locked --doc --quiet
 if cargo nextest --version >/dev/null 2>&1; then
-  # Those with real servers wait most of the time.
-  exec cargo nextest run --locked --no-fail-fast --test-threads "$(($(nproc) * 3 / 2))" "$@"
+  # Those with real servers wait most of the time, for clocks of seconds.
+  exec cargo nextest run --locked --no-fail-fast --test-threads "$(($(nproc) * 2))" "$@"
 fi
 exec cargo test --locked --lib --bins --tests --no-fail-fast "$@"

@@ -485,11 +485,7 @@ impl Sender {
     /// `flush`, because the standby asks again for the whole segment; the greater of both is what it has.
     fn take_positions(&mut self, reply: StandbyReply) {
         let sent = self.sent.min(self.limit);
-        let clamp = |reported: Option<Lsn>, before: Option<Lsn>| match (reported, before) {
-            (Some(at), Some(before)) => Some(at.min(sent).max(before)),
-            (Some(at), None) => Some(at.min(sent)),
-            (None, before) => before,
-        };
+        let clamp = |reported: Option<Lsn>, before: Option<Lsn>| reported.map(|at| at.min(sent)).max(before);
         let flush = clamp(reply.flush, self.standby.flush);
         let write = clamp(reply.write, self.standby.write).max(flush);
         self.standby.write = write;

@@ -29,7 +29,7 @@ fn a_long_pipe_is_filled_as_far_as_the_kernels_limits_let_a_connection_grow() {
         sites.far.terminate();
         sites.wan.set_buffer_limits(send, receive);
         let from = sites.primary.flushed();
-        let to = crate::far_site::write_incompressible_wal(&sites.primary, 96 * MB);
+        let to = crate::far_site::write_incompressible_wal(&sites.primary, 64 * MB);
         sites.near.wait_flushed(to);
         sites.wan.cable.set_rate(RATE_BITS);
         let mut far = std::mem::replace(&mut sites.far, Relay::new("nobody", 1));

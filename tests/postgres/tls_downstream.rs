@@ -209,7 +209,7 @@ fn a_refused_reload_changes_neither_tls_nor_anything_else() {
     // A wrong certificate keeps a new user out.
     let added = Relay::command_with_input(&["scram", "--user", "added"], "pencil\n");
     let is_let_in = || site.lets_in(&installation, ("added", "pencil"), &second);
-    relay.write_file("users.toml", &format!("{users}{added}"));
+    relay.write_file("users.toml", &format!("{users}\n{added}"));
     relay.write_file("server.crt", "nonsense");
     refused("no certificate in it");
     assert!(!is_let_in() && believes(&second));
