@@ -38,14 +38,16 @@ impl OnlyCopyAlarm {
             tracker.recall(Instant::now(), Recalled { timeline, elsewhere, end, age });
         }
         let mut interval = tokio::time::interval(LOOK_INTERVAL);
+        let mut looked_at = Instant::now();
         loop {
             interval.tick().await;
             let Some(held) = self.held(tracker.timeline()) else { continue };
             let moment = Instant::now();
+            let gap = moment.saturating_duration_since(std::mem::replace(&mut looked_at, moment));
             let now = tracker.update(moment, held);
             self.publish(now);
             if self.upstream.borrow().acknowledge.flush.is_some() {
-                memory.keep(moment, held.timeline, tracker.known(moment)).await;
+                memory.keep(moment, gap, held.timeline, tracker.known(moment)).await;
             }
             let lasts = now.age >= WARN_AFTER;
             if lasts && !has_warned {
@@ -91,9 +93,9 @@ struct Memory {
 }
 
 impl Memory {
-    /// Has it written down, one write at a time, and not too often; what was written before is on the safe side meanwhile: no
-    /// less was only here.
-    async fn keep(&mut self, now: Instant, timeline: TimelineId, known: Known) {
+    /// Has it written down (`gap` after the look before), one write at a time, and not too often; what was written before is
+    /// on the safe side meanwhile: no less was only here.
+    async fn keep(&mut self, now: Instant, gap: Duration, timeline: TimelineId, known: Known) {
         if self.saving.as_ref().is_some_and(|saving| !saving.is_finished()) {
             return;
         }
@@ -113,7 +115,10 @@ impl Memory {
         }
         (self.said, self.saved_at) = (wanted, Some(now));
         let (store, Known { elsewhere, age }) = (self.store.clone(), known);
-        let remember = move || store.remember_only_copy(timeline, elsewhere, age);
+        // What began between two looks is taken to have begun at the first, and the write itself may come late.
+        let age = age.map_or(Duration::ZERO, |age| age.saturating_add(gap));
+        let remember =
+            move || store.remember_only_copy(timeline, elsewhere, Some(age.saturating_add(now.elapsed())));
         self.saving = Some(tokio::task::spawn_blocking(remember));
     }
 }
